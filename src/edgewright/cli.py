@@ -1,0 +1,89 @@
+"""The command line: a table of verbs, each one module that is imported only when its verb is used.
+
+Exit codes: 0 done, 1 a check, a claim or the output failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from edgewright import __version__
+from edgewright.errors import EdgewrightError, UsageError
+
+# verb -> (module with add_arguments(parser) and run(args) -> exit code, one line of help)
+VERBS = {
+    "compress": ("edgewright.verbs.compress", "quantise a model, export it, verify the file and report"),
+    "bench": ("edgewright.verbs.bench", "size, speed and memory of exported files on this machine"),
+    "compare": ("edgewright.verbs.compare", "quality of two models or files, each figure with its standard error"),
+    "export": ("edgewright.verbs.export", "write a model for a runtime, then run what was written and compare"),
+    "chat": ("edgewright.verbs.chat", "talk to an exported file"),
+    "systems": ("edgewright.verbs.systems", "the catalogue of published systems and what we measured"),
+    "run": ("edgewright.verbs.run", "the recipe of one published system, with its claims checked"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; errors made on purpose become one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, so that a reader that went away is noticed while it can still be handled
+        return code
+    except EdgewrightError as error:
+        return _complain(str(error), error.exit_code)
+    except BrokenPipeError:
+        # Nothing more can be written: keep the interpreter's own flush at exit from complaining.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as rich does when it is the one to notice
+    except OSError as error:
+        return _complain(f"{error} (EDGEWRIGHT_TRACEBACK=1 shows where)", 1)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", 130)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    if arguments[0].startswith("-"):
+        parser.parse_args(arguments)  # --help and --version end here; any other option is refused
+        return 2
+    verb = arguments[0]
+    if verb not in VERBS:
+        from edgewright.systems import did_you_mean
+
+        raise UsageError(f"no command is called {verb!r}{did_you_mean(verb, VERBS)}; commands: {', '.join(VERBS)}")
+    module = import_module(VERBS[verb][0])
+    parser = argparse.ArgumentParser(prog=f"edgewright {verb}", description=module.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    code: int = module.run(parser.parse_args(arguments[1:]))
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS))
+    commands = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="edgewright",
+        usage="edgewright COMMAND [OPTION...]",
+        description="Models for the device in your hand: shrink them, train them cheaply, check them, ship them.",
+        epilog=f"commands:\n{commands}\n\n`edgewright COMMAND --help` explains one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"edgewright {__version__}", help="print the version")
+    return parser
+
+
+def _complain(sentence: str, code: int) -> int:
+    if os.environ.get("EDGEWRIGHT_TRACEBACK", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exc()
+    print(f"edgewright: {sentence}", file=sys.stderr)
+    return code

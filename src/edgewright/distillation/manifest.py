@@ -1,0 +1,123 @@
+"""Folders of shards that can be continued: a manifest says what they hold, another configuration is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgewright.errors import UsageError
+from edgewright.io.atomic import write_text
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 * 2**20  # bytes; read no further into a file that is something else
+FINGERPRINT_SAMPLES = 4096
+LINE_SECONDS = 10.0
+
+
+def claim_folder(folder: str | Path, kind: str, settings: dict[str, Any]) -> Path:
+    """Make `folder` the home of a run with these settings, or check that it is one already.
+
+    Raises UsageError naming the first setting that differs; OutputError when the folder cannot be written.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is a file; give a folder for the {kind}")
+        write_text(folder / MANIFEST, json.dumps({"kind": kind, **settings}, indent=1) + "\n")
+        return folder
+    found = read_manifest(folder, kind)
+    wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UsageError(
+                f"{folder} was made with {name}={_short(found.get(name))}, now it is {_short(value)}: "
+                "use the old setting to go on, or another folder"
+            )
+    return folder
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The settings of a folder. Raises UsageError when it is not a folder of this kind."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} is no {kind}: it has no {MANIFEST}")
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = json.loads(file.read(LARGEST_MANIFEST))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); use another folder") from error
+    if not isinstance(found, dict) or found.get("kind") != kind:
+        raise UsageError(f"{path} does not describe a {kind}; use another folder")
+    return found
+
+
+def shard_paths(folder: Path, count: int, suffix: str) -> list[Path]:
+    return [folder / f"shard-{index:05d}.{suffix}" for index in range(count)]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Short digest of a model: names, shapes and some values of all its tensors. Tells models apart, not an adversary."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // FINGERPRINT_SAMPLES)][:FINGERPRINT_SAMPLES]
+        digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def track(label: str, total: int, shown: bool) -> Iterator[Callable[[int, bool], None]]:
+    """Progress in tokens on stderr: a bar with speed and time left on a terminal, a line every ten seconds elsewhere.
+
+    Yields advance(tokens, worked); tokens that were there already (worked=False) do not count into the speed.
+    """
+    began = time.monotonic()
+    state = {"done": 0, "worked": 0, "spoke": began}
+    bar = _bar() if shown and sys.stderr.isatty() else None
+    task = None if bar is None else bar.add_task(label, total=total, speed="")
+
+    def advance(tokens: int, worked: bool) -> None:
+        now = time.monotonic()
+        state["done"] += tokens
+        state["worked"] += tokens if worked else 0
+        speed = f"{state['worked'] / max(now - began, 1e-9):,.0f} tokens/s"
+        if bar is not None:
+            bar.update(task, completed=state["done"], speed=speed)
+        elif shown and now - state["spoke"] >= LINE_SECONDS:
+            state["spoke"] = now
+            print(f"{label}: {state['done']:,} of at most {total:,} tokens, {speed}", file=sys.stderr, flush=True)
+
+    if bar is None:
+        yield advance
+        return
+    with bar:
+        yield advance
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[speed]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

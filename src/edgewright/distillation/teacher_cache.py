@@ -1,0 +1,135 @@
+"""A teacher's answers on disk: its k largest probabilities per token and the mass of all others.
+
+    cache_teacher(teacher, blocks, "teacher/", k=64)
+    batches = BlockBatches(TeacherCache("teacher/").blocks(), batch_size=8)
+    fit(student, LanguageDistillation(), batches, config)        # no teacher in memory
+
+Folder: manifest.json and shard-00000.safetensors ... with tokens int32 [n, T], values float16 [n, T, k], indices int32
+[n, T, k], tail float16 [n, T]. Each shard is written whole or not at all; a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.distillation.manifest import claim_folder, fingerprint, read_manifest, shard_paths, track
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.atomic import atomic_file
+
+KIND = "teacher cache"
+
+
+@torch.no_grad()
+def cache_teacher(
+    teacher: nn.Module,
+    blocks: Tensor,
+    folder: str | Path,
+    k: int = 64,
+    *,
+    batch_size: int = 4,
+    shard_blocks: int = 64,
+    progress: bool = True,
+) -> TeacherCache:
+    """Run the teacher over blocks [N, T] of token ids and store its top k; returns the cache.
+
+    Raises UsageError when k is not in 1 .. vocabulary, the teacher is in training mode, blocks are empty, or the folder
+    holds the answers of another teacher, k or data.
+    """
+    if teacher.training:
+        raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+    if blocks.ndim != 2 or blocks.numel() == 0:
+        raise UsageError(f"blocks of shape {list(blocks.shape)}; give token ids [N, T] with at least one row")
+    vocabulary = int(teacher.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    if not 1 <= k <= vocabulary:
+        raise UsageError(f"k={k}; choose 1 to {vocabulary}, the size of the vocabulary")
+    low, high = int(blocks.min()), int(blocks.max())
+    if low < 0 or high >= vocabulary:
+        raise UsageError(f"token id {low if low < 0 else high} is outside the teacher's vocabulary of {vocabulary}")
+    settings = {
+        "k": k,
+        "blocks": list(blocks.shape),
+        "shard_blocks": shard_blocks,
+        "batch_size": batch_size,
+        "vocabulary": vocabulary,
+        "data": hashlib.blake2b(blocks.to(torch.int32).numpy().tobytes(), digest_size=12).hexdigest(),
+        "teacher": fingerprint(teacher),
+    }
+    folder = claim_folder(folder, KIND, settings)
+    paths = shard_paths(folder, -(-len(blocks) // shard_blocks), "safetensors")
+    with track("caching the teacher", blocks.numel(), progress) as advance:
+        for path, part in zip(paths, blocks.split(shard_blocks), strict=True):
+            if path.exists():
+                advance(part.numel(), False)
+                continue
+            answers = [_answer(teacher, rows, k, advance) for rows in part.split(batch_size)]
+            tensors = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
+            with atomic_file(path) as temporary:
+                _save(tensors, temporary)
+    return TeacherCache(folder)
+
+
+class TeacherCache:
+    """Reads a folder of `cache_teacher`. Raises UsageError for another or unfinished folder, FormatError for bad shards."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.settings: dict[str, Any] = read_manifest(self.folder, KIND)
+        rows, self.shard_blocks = int(self.settings["blocks"][0]), int(self.settings["shard_blocks"])
+        self._paths = shard_paths(self.folder, -(-rows // self.shard_blocks), "safetensors")
+        missing = [path.name for path in self._paths if not path.exists()]
+        if missing:
+            raise UsageError(f"{self.folder} is unfinished ({missing[0]} is missing); call cache_teacher again to go on")
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def blocks(self, dtype: torch.dtype = torch.int64) -> dict[str, Tensor]:
+        """All rows in memory: tokens [N, T] in `dtype`, values and indices [N, T, k], tail [N, T]."""
+        shards = [self._read(index) for index in range(len(self._paths))]
+        joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+        return {**joined, "tokens": joined["tokens"].to(dtype)}
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._paths[index]
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} cannot be read ({error}); delete it and call cache_teacher again") from error
+        rows, width = min(self.shard_blocks, self._rows - index * self.shard_blocks), int(self.settings["blocks"][1])
+        k = int(self.settings["k"])
+        shapes = {"tokens": (rows, width), "values": (rows, width, k), "indices": (rows, width, k), "tail": (rows, width)}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != shapes:
+            raise FormatError(f"{path} holds {found} where {shapes} is expected; delete it and call cache_teacher again")
+        return tensors
+
+
+def _answer(teacher: nn.Module, tokens: Tensor, k: int, advance: Any) -> dict[str, Tensor]:
+    """Top-k probabilities of tokens [n, T], one row at a time in float32 so that [n, T, V] exists once at most."""
+    device = next(teacher.parameters()).device
+    logits = teacher(input_ids=tokens.to(device), use_cache=False).logits
+    answers = []
+    for row in logits:
+        top, indices = torch.softmax(row.float(), dim=-1).topk(k, dim=-1)
+        values = top.to(torch.float16)
+        # The tail makes up for what half precision lost, so that the stored numbers sum to one.
+        tail = (1 - values.float().sum(-1)).clamp(min=0).to(torch.float16)
+        answers.append((values.cpu(), indices.to(torch.int32).cpu(), tail.cpu()))
+    advance(tokens.numel(), True)
+    values, indices, tail = (torch.stack(part) for part in zip(*answers, strict=True))
+    return {"tokens": tokens.to(torch.int32).cpu(), "values": values, "indices": indices, "tail": tail}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -1,0 +1,41 @@
+"""The errors a user can meet. Each carries one sentence for people and the exit code for scripts."""
+
+from __future__ import annotations
+
+
+class EdgewrightError(Exception):
+    """Base of every error that edgewright raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(EdgewrightError, ValueError):
+    """An argument that cannot work: the message gives the value, what is allowed and a call that would work."""
+
+    exit_code = 2
+
+
+class FormatError(EdgewrightError, ValueError):
+    """A file from outside that is truncated, inconsistent or hostile."""
+
+    exit_code = 2
+
+
+class MissingPackage(EdgewrightError, ImportError):
+    """An optional package that this call needs; the message holds the line that installs it."""
+
+    exit_code = 2
+
+
+class OutputError(EdgewrightError, OSError):
+    """The result could not be written: unwritable folder, full disk. Nothing half-written is left."""
+
+
+class CheckFailed(EdgewrightError):
+    """The work was done but its proof did not hold: a file that does not decode to its model, a claim that failed."""
+
+
+class Unsupported(EdgewrightError, NotImplementedError):
+    """A model or layer that a method does not know; refused by name rather than handled silently wrong."""
+
+    exit_code = 2

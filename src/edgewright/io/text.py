@@ -1,0 +1,148 @@
+"""Calibration and evaluation text: Python's own documentation topics by default, or a file of the user's.
+
+The two splits never share a topic, paragraph or line, and do not change between runs or machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from edgewright.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["calibration", "evaluation", "all"]
+SPLITS = ("calibration", "evaluation", "all")
+CALIBRATION_SHARE = 0.8
+# Topics shorter than this are single cross-references, not prose.
+SHORTEST_TOPIC = 400
+
+
+def load_texts(source: str | Path | None = None, split: Split = "all") -> list[str]:
+    """Texts of a source, whole or one side of its split.
+
+    source: None for the documentation topics inside Python (about 650 KB of English), a .jsonl file with {"text": ...}
+    on each line, or any other UTF-8 text file. split: about 80 % of the text is for calibration, the rest for
+    evaluation; topics go by a hash of their name, a text file is cut at a paragraph, a .jsonl between lines.
+
+    Raises UsageError for an unknown split and for a file that is missing, empty, not UTF-8 or not valid JSONL.
+    """
+    if split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
+    if source is None:
+        return _topics(split)
+    path = Path(source).expanduser()
+    text = _read(path)
+    if path.suffix != ".jsonl":
+        return [text] if split == "all" else [_side(_cut_text(text, path), split)]
+    texts = _read_jsonl(text, path)
+    if split == "all":
+        return texts
+    # Repeated lines would put the same text on both sides.
+    texts = list(dict.fromkeys(texts))
+    if len(texts) == 1:
+        return [_side(_cut_text(texts[0], path), split)]
+    cut = min(max(1, round(CALIBRATION_SHARE * len(texts))), len(texts) - 1)
+    return texts[:cut] if split == "calibration" else texts[cut:]
+
+
+def token_blocks(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    max_blocks: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Tokens of the texts as int64 [blocks, block_length], in an order drawn from `seed`.
+
+    The texts are joined with the end-of-text token between them and cut; the last, incomplete block is dropped.
+    Raises UsageError when there is less than one block.
+    """
+    if block_length < 1 or (max_blocks is not None and max_blocks < 1):
+        raise UsageError(f"block_length {block_length} and max_blocks {max_blocks} must be at least 1")
+    texts = [text for text in texts if text]
+    if not texts:
+        raise UsageError("there is no text to cut into blocks; pass a file with text, or none for the built-in text")
+    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    ids: list[int] = []
+    for encoded in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
+        if ids and separator is not None:
+            ids.append(separator)
+        ids += encoded
+    count = len(ids) // block_length
+    if count == 0:
+        raise UsageError(
+            f"the text has {len(ids)} tokens, less than one block of {block_length}; pass more text or shorter blocks"
+        )
+    blocks = torch.tensor(ids[: count * block_length], dtype=torch.int64).reshape(count, block_length)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return blocks[order[:max_blocks]]
+
+
+def _topics(split: Split) -> list[str]:
+    from pydoc_data.topics import topics
+
+    chosen = [name for name in sorted(topics) if len(topics[name]) >= SHORTEST_TOPIC]
+    if split != "all":
+        chosen = [name for name in chosen if _is_calibration(name) == (split == "calibration")]
+    return [topics[name] for name in chosen]
+
+
+def _is_calibration(name: str) -> bool:
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    return int.from_bytes(digest[:4], "big") < CALIBRATION_SHARE * 2**32
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the text file {path}: {error.strerror}") from error
+    if not text.strip():
+        raise UsageError(f"the text file {path} is empty")
+    return text.replace("\r\n", "\n")
+
+
+def _read_jsonl(content: str, path: Path) -> list[str]:
+    texts: list[str] = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f'{path}, line {number}: not JSON; each line must be like {{"text": "..."}}') from error
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UsageError(f'{path}, line {number}: no "text" string; each line must be like {{"text": "..."}}')
+        if row["text"].strip():
+            texts.append(row["text"])
+    if not texts:
+        raise UsageError(f"every text in {path} is empty")
+    return texts
+
+
+def _side(halves: tuple[str, str], split: Split) -> str:
+    return halves[0] if split == "calibration" else halves[1]
+
+
+def _cut_text(text: str, path: Path) -> tuple[str, str]:
+    """Cut at the paragraph end nearest to 80 %; at the nearest white space when the text is one paragraph."""
+    text = text.strip()
+    target = CALIBRATION_SHARE * len(text)
+    for pattern in (r"\n\s*\n", r"\s+"):
+        gaps = [match.span() for match in re.finditer(pattern, text)]
+        if gaps:
+            start, end = min(gaps, key=lambda gap: abs(gap[0] - target))
+            return text[:start], text[end:]
+    raise UsageError(f"{path} is a single word and cannot be split into calibration and evaluation text")

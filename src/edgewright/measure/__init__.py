@@ -1,0 +1,1 @@
+"""What things cost: bytes, parameters, time, memory, this machine's bandwidth; and the report of it."""

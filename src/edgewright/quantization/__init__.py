@@ -1,0 +1,1 @@
+"""Grids, fake quantisation, training under quantisation, calibration-only methods, KV cache, conversion."""

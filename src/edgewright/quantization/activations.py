@@ -1,0 +1,81 @@
+"""Fake quantisation of activations: min-max per token or per tensor, recomputed at every forward, straight-through.
+
+Symmetric, b bits over a set S (LLM-QAT, arXiv 2305.17888): s = (2^(b-1) - 1) / max_S|x|, Q(x) = round(s * x) / s; the
+codes are -(2^(b-1)-1) .. 2^(b-1)-1. Nothing is clipped: outliers define the range, because clipping them breaks
+language models at the start of training.
+Asymmetric: 2^b codes over [min(x, 0), max(x, 0)] with an integer zero point, as runtimes with dynamic int8 inputs compute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgewright.errors import FormatError
+from edgewright.quantization.config import ActivationConfig
+
+SMALLEST_PEAK = 1e-30  # guards a token of zeros (padding); small enough that no real activation reaches it
+UNTOUCHED_BITS = 16  # a width of 16 means: not quantised, the tensor passes bit for bit
+
+
+def _symmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:
+    peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True) if per_token else x.abs().amax()
+    # deviation: the official code adds 1e-6 to the scale and to its inverse, so that even the maximum is not reproduced.
+    peak = peak.clamp(min=SMALLEST_PEAK)
+    top = 2 ** (bits - 1) - 1
+    # The product with the inverse, not the quotient, decides ties as the formula does: 0.5 * 7 is a tie, 0.5 / (1/7) is not.
+    return (x * (top / peak)).round_().mul_(peak / top)
+
+
+def _asymmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:
+    """Codes 0 .. 2^b - 1 with an integer zero point.
+
+    deviation: the official code maps [min, max] itself and lets zero fall between two codes; here the range includes zero
+    and zero is a code, which is what XNNPACK and torchao compute. Equal whenever min <= 0 <= max and min is on the grid.
+    """
+    low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if per_token else (x.amin(), x.amax())
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    top = 2**bits - 1
+    step = ((high - low) / top).clamp(min=torch.finfo(x.dtype).eps)
+    zero_point = (-(low / step).round()).clamp(0, top)
+    return (x * (1.0 / step)).round_().add_(zero_point).clamp_(0, top).sub_(zero_point).mul_(step)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the quantised tensor. Backward: the gradient unchanged (or zero where |x| >= clip, if a clip is given)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, config: ActivationConfig, clip: float | None) -> Tensor:
+        ctx.has_clip = clip is not None
+        if clip is not None:
+            ctx.save_for_backward(x.abs() < clip)
+        quantize = _symmetric if config.symmetric else _asymmetric
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return quantize(values, config.bits, config.granularity == "token").to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.has_clip:
+            (inside,) = ctx.saved_tensors
+            return upstream * inside, None, None
+        return upstream, None, None
+
+
+def fake_quantize_activation(
+    x: Tensor, config: ActivationConfig, official_clip_grad: float | None = None, *, layer: str = ""
+) -> Tensor:
+    """Quantised activations with straight-through gradients; nothing but the result is kept in memory.
+
+    x: [..., features], any float dtype; a token is one vector along the last dimension. Half types compute in float32.
+    official_clip_grad: zero the gradient where |x| is at least this; 2.0 is the official code's behaviour, which blocks
+        learning on outliers. Default: `config.official_clip_grad`, which is None (plain identity).
+    layer: name of the module, for the error. Raises FormatError for NaN or infinity when `config.check_finite` is set.
+    """
+    if config.check_finite and not torch.isfinite(x).all():
+        raise FormatError(f"the input of layer {layer or '(unnamed)'} holds NaN or infinity; it cannot be quantised")
+    if config.bits >= UNTOUCHED_BITS:
+        return x
+    clip = config.official_clip_grad if official_clip_grad is None else official_clip_grad
+    return _StraightThrough.apply(x, config, clip)

@@ -1,0 +1,203 @@
+"""`quantize_` and `convert_`: one call puts a model under quantisation, one call turns it into packed integer weights.
+
+    config = QuantConfig.weights("int4", granularity=32)
+    quantize_(model, config)      # linear layers become fake-quantised twins: train, calibrate or evaluate
+    convert_(model)               # twins become packed layers: exactly the values that were trained
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import UsageError
+from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear
+from edgewright.quantization.config import QuantConfig, Rule
+from edgewright.quantization.kv_cache import attach_kv_quantization
+from edgewright.quantization.layers import QuantConv2d, QuantEmbedding, QuantLinear, WeightQuantizer
+
+QUANTIZABLE = (nn.Linear, nn.Embedding, nn.Conv2d)
+QUANTIZED = (QuantLinear, QuantEmbedding, QuantConv2d)
+PACKED = (PackedLinear, PackedEmbedding, PackedConv2d)
+
+
+def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
+    """Replace, in place, the modules that the rules select by their fake-quantised twins; returns the model.
+
+    Nothing is changed unless the whole configuration fits. Raises UsageError (pattern that matches nothing, group that
+    does not divide a row, tied weight without a decision), FormatError (NaN or infinite weight).
+    """
+    selected = _select(model, config)
+    quantizers = _quantizers(model, selected, config)
+    for name, rule in selected.items():
+        module = model.get_submodule(name)
+        _replace(model, name, _twin(module, quantizers.get(name), rule))
+    if config.kv is not None:
+        attach_kv_quantization(model, config.kv)
+    return model
+
+
+@torch.no_grad()
+def convert_(model: nn.Module) -> nn.Module:
+    """Replace, in place, fake-quantised modules by packed ones holding integer codes; returns the model.
+
+    The packed weights equal the fake-quantised ones bit for bit. Modules that shared a weight share its codes.
+    """
+    tables: dict[int, nn.Module] = {}
+    for name, module in _modules_of(model, QUANTIZED, "convert_ needs a model that went through quantize_"):
+        packed = module.packed()
+        quantizer = module.quantizer
+        if quantizer is not None:
+            first = tables.setdefault(id(quantizer), packed)
+            if first is not packed:
+                packed.codes, packed.step = first.codes, first.step
+        packed.train(module.training)
+        _replace(model, name, packed)
+    return model
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Replace, in place, packed or fake-quantised modules by ordinary float ones with the same values."""
+    shared: dict[int, nn.Parameter] = {}
+    for name, module in _modules_of(model, QUANTIZED + PACKED, "there is nothing to dequantise"):
+        if isinstance(module, PACKED):
+            key, values = module.codes.data_ptr(), module.weight
+        elif module.quantizer is not None:
+            key, values = module.weight.data_ptr(), module.quantizer.values(module.weight).detach()
+        else:
+            key, values = module.weight.data_ptr(), module.weight.detach()
+        weight = shared.setdefault(key, nn.Parameter(values.clone()))
+        _replace(model, name, _plain(module, weight))
+    return model
+
+
+def quantized_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every fake-quantised module, in model order; empty for a plain model."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trained clip scales: they take no weight decay and may take their own learning rate."""
+    found = {
+        id(module.weight_scale): module.weight_scale
+        for module in model.modules()
+        if isinstance(module, WeightQuantizer) and isinstance(module.weight_scale, nn.Parameter)
+    }
+    return list(found.values())
+
+
+def _select(model: nn.Module, config: QuantConfig) -> dict[str, Rule]:
+    if quantized_modules(model):
+        raise UsageError("the model is under quantisation already; call convert_ or dequantize_ before quantize_")
+    names = [name for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)]
+    for rule in config.rules:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            raise UsageError(
+                f"pattern {rule.pattern!r} matches no linear, embedding or convolution layer; "
+                f"the model has names such as {', '.join(names[:3]) or 'none'}"
+            )
+    selected: dict[str, Rule] = {}
+    for name in names:
+        rule = config.rule_for(name)
+        if rule is None or (rule.weight is None and rule.activation is None):
+            continue
+        if rule.weight is None and isinstance(model.get_submodule(name), nn.Embedding):
+            continue  # an embedding's input is a token id: there is no activation to quantise
+        selected[name] = rule
+    if config.rules and not selected:
+        raise UsageError(f"every matching layer is skipped by {config.skip}; there is nothing to quantise")
+    return selected
+
+
+def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig) -> dict[str, WeightQuantizer]:
+    """One WeightQuantizer per weight; tied modules share it or are untied, as the configuration says."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, QUANTIZABLE) and weight is not None:
+            owners.setdefault(id(weight), []).append(name)
+    quantizers: dict[str, WeightQuantizer] = {}
+    untie: list[str] = []
+    for name, rule in selected.items():
+        if rule.weight is None or name in quantizers:
+            continue
+        weight = model.get_submodule(name).weight
+        partners = [other for other in owners[id(weight)] if other != name]
+        quantizer = WeightQuantizer(weight, rule.weight, name)
+        quantizers[name] = quantizer
+        if not partners:
+            continue
+        if config.tied == "refuse":
+            raise UsageError(
+                f"{name} shares its weight with {', '.join(partners)}; say tied='together' to quantise them as one "
+                "table, or tied='untie' to give each its own"
+            )
+        if config.tied == "untie":
+            untie.append(name)
+            continue
+        for other in partners:
+            if other not in selected or selected[other].weight != rule.weight:
+                raise UsageError(f"tied='together' needs one rule for {name} and {other}, which share their weight")
+            quantizers[other] = quantizer
+    for name in untie:
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            model.config.tie_word_embeddings = False
+    return quantizers
+
+
+def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return QuantLinear(module, quantizer, rule.activation)
+    if isinstance(module, nn.Conv2d):
+        return QuantConv2d(module, quantizer, rule.activation)
+    assert isinstance(module, nn.Embedding) and quantizer is not None
+    return QuantEmbedding(module, quantizer)
+
+
+def _plain(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+    """An ordinary layer of the same kind around `weight`."""
+    bias = getattr(module, "bias", None)
+    plain: nn.Module
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        if isinstance(module, (PackedEmbedding, QuantEmbedding)):
+            plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
+        elif isinstance(module, (PackedConv2d, QuantConv2d)):
+            packed = isinstance(module, PackedConv2d)
+            shape = module.kernel_shape if packed else tuple(module.weight.shape)
+            groups = module.conv_groups if packed else module.groups
+            inputs, outputs, kernel = shape[1] * groups, shape[0], shape[2:]
+            place = (module.stride, module.padding, module.dilation, groups)
+            plain = nn.Conv2d(inputs, outputs, kernel, *place, bias=bias is not None)
+            weight = nn.Parameter(weight.detach().reshape(shape))
+        else:
+            plain = nn.Linear(module.in_features, module.out_features, bias is not None)
+    plain.weight = weight
+    if not isinstance(plain, nn.Embedding):
+        plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return plain.train(module.training)
+
+
+def _modules_of(model: nn.Module, kinds: tuple[type, ...], complaint: str) -> list[tuple[str, nn.Module]]:
+    found = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kinds)]
+    if not found:
+        raise UsageError(f"no quantised layer found: {complaint}")
+    return found
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def codes_of(model: nn.Module) -> dict[str, Tensor]:
+    """Current integer codes (int8) of every fake-quantised weight, for counting flips later."""
+    return {
+        name: module.quantizer.pack(module.weight).codes
+        for name, module in quantized_modules(model)
+        if module.quantizer is not None
+    }

@@ -1,0 +1,293 @@
+"""Second-order calibration: choose codes column by column so that each rounding error is repaired by later columns.
+
+Source: GPTQ, arXiv 2210.17323 (optimal brain quantisation with a shared inverse Hessian H = X^T X). The model is walked
+block by block; hidden states wait on disk, so memory does not grow with the number of samples.
+
+deviations: scales minimise the squared error weighted by diag(H) before any column is rounded (static groups), columns
+are visited in order of falling diag(H), and the compensated but unrounded weights are kept as latent weights: rounding
+them gives exactly the chosen codes, so training under quantisation may start from this solution.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import FormatError, Unsupported, UsageError
+from edgewright.quantization.api import quantize_
+from edgewright.quantization.config import QuantConfig, Rule
+from edgewright.quantization.fake_quantize import Quantizer
+from edgewright.quantization.layers import QuantLinear
+from edgewright.quantization.scales import grouped, mse_alpha
+
+COLUMNS_AT_ONCE = 128  # updates inside such a slice are eager, beyond it they are one matrix product
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """Output error of one layer: squared error of its outputs relative to their energy, before and after repair."""
+
+    layer: str
+    rounded: float
+    repaired: float
+
+
+def gptq_(
+    model: nn.Module,
+    config: QuantConfig,
+    blocks: Tensor,
+    *,
+    damping: float = 0.01,
+    scratch: str | Path | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> list[LayerError]:
+    """Put `model` under quantisation, in place, with codes and steps chosen on calibration text.
+
+    blocks: int64 [samples, length] of token ids. damping: added to diag(H), relative to its mean. scratch: folder for the
+    hidden states (samples * length * width * 4 bytes; default: the system's temporary folder). on_layer: called with
+    (blocks done, blocks in all). Linear layers inside the model's block list are calibrated; others selected by `config`
+    (embedding, head) follow their own scale rule. Returns the error of each calibrated layer.
+
+    Raises UsageError for unusable calibration data, Unsupported for a model without a list of blocks, and whatever
+    `quantize_` raises.
+    """
+    if blocks.ndim != 2 or blocks.shape[0] == 0:
+        raise UsageError(f"calibration data of shape {tuple(blocks.shape)}; expected token ids [samples, length]")
+    quantize_(model, _with_stored_scales(config))
+    layers = transformer_blocks(model)
+    was_training = model.training
+    model.eval()
+    report: list[LayerError] = []
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="edgewright-", dir=scratch) as folder:
+        states, arguments = _first_inputs(model, layers[0], blocks, Path(folder) / "hidden")
+        for index, layer in enumerate(layers):
+            report += _calibrate_block(layer, f"{index}", states, arguments, damping)
+            if index + 1 < len(layers):
+                for sample in range(states.samples):
+                    states.write(sample, _hidden(layer(states.read(sample), **arguments)))
+            if on_layer is not None:
+                on_layer(index + 1, len(layers))
+    model.train(was_training)
+    return report
+
+
+def transformer_blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of blocks that holds most of the model's parameters. Raises Unsupported when there is none."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise Unsupported(f"{type(model).__name__} has no list of blocks; calibrate it with scale='mse' instead")
+    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
+
+
+def _with_stored_scales(config: QuantConfig) -> QuantConfig:
+    """The same rules with scales that are stored, so that a changed weight does not change its step."""
+
+    def stored(rule: Rule) -> Rule:
+        if rule.weight is None or rule.weight.scale in ("learned", "mse") or rule.weight.grid == "int8":
+            return rule
+        return replace(rule, weight=replace(rule.weight, scale="mse"))
+
+    return replace(config, rules=tuple(stored(rule) for rule in config.rules))
+
+
+class _States:
+    """Hidden states [samples, length, width] in a file, one sample in memory at a time."""
+
+    def __init__(self, path: Path, samples: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.samples, self.shape, self.dtype, self.device = samples, shape, dtype, device
+        self._file = path.open("w+b", buffering=0)
+        self._bytes = shape.numel() * 4
+
+    def write(self, sample: int, states: Tensor) -> None:
+        self._file.seek(sample * self._bytes)
+        self._file.write(states.to(torch.float32).cpu().contiguous().numpy().data)
+
+    def read(self, sample: int) -> Tensor:
+        self._file.seek(sample * self._bytes)
+        values = np.frombuffer(bytearray(self._file.read(self._bytes)), dtype=np.float32)
+        return torch.from_numpy(values).reshape(self.shape).to(self.device, self.dtype)
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once the first block's input is known."""
+
+
+def _first_inputs(
+    model: nn.Module, first: nn.Module, blocks: Tensor, path: Path
+) -> tuple[_States, dict[str, Any]]:
+    """Inputs of the first block for every sample, and the keyword arguments that all blocks receive."""
+    states: _States | None = None
+    arguments: dict[str, Any] = {}
+    current = 0
+
+    def catch(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        nonlocal states, arguments
+        hidden = positional[0] if positional else keywords["hidden_states"]
+        if states is None:
+            states = _States(path, len(blocks), hidden.shape, hidden.dtype, hidden.device)
+            arguments = {name: value for name, value in keywords.items() if name != "hidden_states"}
+        states.write(current, hidden)
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    device = next(model.parameters()).device
+    try:
+        for current in range(len(blocks)):  # noqa: B007 - read by the hook
+            try:
+                model(blocks[current : current + 1].to(device), **_without_cache(model))
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
+    assert states is not None
+    return states, arguments
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """A cache kept between samples would mix them."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _unquantized(modules: list[QuantLinear]) -> Iterator[None]:
+    """Run these layers with their float weights: calibration looks at the inputs the original weights would see."""
+    kept = [module.quantizer for module in modules]
+    for module in modules:
+        module.quantizer = None
+    try:
+        yield
+    finally:
+        for module, quantizer in zip(modules, kept, strict=True):
+            module.quantizer = quantizer
+
+
+def _calibrate_block(
+    block: nn.Module, prefix: str, states: _States, arguments: dict[str, Any], damping: float
+) -> list[LayerError]:
+    named = [(name, module) for name, module in block.named_modules() if isinstance(module, QuantLinear)]
+    named = [(name, module) for name, module in named if module.quantizer is not None]
+    if not named:
+        return []
+    hessians: dict[str, Tensor] = {}
+    members: dict[str, list[str]] = {}
+    # Layers fed by the same tensor (q, k, v; gate, up) share one Hessian. The tensors are held while a sample runs, for a
+    # freed one could give its address to another.
+    seen: dict[int, tuple[str, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, positional: tuple[Any, ...]) -> None:
+            inputs = positional[0]
+            owner, _held = seen.setdefault(inputs.data_ptr(), (name, inputs))
+            if name not in members.setdefault(owner, []):
+                members[owner].append(name)
+            if owner == name:
+                flat = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, in]
+                if owner in hessians:
+                    hessians[owner].addmm_(flat.t(), flat)
+                else:
+                    hessians[owner] = flat.t() @ flat
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in named]
+    try:
+        with _unquantized([module for _, module in named]):
+            for sample in range(states.samples):
+                seen.clear()
+                block(states.read(sample), **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    modules = dict(named)
+    report = []
+    for owner, names in members.items():
+        hessian = hessians.pop(owner)
+        if not torch.isfinite(hessian).all():
+            raise FormatError(f"inputs of layer {prefix}.{owner} are not finite; the model overflows on this text")
+        inverse = inverse_factor(hessian, damping)
+        for name in names:
+            rounded, repaired = _calibrate_layer(modules[name], hessian, *inverse)
+            report.append(LayerError(f"{prefix}.{name}", rounded, repaired))
+    return report
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(order, U): columns by falling diag(H), and the upper Cholesky factor of the inverse of the damped, ordered H."""
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    damped = hessian[order][:, order]
+    mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    identity = torch.eye(len(order), device=hessian.device)
+    for strength in (damping, 10 * damping, 100 * damping, 1.0):  # few samples: H may be singular in float32
+        factor, failed = torch.linalg.cholesky_ex(damped + identity * (mean * strength))
+        if not failed:
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return order, inverse
+    raise FormatError("the calibration inputs give a Hessian without a Cholesky factor; use more calibration text")
+
+
+def _calibrate_layer(module: QuantLinear, hessian: Tensor, order: Tensor, inverse: Tensor) -> tuple[float, float]:
+    """Set weight_scale and latent weights of one layer; (relative output error of rounding, of the repaired codes)."""
+    quantizer = module.quantizer
+    assert quantizer is not None and quantizer.weight_scale is not None
+    original = module.weight.detach().float().clone()  # [out, in]
+    importance = hessian.diagonal().clamp_min(hessian.diagonal().mean() * 1e-6)
+    if quantizer.config.granularity != "tensor":
+        rule, grid = quantizer.quantizer, quantizer.quantizer.grid
+        weights = grouped(original, quantizer.groups)
+        share = importance.reshape(1, quantizer.groups, -1)
+        quantizer.weight_scale.copy_(mse_alpha(weights, grid, share, rule.scale_dtype))
+    alpha = quantizer.alpha(module.weight)
+    latent = repair(original, alpha, quantizer.quantizer, order, inverse)
+    module.weight.copy_(latent.to(module.weight.dtype))
+    energy = _output_energy(original, hessian).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = _output_energy(quantizer.quantizer.values(original, alpha) - original, hessian)
+    repaired = _output_energy(quantizer.quantizer.values(latent, alpha) - original, hessian)
+    return float(rounded / energy), float(repaired / energy)
+
+
+def _output_energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """Sum over samples of |X matrix^T|^2 = trace(matrix H matrix^T)."""
+    return (matrix @ hessian).mul_(matrix).sum()
+
+
+def repair(weight: Tensor, alpha: Tensor, quantizer: Quantizer, order: Tensor, inverse: Tensor) -> Tensor:
+    """Latent weights [out, in] whose rounding is the second-order solution (GPTQ, algorithm 1).
+
+    weight: float32 [out, in]. alpha: [out, groups]. order, inverse: from `inverse_factor`.
+    """
+    grid = quantizer.grid
+    columns = weight.shape[1]
+    step = quantizer.step(alpha).repeat_interleave(columns // alpha.shape[1], dim=1)  # [out, in]
+    work = weight[:, order].t().contiguous()  # [in, out]: a column of the weight is contiguous
+    step = step[:, order].t().contiguous()
+    latent = torch.empty_like(work)
+    for start in range(0, columns, COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, columns)
+        errors = torch.empty(end - start, work.shape[1], device=work.device)
+        for column in range(start, end):
+            value = work[column]
+            latent[column] = value
+            code = grid.encode_(value / step[column])
+            error = (value - code.add_(grid.offset).mul_(step[column])).div_(inverse[column, column])
+            errors[column - start] = error
+            if column + 1 < end:
+                work[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1.0)
+        if end < columns:
+            work[end:].addmm_(inverse[start:end, end:].t(), errors, alpha=-1.0)
+    result = torch.empty_like(latent)
+    result[order] = latent
+    return result.t().contiguous()

@@ -1,0 +1,170 @@
+"""Fake-quantised twins of nn.Linear, nn.Embedding and nn.Conv2d.
+
+A twin shares the parameter object of the layer it replaces (same state_dict name, tied weights stay tied) and adds
+`weight_scale` [out, groups]: the clip scale alpha, a trained parameter or a fixed buffer, absent where the scale is
+recomputed from the weight at every forward.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgewright.errors import FormatError
+from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.quantization.activations import fake_quantize_activation
+from edgewright.quantization.config import SCALE_DTYPES, ActivationConfig, WeightConfig
+from edgewright.quantization.fake_quantize import Quantizer, fake_quantize, fake_quantized_linear
+from edgewright.quantization.scales import grouped, initial_alpha
+
+
+class WeightQuantizer(nn.Module):
+    """The clip scales of one weight matrix and the rule that gives them. Shared by modules that share the weight."""
+
+    def __init__(self, weight: Tensor, config: WeightConfig, layer: str) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        matrix = weight.detach().reshape(weight.shape[0], -1)  # [out, in] ; convolutions: in = channels * height * width
+        if not torch.isfinite(matrix).all():
+            raise FormatError(f"weight of layer {layer} holds NaN or infinity; it cannot be quantised")
+        self.groups = config.groups(matrix.shape[1], layer)
+        dynamic = config.scale in ("absmax", "absmean")
+        self.quantizer = Quantizer(
+            config.grid_object, SCALE_DTYPES[config.scale_dtype], dynamic, config.official_ternary_grad
+        )
+        self.weight_scale: Tensor | None
+        if dynamic:
+            self.register_buffer("weight_scale", None)
+            return
+        rule = config.initial if config.scale == "learned" else config.scale
+        alpha = self._alpha_from(matrix, rule)
+        if config.scale == "learned":
+            self.weight_scale = nn.Parameter(alpha)
+        else:
+            self.register_buffer("weight_scale", alpha)
+
+    def _alpha_from(self, matrix: Tensor, rule: str) -> Tensor:
+        """Alpha [out, groups] float32 by a scale rule, one common value when the granularity is the whole tensor."""
+        rows = matrix.shape[0]
+        weights = matrix.float()
+        if self.config.granularity == "tensor":
+            flat = weights.reshape(1, 1, -1)
+            return initial_alpha(flat, self.quantizer.grid, rule, self.quantizer.scale_dtype).expand(rows, 1).clone()
+        return initial_alpha(grouped(weights, self.groups), self.quantizer.grid, rule, self.quantizer.scale_dtype)
+
+    def alpha(self, weight: Tensor) -> Tensor:
+        """Clip scales [out, groups]: the stored ones, or recomputed from the weight (then without gradient)."""
+        if self.weight_scale is None:
+            return self._alpha_from(weight.detach().reshape(weight.shape[0], -1), self.config.scale)
+        if self.config.granularity == "tensor":  # one value: the gradient reaches it through the mean over rows
+            return self.weight_scale.mean().expand_as(self.weight_scale)
+        return self.weight_scale
+
+    def values(self, weight: Tensor) -> Tensor:
+        """The weight as it will ship, in its own shape and dtype, with straight-through gradients."""
+        matrix = weight.reshape(weight.shape[0], -1)
+        return fake_quantize(matrix, self.alpha(weight), self.quantizer).reshape(weight.shape)
+
+    @torch.no_grad()
+    def pack(self, weight: Tensor) -> PackedTensor:
+        """Integer codes and snapped steps of the weight."""
+        matrix = weight.detach().reshape(weight.shape[0], -1)
+        if not torch.isfinite(matrix).all():
+            raise FormatError(f"weight of layer {self.layer} holds NaN or infinity; it cannot be converted")
+        codes, step = self.quantizer.encode(matrix, self.alpha(weight))
+        return PackedTensor(codes.to(torch.int8), step, self.quantizer.grid.name)
+
+
+class QuantModule(Protocol):
+    """What `quantize_` puts in and `convert_` takes out."""
+
+    weight: Tensor
+    quantizer: WeightQuantizer | None
+
+    def packed(self) -> nn.Module: ...
+
+
+class QuantLinear(nn.Linear):
+    """Linear layer computing with its quantised weight and, if asked, a quantised input. [..., in] -> [..., out]."""
+
+    def __init__(
+        self, linear: nn.Linear, quantizer: WeightQuantizer | None, activation: ActivationConfig | None = None
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own constructor would allocate a second weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.quantizer = quantizer
+        self.activation = activation
+        self.train(linear.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.activation is not None:
+            inputs = fake_quantize_activation(inputs, self.activation)
+        if self.quantizer is None:
+            return F.linear(inputs, self.weight, self.bias)
+        alpha = self.quantizer.alpha(self.weight)
+        return fake_quantized_linear(inputs, self.weight, alpha, self.bias, self.quantizer.quantizer)
+
+    def packed(self) -> nn.Module:
+        """The converted layer: codes instead of floats; the plain layer where only the input was quantised."""
+        if self.quantizer is None:
+            return self
+        return PackedLinear(self.quantizer.pack(self.weight), self.bias)
+
+
+class QuantEmbedding(nn.Embedding):
+    """Embedding whose rows are quantised as they are looked up. int64 [...] -> [..., width]."""
+
+    def __init__(self, embedding: nn.Embedding, quantizer: WeightQuantizer) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+        self.max_norm, self.norm_type = None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self.weight = embedding.weight
+        self.quantizer = quantizer
+        self.train(embedding.training)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        flat = tokens.reshape(-1)
+        rows = F.embedding(flat, self.weight, self.padding_idx)  # [tokens, width]
+        scale = self.quantizer.weight_scale
+        if scale is None and self.quantizer.config.granularity != "tensor":
+            alpha = self.quantizer.alpha(rows)  # a row's own scale needs only that row
+        else:
+            alpha = F.embedding(flat, self.quantizer.alpha(self.weight))
+        values = fake_quantize(rows, alpha, self.quantizer.quantizer, self.weight.numel())
+        return values.reshape(*tokens.shape, self.embedding_dim)
+
+    def packed(self) -> nn.Module:
+        return PackedEmbedding(self.quantizer.pack(self.weight), self.padding_idx, self.weight.dtype)
+
+
+class QuantConv2d(nn.Conv2d):
+    """2-D convolution with a quantised weight; rows are output channels. [N, C, H, W] -> [N, out, H', W']."""
+
+    def __init__(
+        self, conv: nn.Conv2d, quantizer: WeightQuantizer | None, activation: ActivationConfig | None = None
+    ) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({k: v for k, v in conv.__dict__.items() if k not in ("_parameters", "_modules")})
+        self._parameters = dict(conv._parameters)
+        self._modules = {}
+        self.quantizer = quantizer
+        self.activation = activation
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.activation is not None:
+            inputs = fake_quantize_activation(inputs, self.activation)
+        weight = self.weight if self.quantizer is None else self.quantizer.values(self.weight)
+        return self._conv_forward(inputs, weight, self.bias)
+
+    def packed(self) -> nn.Module:
+        if self.quantizer is None:
+            return self
+        return PackedConv2d(self.quantizer.pack(self.weight), self)

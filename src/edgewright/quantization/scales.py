@@ -1,0 +1,120 @@
+"""Rules that choose the clip scale alpha of each group of weights without training.
+
+All functions take weights grouped as [rows, groups, group size] in float32 and return alpha [rows, groups].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from edgewright.errors import UsageError
+from edgewright.quantization.grids import Grid
+
+# Smallest clip scale: keeps an all-zero row valid (ParetoQ clamps there too).
+SMALLEST_ALPHA = 1e-5
+SCALE_RULES = ("absmax", "absmean", "mse")
+
+# Clip ranges tried by the search, as fractions of the range that clips nothing: coarse grids gain from clipping more.
+CLIP_FRACTIONS: dict[str, tuple[float, ...]] = {
+    "binary": (1.0,),
+    "ternary": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "seq2": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "int2": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "int3": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "int4": (0.5, 0.6, 0.68, 0.76, 0.83, 0.89, 0.95, 1.0),
+    "int8": (0.8, 0.9, 0.95, 1.0),
+}
+ELEMENTS_AT_ONCE = 1 << 17  # the search works on slices that stay in cache
+
+
+def grouped(weight: Tensor, groups: int) -> Tensor:
+    """View a matrix [rows, columns] as [rows, groups, columns / groups]."""
+    return weight.reshape(weight.shape[0], groups, -1)
+
+
+def clamp_alpha(alpha: Tensor) -> Tensor:
+    """Keep |alpha| >= 1e-5.
+
+    deviation: ParetoQ clamps to positive values; a negative alpha mirrors an uneven grid such as -8..7 and is kept.
+    """
+    return torch.where(alpha < 0, alpha.clamp(max=-SMALLEST_ALPHA), alpha.clamp(min=SMALLEST_ALPHA))
+
+
+def snap(step: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Round steps to `dtype` (nearest even) and return float32; None leaves them as they are."""
+    return step if dtype is None else step.to(dtype).to(torch.float32)
+
+
+def absmax_alpha(weights: Tensor, grid: Grid) -> Tensor:
+    """Smallest range that clips nothing: max|w| (LSQ grids: over the largest positive code), the paper's initial value."""
+    peak = weights.abs().amax(-1)
+    return clamp_alpha(peak / grid.high if grid.kind == "integer" else peak)
+
+
+def absmean_alpha(weights: Tensor, grid: Grid) -> Tensor:
+    """Range from the mean magnitude m: binary m, ternary step m (BitNet b1.58), SEQ 2m (LLM-QAT), integers 2m/sqrt(Qp) (LSQ)."""
+    mean = weights.abs().mean(-1)
+    factor = {"binary": 1.0, "ternary": 1.5, "seq2": 2.0}.get(grid.name, 2.0 / math.sqrt(grid.high))
+    return clamp_alpha(mean * factor)
+
+
+def mse_alpha(
+    weights: Tensor, grid: Grid, importance: Tensor | None = None, scale_dtype: torch.dtype | None = torch.bfloat16
+) -> Tensor:
+    """The alpha of least squared error, by trying clip ranges and refitting the step to each one's codes.
+
+    With codes c (offset included) fixed, the best step is <w, c> / <c, c> and leaves the error |w|^2 - <w, c>^2 / <c, c>.
+    importance: optional weight of each column's error, broadcastable to `weights` (for example mean squared inputs).
+    Uneven grids also try the mirrored range (negative alpha).
+    """
+    if grid.kind == "binary" and importance is None:  # closed form: the mean magnitude
+        return absmean_alpha(weights, grid)
+    rows = max(1, ELEMENTS_AT_ONCE // (weights.shape[1] * weights.shape[2]))
+    parts = []
+    for start in range(0, weights.shape[0], rows):
+        part = weights[start : start + rows]
+        share = None if importance is None else importance.expand_as(weights)[start : start + rows]
+        parts.append(_search(part, grid, share))
+    alpha = clamp_alpha(torch.cat(parts))
+    return snap(alpha / grid.steps_per_alpha, scale_dtype) * grid.steps_per_alpha if scale_dtype else alpha
+
+
+def _search(weights: Tensor, grid: Grid, importance: Tensor | None) -> Tensor:
+    outermost = grid.high + grid.offset
+    peak = weights.abs().amax(-1).clamp_min(SMALLEST_ALPHA) / outermost  # step at which nothing is clipped
+    signs = (1.0, -1.0) if -grid.low != grid.high and grid.offset == 0 else (1.0,)
+    best_gain = torch.zeros_like(peak)
+    best_step = peak.clone()
+    weighted = weights if importance is None else weights * importance
+    codes, product = torch.empty_like(weights), torch.empty_like(weights)
+    for fraction in CLIP_FRACTIONS[grid.name]:
+        for sign in signs:
+            torch.div(weights, (peak * (fraction * sign)).unsqueeze(-1), out=codes)
+            grid.encode_(codes)
+            if grid.offset:
+                codes.add_(grid.offset)
+            fit = torch.mul(codes, weighted, out=product).sum(-1)  # <w, c>
+            torch.mul(codes, codes, out=product)
+            energy = (product if importance is None else product.mul_(importance)).sum(-1)  # <c, c>
+            step = fit / energy.clamp_min(torch.finfo(torch.float32).tiny)
+            gain = step * fit
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best_step = torch.where(better, step, best_step)
+    return best_step * grid.steps_per_alpha
+
+
+def initial_alpha(weights: Tensor, grid: Grid, rule: str, scale_dtype: torch.dtype | None) -> Tensor:
+    """Alpha by one of SCALE_RULES or by "paper": ParetoQ's start (binary: absmean, others: absmax)."""
+    if rule == "paper":
+        rule = "absmean" if grid.kind == "binary" else "absmax"
+    if rule == "absmax":
+        return absmax_alpha(weights, grid)
+    if rule == "absmean":
+        return absmean_alpha(weights, grid)
+    if rule == "mse":
+        return mse_alpha(weights, grid, scale_dtype=scale_dtype)
+    raise UsageError(f"unknown scale rule {rule!r}; the rules are {', '.join(SCALE_RULES)} and learned")

@@ -1,0 +1,288 @@
+"""What a recipe is: one published system at three sizes, its plan, its run, and its claims as data that get checked.
+
+A recipe is a module `recipes/<slug>.py` (hyphens as underscores) with the members of `Recipe` below. `run_recipe` does
+the rest the same way for all of them: settings, plan, folder, resume, report, claims.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pkgutil
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+from edgewright.errors import CheckFailed, OutputError, UsageError
+from edgewright.io.atomic import write_text
+from edgewright.measure.report import Report, format_value
+from edgewright.recipes.settings import override, plain
+from edgewright.systems import find, systems
+
+SIZES = ("tiny", "small", "paper")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`metric` of `subject` is below ("<") or above (">") a bound: `threshold`, or `factor` x that of `against`."""
+
+    metric: str
+    subject: str
+    direction: Literal["<", ">"]
+    threshold: float | None = None
+    against: str | None = None  # another subject of the same report
+    factor: float = 1.0
+    sizes: tuple[str, ...] = SIZES  # where the claim is made: a tiny run cannot show everything that a paper's run can
+
+    def __post_init__(self) -> None:
+        if (self.threshold is None) == (self.against is None):
+            raise ValueError(f"a claim needs either a threshold or a subject to stand against: {self}")
+        if self.direction not in ("<", ">") or not set(self.sizes) <= set(SIZES):
+            raise ValueError(f"a claim's direction is '<' or '>', its sizes are among {SIZES}: {self}")
+
+
+class Verdict(NamedTuple):
+    """A claim, whether it held, and the sentence with both figures."""
+
+    claim: Claim
+    held: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does and costs on a 2-core machine; it leaves its `inputs` alone and `outputs` in its folder."""
+
+    steps: tuple[str, ...]
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    inputs: tuple[Path, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """The plan for people, one line a step."""
+        lines = [f"  {i}. {step}" for i, step in enumerate(self.steps, 1)]
+        cost = (
+            f"about {_duration(self.seconds)}, {_size(self.memory_bytes)} of memory, {_size(self.disk_bytes)} of disk"
+        )
+        return "\n".join([*lines, f"  {cost}"])
+
+
+class Cell(NamedTuple):
+    """One number of `results/<csv>`: the `column` of the only line whose columns equal `where`."""
+
+    csv: str
+    where: dict[str, str]
+    column: str = "value"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The catalogue's figure: `text` with named gaps ("KL {ours:.2f} instead of {rtn:.2f}") and the cell for each."""
+
+    text: str
+    cells: dict[str, Cell]
+
+
+class Recipe(Protocol):
+    """The members of a recipe's module. Settings are a frozen dataclass; its `seed` fixes every bit of the result."""
+
+    __name__: str
+    CLAIMS: tuple[Claim, ...]
+    CLOCKED: tuple[str, ...]  # metrics read off a clock or a memory counter, which differ from run to run
+    HEADLINE: Headline | None
+
+    def tiny(self) -> Any:
+        """Seconds on 2 cores: what the tests run."""
+
+    def small(self) -> Any:
+        """Minutes on 2 cores or one GPU: what our own figures come from."""
+
+    def paper(self) -> Any:
+        """The published size."""
+
+    def plan(self, settings: Any) -> Plan:
+        """What `run` will do with these settings; imports nothing heavy."""
+
+    def run(self, settings: Any, output: Path) -> Report:
+        """Do it, leaving plots and files in `output`; called again on the same folder it resumes."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `run_recipe` did; `report` is None and `verdicts` empty after a dry run."""
+
+    slug: str
+    size: str
+    settings: Any
+    plan: Plan
+    folder: Path
+    report: Report | None = None
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def held(self) -> bool:
+        """No claim failed."""
+        return all(verdict.held for verdict in self.verdicts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as JSON values."""
+        plan = {"steps": self.plan.steps, "seconds": self.plan.seconds, "memory_bytes": self.plan.memory_bytes}
+        return {
+            "slug": self.slug,
+            "size": self.size,
+            "settings": plain(self.settings),
+            "plan": {**plan, "disk_bytes": self.plan.disk_bytes},
+            "output": str(self.folder),
+            "report": self.report.to_dict() if self.report else None,
+            "claims": [{"held": verdict.held, "text": verdict.text} for verdict in self.verdicts],
+        }
+
+
+def runnable() -> list[str]:
+    """The slugs of the catalogue that have a recipe, found without importing any."""
+    modules = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    return [row.slug for row in systems() if row.slug.replace("-", "_") in modules]
+
+
+def load_recipe(slug: str) -> Recipe:
+    """The recipe of a system; UsageError says so when it is only planned."""
+    row = find(slug)
+    if slug not in runnable():
+        ready = ", ".join(runnable()) or "none yet"
+        raise UsageError(f"{row.title} ({slug}) is planned and has no recipe yet; systems that run: {ready}")
+    return cast(Recipe, import_module(f"edgewright.recipes.{slug.replace('-', '_')}"))
+
+
+def check_claims(report: Report, claims: Iterable[Claim]) -> list[Verdict]:
+    """Hold each claim against the report's figures. A missing figure, or one that is no number, does not hold."""
+    return [_check(report, claim) for claim in claims]
+
+
+def run_recipe(
+    recipe: str | Recipe,
+    size: str = "tiny",
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    *,
+    dry_run: bool = False,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Run a system's recipe in `output` (default `runs/<slug>-<size>`) and check its claims.
+
+    The folder ends with `settings.json`, `report.json`, `report.md` and what the recipe's plan names. A folder with
+    the same settings is resumed, a finished one is read again; other settings are refused unless `fresh` clears it.
+    `overrides` are `path=value` texts; `say` receives the plan and the state of the folder. Raises UsageError,
+    OutputError, CheckFailed (a promised file is missing) and what the recipe raises.
+    """
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe)
+    slug = recipe.__name__.rpartition(".")[2].replace("_", "-")
+    if size not in SIZES:
+        raise UsageError(f"no size is called {size!r}; sizes: {', '.join(SIZES)}")
+    settings = override(getattr(recipe, size)(), overrides)
+    plan = recipe.plan(settings)
+    folder = Path(output) if output is not None else Path("runs") / f"{slug}-{size}"
+    outcome = Outcome(slug, size, settings, plan, folder)
+    say(f"{slug}, size {size}, in {folder}:\n{plan.text()}")
+    if dry_run:
+        return outcome
+
+    record = {"recipe": slug, "size": size, "settings": plain(settings)}
+    state = _open_folder(folder, record, plan, fresh)
+    if state == "finished":
+        say(f"{folder} holds this run already, finished; --fresh runs it again")
+        report = Report.from_file(folder)
+    else:
+        if state == "resumed":
+            say(f"resuming in {folder}")
+        report = recipe.run(settings, folder)
+        missing = [name for name in plan.outputs if not (folder / name).exists()]
+        if missing:
+            raise CheckFailed(f"the run of {slug} ended without the files it promised: {', '.join(missing)}")
+        report.settings.update({"recipe": slug, "size": size, **record["settings"]})
+    verdicts = tuple(check_claims(report, (claim for claim in recipe.CLAIMS if size in claim.sizes)))
+    if state != "finished":
+        report.notes.extend(f"claim {'held' if verdict.held else 'NOT held'}: {verdict.text}" for verdict in verdicts)
+        report.save(folder)  # last: its presence says that the run is finished
+    return Outcome(slug, size, settings, plan, folder, report, verdicts)
+
+
+def _check(report: Report, claim: Claim) -> Verdict:
+    try:
+        value = report.value(claim.metric, claim.subject)
+        reference = claim.threshold if claim.against is None else report.value(claim.metric, claim.against)
+    except UsageError as error:
+        return Verdict(claim, False, str(error))
+    assert reference is not None  # Claim.__post_init__
+    bound = claim.factor * reference
+    held = value < bound if claim.direction == "<" else value > bound  # NaN compares false either way
+    text = (
+        f"{claim.metric} of {claim.subject or 'the run'}: {format_value(value)} {claim.direction} {format_value(bound)}"
+    )
+    if claim.against is not None:
+        scale = "" if claim.factor == 1 else f"{claim.factor:g} x "
+        text += f" = {scale}{claim.against}'s {format_value(reference)}"
+    return Verdict(claim, held and math.isfinite(value), text)
+
+
+def _open_folder(
+    folder: Path, record: dict[str, Any], plan: Plan, fresh: bool
+) -> Literal["new", "resumed", "finished"]:
+    marker = folder / "settings.json"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; --output names a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not marker.is_file():
+            raise UsageError(f"{folder} is not empty and holds no run; choose an empty folder with --output")
+        if fresh:
+            shutil.rmtree(folder)
+        else:
+            _same_run(folder, marker, record)
+            return "finished" if (folder / "report.json").is_file() else "resumed"
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(parent).free) < plan.disk_bytes:
+        raise OutputError(f"the run needs {_size(plan.disk_bytes)} of disk, {parent} has {_size(free)} left")
+    write_text(marker, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return "new"
+
+
+def _same_run(folder: Path, marker: Path, record: dict[str, Any]) -> None:
+    try:
+        earlier = json.loads(marker.read_text(encoding="utf-8"))
+        was, now = _flat(earlier), _flat(record)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"cannot read {marker}: {error}; --fresh clears the folder") from None
+    changed = [key for key in now.keys() | was.keys() if was.get(key) != now.get(key) and key != "size"]
+    if changed:
+        key = min(changed)
+        raise UsageError(
+            f"{folder} holds a run with {key} = {was.get(key)!r}, this one has {now.get(key)!r}; "
+            "choose another folder with --output, or --fresh clears this one"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _size(count: int) -> str:
+    """Decimal units, as disks and files are counted."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"

@@ -1,0 +1,372 @@
+"""The llama.cpp engine: logits, generation and chat prompts of a GGUF file on the CPU."""
+
+from __future__ import annotations
+
+import atexit
+import codecs
+import ctypes
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
+from edgewright.io.gguf import GGUFFile
+from edgewright.measure.machine import usable_cores
+from edgewright.runtime import llamacpp_library as lib
+from edgewright.runtime.chat_template import render_chat
+from edgewright.runtime.engine import Generation
+
+BATCH = 512  # tokens per llama_decode call when only the last logits are wanted
+LOGIT_ROWS = 128  # and when all are: float32 [128, vocabulary] is what is in memory at once
+MAX_CONTEXT = 1 << 20
+
+_open_engines: weakref.WeakSet[LlamaCppEngine] = weakref.WeakSet()
+
+
+class LlamaCppEngine:
+    """A GGUF file in llama.cpp (see `edgewright.runtime.engine.Engine` for the calls).
+
+    The file's header is checked by `GGUFFile` before llama.cpp sees it. A quantised value cache runs with flash
+    attention, which it needs; everything else stays at llama.cpp's defaults. Not for use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        context: int = 2048,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+    ) -> None:
+        self._model: int | None = None
+        self._context: int | None = None
+        self._batch: lib.Batch | None = None
+        self._cached: list[int] = []  # what the key-value cache holds
+        self.path = Path(path)
+        self.threads = usable_cores() if threads is None else threads
+        _check_options(self.threads, context, cache_type_k, cache_type_v)
+        file = GGUFFile(self.path)
+        check_model_header(file)
+        self.metadata = file.metadata
+        self._lib = lib.library()
+        self._c = self._lib.c
+        self._load()
+        self._start(context, cache_type_k, cache_type_v)
+        self._vocabulary = self._c.llama_model_get_vocab(self._model)
+        self.vocabulary: int = self._c.llama_vocab_n_tokens(self._vocabulary)
+        self.context: int = self._c.llama_n_ctx(self._context)
+        self._batch = self._c.llama_batch_init(BATCH, 0, 1)
+        _open_engines.add(self)
+
+    # ---- opening and closing
+
+    def _load(self) -> None:
+        self._lib.log.clear()
+        path = str(self.path).encode("utf-8", "surrogateescape")
+        self._model = self._c.llama_model_load_from_file(path, self._c.llama_model_default_params())
+        if not self._model:
+            raise FormatError(f"llama.cpp does not load {self.path}: {self._lib.log.reason()}")
+        if self._c.llama_model_has_encoder(self._model) or not self._c.llama_model_has_decoder(self._model):
+            self.close()
+            raise Unsupported(f"{self.path} is not a decoder-only language model; the llama.cpp engine runs only those")
+
+    def _start(self, context: int, cache_type_k: str, cache_type_v: str) -> None:
+        params = self._lib.context_params()
+        params.set(lib.N_CTX, context)
+        params.set(lib.N_BATCH, BATCH)
+        params.set(lib.N_UBATCH, BATCH)
+        params.set(lib.N_THREADS, self.threads)
+        params.set(lib.N_THREADS_BATCH, self.threads)
+        params.set(lib.TYPE_K, lib.CACHE_TYPES[cache_type_k])
+        params.set(lib.TYPE_V, lib.CACHE_TYPES[cache_type_v])
+        if cache_type_v != "f16":
+            params.set(lib.FLASH_ATTENTION, 1)
+        self._lib.log.clear()
+        self._context = self._c.llama_init_from_model(self._model, params)
+        if not self._context:
+            reason = self._lib.log.reason()
+            self.close()
+            raise EdgewrightError(
+                f"llama.cpp cannot start {self.path} with context={context}, cache types {cache_type_k}/{cache_type_v}: "
+                f"{reason}"
+            )
+        # a second proof that the offsets are right: llama.cpp tells what it understood
+        told = (self._c.llama_n_batch(self._context), self._c.llama_n_threads(self._context))
+        if told != (BATCH, self.threads) or self._c.llama_n_ctx(self._context) < context:
+            self.close()
+            raise EdgewrightError(
+                f"xllamacpp {self._lib.version} did not take its settings; please report this version"
+            )
+
+    def close(self) -> None:
+        """Free everything; harmless when called again."""
+        if self._batch is not None:
+            self._c.llama_batch_free(self._batch)
+        if self._context:
+            self._c.llama_free(self._context)
+        if self._model:
+            self._c.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    def __enter__(self) -> LlamaCppEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # by then atexit has closed it, and ctypes may be gone
+            self.close()
+
+    # ---- text and tokens
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; `special` reads special tokens in the text and adds those the model starts with."""
+        self._alive()
+        data = text.encode("utf-8", "replace")
+        size = len(data) + 8
+        for _ in range(2):
+            out = (ctypes.c_int32 * size)()
+            count = self._c.llama_tokenize(self._vocabulary, data, len(data), out, size, special, special)
+            if count >= 0:
+                break
+            size = -count
+        if count < 0:
+            raise EdgewrightError(f"llama.cpp cannot tokenise a text of {len(data)} bytes")
+        ids = list(out[:count])
+        start = self._c.llama_vocab_bos(self._vocabulary)
+        # a chat template that writes the start token itself would otherwise get it twice
+        return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == start else ids
+
+    def detokenize(self, ids: Sequence[int], special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. `special` writes special tokens out."""
+        return self.detokenize_bytes(ids, special).decode("utf-8", "replace")
+
+    def detokenize_bytes(self, ids: Sequence[int], special: bool = True) -> bytes:
+        """As `detokenize`, the bytes themselves."""
+        array = self._checked(ids, empty_is_fine=True)
+        tokens = array.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        size = 16 * len(array) + 64
+        for _ in range(2):
+            out = ctypes.create_string_buffer(size)
+            count = self._c.llama_detokenize(self._vocabulary, tokens, len(array), out, size, False, special)
+            if count >= 0:
+                return out.raw[:count]
+            size = -count
+        raise EdgewrightError(f"llama.cpp cannot write {len(array)} tokens as text")
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token inside a text; empty for a special one."""
+        size = 64
+        for _ in range(2):
+            out = ctypes.create_string_buffer(size)
+            count = self._c.llama_token_to_piece(self._vocabulary, token, out, size, 0, False)
+            if count >= 0:
+                return out.raw[:count]
+            size = -count
+        return b""
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        return bool(self._c.llama_vocab_is_eog(self._vocabulary, token))
+
+    def is_control(self, token: int) -> bool:
+        """Whether the token is a mark rather than text."""
+        return bool(self._c.llama_vocab_is_control(self._vocabulary, token))
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The messages in the chat format that the file carries, ready for the answer."""
+        template = self.metadata.get("tokenizer.chat_template")
+        if not isinstance(template, str):
+            raise UsageError(f"{self.path} carries no chat template; continue a plain text with generate(text) instead")
+        self._alive()
+        start, end = self._c.llama_vocab_bos(self._vocabulary), self._c.llama_vocab_eos(self._vocabulary)
+        names = self.metadata.get("tokenizer.ggml.tokens", [])
+        bos, eos = (names[i] if 0 <= i < len(names) else "" for i in (start, end))
+        return render_chat(template, messages, bos=bos, eos=eos)
+
+    # ---- the model
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [T, vocabulary]: the logits after each of the T ids, from an empty cache."""
+        return np.concatenate(list(self.logits_stream(ids)))
+
+    def logits_stream(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The rows of `logits` in order, at most 128 at a time."""
+        array = self._checked(ids)
+        if len(array) > self.context:
+            raise self._too_long(len(array))
+        self._forget(0)
+        for start in range(0, len(array), LOGIT_ROWS):
+            chunk = array[start : start + LOGIT_ROWS]
+            self._decode(chunk, start, every=True)
+            rows = self._c.llama_get_logits(self._context)
+            yield np.ctypeslib.as_array(rows, shape=(len(chunk), self.vocabulary)).copy()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: Callable[[str], object] | None = None,
+        reuse: bool = False,
+        ignore_end: bool = False,
+    ) -> Generation:
+        """Continue `prompt` (text or ids): greedily at temperature 0, else sampled from the softmax with `seed`.
+
+        on_token gets the text as it grows, never half a character. reuse: start from what the previous call left in
+        the cache as far as it is the same (a growing chat); the numbers may then differ in the last bits. ignore_end:
+        go on after the end of the text (benchmarks). Raises UsageError when the prompt does not fit the context.
+        """
+        if max_new_tokens < 1 or not (0 <= temperature < float("inf")):
+            raise UsageError(
+                f"generate needs max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}; "
+                "e.g. generate(text, 128, temperature=0.7)"
+            )
+        begin = time.perf_counter()
+        array = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        if len(array) >= self.context:
+            raise self._too_long(len(array) + 1)
+        rng = np.random.default_rng(seed)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        reused = self._prefill(array, reuse)
+        ids: list[int] = []
+        parts: list[str] = []
+        seconds: list[float] = []
+        finish = "length"
+        while True:
+            token = self._sample(temperature, rng)
+            seconds.append(time.perf_counter() - begin)
+            if self.is_end(token) and not ignore_end:
+                finish = "stop"
+                break
+            ids.append(token)
+            self._emit(decoder.decode(self.piece(token)), parts, on_token)
+            if len(ids) == max_new_tokens:
+                break
+            if len(self._cached) >= self.context:
+                finish = "context"
+                break
+            begin = time.perf_counter()
+            self._decode(np.array([token], dtype=np.int32), len(self._cached))
+        self._emit(decoder.decode(b"", final=True), parts, on_token)
+        return Generation(
+            text="".join(parts),
+            ids=tuple(ids),
+            prompt_tokens=len(array),
+            prefill_seconds=seconds[0],
+            token_seconds=tuple(seconds[1:]),
+            finish=finish,
+            reused_tokens=reused,
+        )
+
+    def _prefill(self, array: NDArray[np.int32], reuse: bool) -> int:
+        """Bring the cache to `array` with the logits of its last token ready; returns how much was there already."""
+        keep = 0
+        if reuse:  # the last token is always computed, for its logits
+            limit = min(len(self._cached), len(array) - 1)
+            while keep < limit and self._cached[keep] == array[keep]:
+                keep += 1
+        keep = self._forget(keep)
+        for start in range(keep, len(array), BATCH):
+            self._decode(array[start : start + BATCH], start)
+        return keep
+
+    def _forget(self, keep: int) -> int:
+        """Cut the cache to its first `keep` tokens (all of it where the model cannot be cut); returns what is left."""
+        memory = self._c.llama_get_memory(self._context)
+        if keep and self._c.llama_memory_seq_rm(memory, 0, keep, -1):
+            self._cached = self._cached[:keep]
+        else:
+            self._c.llama_memory_clear(memory, True)
+            self._cached = []
+        return len(self._cached)
+
+    def _decode(self, tokens: NDArray[np.int32], position: int, every: bool = False) -> None:
+        """Feed tokens; afterwards llama.cpp holds logits of the last one, or of every one."""
+        batch = self._batch
+        assert batch is not None
+        batch.n = count = len(tokens)
+        for i, token in enumerate(tokens.tolist()):
+            batch.token[i], batch.position[i] = token, position + i
+            batch.sequence_count[i], batch.sequence[i][0] = 1, 0
+            batch.logits[i] = every or i == count - 1
+        self._lib.log.clear()
+        code = self._c.llama_decode(self._context, batch)
+        if code != 0:
+            self._forget(0)
+            raise EdgewrightError(f"llama.cpp stopped at token {position} (code {code}): {self._lib.log.reason()}")
+        self._cached += tokens.tolist()
+
+    def _sample(self, temperature: float, rng: np.random.Generator) -> int:
+        logits = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), shape=(self.vocabulary,))
+        if temperature == 0:
+            return int(logits.argmax())
+        scaled = (logits.astype(np.float64) - logits.max()) / temperature
+        cumulative = np.cumsum(np.exp(scaled))
+        return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+
+    # ---- checks
+
+    def _alive(self) -> None:
+        if self._model is None:
+            raise UsageError(f"the engine of {self.path} is closed; open it again with open_engine(path)")
+
+    def _checked(self, ids: Sequence[int], empty_is_fine: bool = False) -> NDArray[np.int32]:
+        self._alive()
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if not array.size and not empty_is_fine:
+            raise UsageError("there are no tokens to run: the text is empty and the model adds no start token")
+        if array.size and not (0 <= array.min() and array.max() < self.vocabulary):
+            bad = array[(array < 0) | (array >= self.vocabulary)][0]
+            raise UsageError(f"token {bad} is not in the vocabulary of {self.path.name} (0 to {self.vocabulary - 1})")
+        return array.astype(np.int32)
+
+    def _too_long(self, needed: int) -> UsageError:
+        return UsageError(
+            f"{needed} tokens do not fit the context of {self.context}; "
+            f"open the file with more, e.g. open_engine(path, context={-(-needed // 256) * 256}), or shorten the text"
+        )
+
+    @staticmethod
+    def _emit(text: str, parts: list[str], on_token: Callable[[str], object] | None) -> None:
+        if text:
+            parts.append(text)
+            if on_token is not None:
+                on_token(text)
+
+
+def check_model_header(file: GGUFFile) -> None:
+    """Refuse, with a FormatError, headers whose sizes llama.cpp would divide by or allocate without asking."""
+    data: Mapping[str, Any] = file.metadata
+    architecture = data.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture.isascii():
+        raise FormatError(f"{file.path} does not say which architecture it holds (general.architecture)")
+
+
+def _check_options(threads: int, context: int, cache_type_k: str, cache_type_v: str) -> None:
+    if not 1 <= threads <= 1024:
+        raise UsageError(f"threads must be 1 to 1024, got {threads}; leave it out to use every core")
+    if not 1 <= context <= MAX_CONTEXT:
+        raise UsageError(f"context must be 1 to {MAX_CONTEXT} tokens, got {context}; e.g. context=2048")
+    for name, value in (("cache_type_k", cache_type_k), ("cache_type_v", cache_type_v)):
+        if value not in lib.CACHE_TYPES:
+            raise UsageError(f"{name} must be one of {', '.join(lib.CACHE_TYPES)}, got {value!r}; e.g. {name}='q8_0'")
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_open_engines):
+        engine.close()

@@ -1,0 +1,199 @@
+"""Checkpoint folders: tensors in safetensors, everything else in JSON, each folder complete or absent. No pickle.
+
+`<output>/checkpoints/step-00000012.0/` holds `model.safetensors` (by parameter name), `state.safetensors` and
+`state.json`. The number after the dot counts the micro steps of a step that was interrupted within accumulation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from edgewright.errors import FormatError, OutputError, UsageError
+from edgewright.io.atomic import atomic_directory
+
+FORMAT = 1
+FOLDER = "checkpoints"
+NAME = re.compile(r"step-(\d{8,})\.(\d+)")
+MODEL, TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
+
+
+def checkpoint_path(output: Path, step: int, micro: int) -> Path:
+    return output / FOLDER / f"step-{step:08d}.{micro}"
+
+
+def latest_checkpoint(output: str | Path) -> Path | None:
+    """The checkpoint of a run that got furthest, or None."""
+    return max(_checkpoints(Path(output)), key=_order, default=None)
+
+
+def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any) -> None:
+    """Write one checkpoint folder, flushed to disk before it gets its name.
+
+    `state` is a tree of dicts, lists, tuples, tensors, arrays, numbers, strings and None. Raises UsageError for
+    anything else (naming its place) and OutputError when the disk refuses; neither leaves a folder behind.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(state, tensors, "state")
+    with atomic_directory(path) as folder:
+        _save(model, folder / MODEL)
+        _save(tensors, folder / TENSORS)
+        (folder / STATE).write_text(json.dumps({"format": FORMAT, "state": tree}, indent=1), encoding="utf-8")
+        for name in (MODEL, TENSORS, STATE):
+            descriptor = os.open(folder / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def check_state(value: Any, place: str) -> None:
+    """Raise UsageError now rather than at the first checkpoint when `value` could not be saved."""
+    _encode(value, {}, place)
+
+
+def read_state(path: Path) -> Any:
+    """The `state` of a checkpoint, tensors in memory of their own. Raises FormatError when the folder is damaged."""
+    try:
+        document = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise FormatError(f"{path} has checkpoint format {document['format']}; this version reads {FORMAT}")
+        tensors = {name: tensor.clone() for name, tensor in _tensors(path / TENSORS)}
+        return _decode(document["state"], tensors)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise error if isinstance(error, FormatError) else _damaged(path, error) from error
+
+
+def model_names(path: Path) -> set[str]:
+    """Names of the model tensors in a checkpoint."""
+    try:
+        with safe_open(path / MODEL, framework="pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_model(path: Path, targets: Mapping[str, Tensor]) -> None:
+    """Copy the saved tensors one by one into `targets`.
+
+    Nothing is copied unless every name, shape and dtype fits: UsageError names the first that does not.
+    """
+    file = path / MODEL
+    for name, tensor in _tensors(file):
+        target = targets.get(name)
+        now = "absent" if target is None else describe(target)
+        if now != describe(tensor):
+            raise UsageError(f"cannot resume from {path}: model tensor {name!r} was {describe(tensor)}, now {now}")
+    with torch.no_grad():
+        for name, tensor in _tensors(file):
+            targets[name].copy_(tensor)
+
+
+def remove_checkpoints(output: str | Path, keep: Path | None = None) -> None:
+    """Remove the checkpoints of a run but `keep`, with what a killed process left half-written. Best effort."""
+    for path in _checkpoints(Path(output)):
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+    folder = Path(output) / FOLDER
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        folder.rmdir()  # only when empty
+    except OSError:
+        pass
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape, as in "float32[64, 128]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    folder = output / FOLDER
+    return [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def _order(path: Path) -> tuple[int, int]:
+    step, micro = path.name.removeprefix("step-").split(".")
+    return int(step), int(micro)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """safetensors wants dense tensors, none of which shares memory with another."""
+    own = {}
+    for name, tensor in tensors.items():
+        dense = tensor.detach().contiguous()
+        own[name] = dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
+    try:
+        save_file(own, path)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path.parent.parent}: {error}") from error
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file.parent, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> FormatError:
+    return FormatError(f"checkpoint {path} is damaged ({error}): remove that folder, or pass resume='never'")
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+    """JSON for a tree; tensors go to `tensors` and leave their key. Tags are dicts whose one key starts with "__"."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise UsageError(f"{place} is a {value.layout} tensor, which a checkpoint cannot hold: make it dense")
+        key = f"{len(tensors):05d} {place}"
+        tensors[key] = value
+        return {"__tensor__": key}
+    if isinstance(value, np.ndarray):
+        return {"__array__": _encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, place)}
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return {"__tuple__": [_encode(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]}
+    if isinstance(value, list):
+        return [_encode(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("__") for key in value):
+            return {key: _encode(part, tensors, f"{place}.{key}") for key, part in value.items()}
+        pairs = [
+            [_encode(key, tensors, place), _encode(part, tensors, f"{place}.{key}")] for key, part in value.items()
+        ]
+        return {"__pairs__": pairs}
+    kind = type(value).__name__
+    raise UsageError(f"{place} is of type {kind}, which a checkpoint cannot hold: use tensors and JSON values")
+
+
+def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_decode(part, tensors) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "__tensor__" in tree:
+        return tensors[tree["__tensor__"]]
+    if "__array__" in tree:
+        return _decode(tree["__array__"], tensors).numpy()
+    if "__tuple__" in tree:
+        return tuple(_decode(part, tensors) for part in tree["__tuple__"])
+    if "__pairs__" in tree:
+        return {_decode(key, tensors): _decode(part, tensors) for key, part in tree["__pairs__"]}
+    return {key: _decode(part, tensors) for key, part in tree.items()}

@@ -1,0 +1,136 @@
+"""The bond between a run and its output folder: when to start afresh, where to go on, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import CheckFailed, UsageError
+from edgewright.training import checkpoint, snapshot
+
+RESUME = ("auto", "never", "must")
+
+
+@dataclass
+class Position:
+    """How far a run got: whole updates, then micro steps into the next one with what they gave so far."""
+
+    step: int = 0
+    micro: int = 0
+    losses: list[float | Tensor] = field(default_factory=list)
+    metrics: list[dict[str, float | Tensor]] = field(default_factory=list)
+
+
+class Keeper:
+    """Saves and restores one run. `folder` None keeps nothing.
+
+    `settings` is everything outside the model that shapes the result; a resume under other settings is refused.
+    In a distributed run every process calls `save` and `restore`; the first one writes, each keeps its random state.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Any,
+        device: torch.device,
+        generator: torch.Generator | None,
+        scaler: torch.amp.GradScaler | None,
+        accelerator: Any,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.saved = folder, None if folder is None else checkpoint.latest_checkpoint(folder)
+        self._model, self._optimizer, self._batches = model, optimizer, batches
+        self._device, self._generator, self._scaler = device, generator, scaler
+        self._accelerator, self._settings = accelerator, settings
+        self._frozen: dict[str, int] = {}
+        if folder is not None:
+            inside = {id(parameter) for parameter in model.parameters()}
+            if any(id(p) not in inside for group in optimizer.param_groups for p in group["params"]):
+                raise UsageError(
+                    "the optimizer holds parameters that are not in the model, so a checkpoint would miss them; "
+                    "put all of them into one nn.Module"
+                )
+            checkpoint.check_state(dict(settings), "settings")
+            checkpoint.check_state(optimizer.state_dict()["param_groups"], "optimizer")
+            self._frozen = snapshot.frozen_checksums(model)
+
+    def restore(self, policy: str) -> Position:
+        """Go on from the last checkpoint or clear the folder for a fresh start, as `policy` (RESUME) says."""
+        if policy not in RESUME:
+            raise UsageError(f"resume={policy!r} is unknown; use one of {', '.join(RESUME)}")
+        path = self.saved if policy != "never" else None
+        if path is None:
+            if policy == "must":
+                where = f"there is no checkpoint in {self.folder}" if self.folder else "no output folder is given"
+                raise UsageError(f"resume='must', but {where}; use resume='auto' to begin")
+            self.clear()
+            return Position()
+        state = checkpoint.read_state(path)
+        difference = snapshot.first_difference(state["settings"], dict(self._settings))
+        if difference:
+            name, was, now = difference
+            raise UsageError(
+                f"cannot resume from {path}: {name} was {was!r}, now {now!r}; use the old value, another output "
+                "folder, or resume='never' to start again"
+            )
+        names = checkpoint.model_names(path)
+        snapshot.check_model(path, self._model, names, state["shapes"], state["frozen"])
+        snapshot.restore_batches(self._batches, state["batches"])
+        checkpoint.read_model(path, snapshot.model_tensors(self._model))
+        self._frozen = state["frozen"]
+        snapshot.restore_optimizer(self._optimizer, state["optimizer"])
+        snapshot.restore_gradients(self._model, state["gradients"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        random = state["random"][self._accelerator.process_index]
+        snapshot.restore_random_state(self._device, self._generator, random)
+        return Position(state["step"], state["micro"], state["losses"], state["metrics"])
+
+    def save(self, position: Position) -> Path | None:
+        """Write the checkpoint for `position`, then remove the older ones. The folder, or None when none is kept."""
+        if self.folder is None:
+            return None
+        path = checkpoint.checkpoint_path(self.folder, position.step, position.micro)
+        random = [snapshot.random_state(self._device, self._generator)]
+        if self._accelerator.use_distributed:
+            from accelerate.utils import gather_object
+
+            random = gather_object(random)
+        if self._accelerator.is_main_process and path != self.saved:
+            losses = [float(loss) for loss in position.losses]
+            if not all(math.isfinite(loss) for loss in losses):
+                raise CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {self.saved} is kept")
+            state = {
+                "step": position.step,
+                "micro": position.micro,
+                "losses": losses,
+                "metrics": [{name: float(value) for name, value in part.items()} for part in position.metrics],
+                "settings": dict(self._settings),
+                "batches": snapshot.batches_state(self._batches),
+                "random": random,
+                "scaler": None if self._scaler is None else self._scaler.state_dict(),
+                "optimizer": self._optimizer.state_dict(),
+                "gradients": snapshot.gradients(self._model),
+                "frozen": self._frozen,
+                "shapes": {n: checkpoint.describe(t) for n, t in snapshot.model_tensors(self._model).items()},
+            }
+            checkpoint.write_checkpoint(path, snapshot.changing_tensors(self._model, self._frozen), state)
+            checkpoint.remove_checkpoints(self.folder, keep=path)
+        self._accelerator.wait_for_everyone()
+        self.saved = path
+        return path
+
+    def clear(self) -> None:
+        """Remove every checkpoint of the run."""
+        if self.folder is not None and self._accelerator.is_main_process:
+            checkpoint.remove_checkpoints(self.folder)
+        self._accelerator.wait_for_everyone()
+        self.saved = None
