@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from toy import Plain, Toy, cross_entropy, data, seeded, toy_run
 from torch import nn
+from toy import Plain, Toy, cross_entropy, data, seeded, toy_run
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.training import BlockBatches, TrainConfig, fit, learning_rate_scale
@@ -46,7 +46,7 @@ def test_equals_a_plain_pytorch_loop(accumulation: int, schedule: str) -> None:
         optimizer.zero_grad()
         row = result.history[step]
         assert (row["step"], row["learning_rate"]) == (step + 1, optimizer.param_groups[0]["lr"])
-        assert row["loss"] == sum(float(loss) for loss in losses) / accumulation
+        assert row["loss"] == sum(loss.item() for loss in losses) / accumulation
         assert row["gradient_norm"] == float(norm)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other)

@@ -12,8 +12,8 @@ import pytest
 import torch
 import toy
 from safetensors.torch import load_file
-from toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
 from torch import nn
+from toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
 
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, checkpoint, fit

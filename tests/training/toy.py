@@ -113,7 +113,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def _import_everything() -> None:
-    """What the first run would import, so that forked ones need not. No backward pass: autograd does not survive a fork."""
+    """What the first run would import, so that forked ones need not. No backward pass: autograd survives no fork."""
     import accelerate.utils  # noqa: F401
 
     torch.set_num_threads(1)
@@ -131,7 +131,7 @@ def _killed(folder: Path, seed: int) -> None:
         child = os.fork()
         if child == 0:
 
-            def on_micro(call: int) -> None:
+            def on_micro(call: int, mouth: int = mouth) -> None:
                 os.write(mouth, b".")
                 time.sleep(0.01)
 

@@ -58,6 +58,7 @@ def text(tmp_path: Path) -> str:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # what the fixtures said
     code = main(["compare", *arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -237,8 +238,27 @@ def test_an_encoder_is_refused(pair: tuple[str, str]) -> None:
 def test_an_output_folder_that_cannot_be_made(
     pair: tuple[str, str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, error = command(capsys, *pair, "--text", text, *SMALL, "--output", f"{text}/inside-a-file")
+    code, printed, error = command(capsys, *pair, "--text", text, *SMALL, "--output", f"{text}/inside-a-file")
     assert code == 1 and "inside-a-file" in error and error.count("\n") == 1
+    assert printed == ""  # told before the work
+
+
+def test_a_disk_that_fills_up_does_not_cost_the_figures(
+    pair: tuple[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.figure import Figure
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    code, printed, error = command(capsys, *pair, "--text", text, *SMALL, "--output", str(tmp_path / "out"))
+    assert code == 1 and "No space left" in error and "top1_agreement" in printed
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_subjects_are_short_and_different() -> None:

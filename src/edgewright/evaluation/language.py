@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -286,8 +287,8 @@ def _check_arguments(candidates: Mapping[str, LogitsFunction], blocks: Tensor, b
 
 @contextlib.contextmanager
 def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with time left on stderr, gone when done; nothing at all when not shown."""
-    if not shown:
+    """A bar with time left on stderr, gone when done; nothing when not shown or when stderr is no terminal."""
+    if not shown or not sys.stderr.isatty():
         yield lambda blocks: None
         return
     from rich.console import Console

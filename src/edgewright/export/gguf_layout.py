@@ -144,13 +144,16 @@ def plan_float(
     if wanted not in FLOAT_TYPES and values.shape[-1] % ggml_type(wanted).block:
         kind, departure = "F16", True
         why = f"{wanted} needs rows divisible by {ggml_type(wanted).block}, this one has {values.shape[-1]}"
-    lossless = kind == "F32"
+    lossless = True
     if kind == "F16":
         with np.errstate(over="ignore"):
-            lossless = bool(np.array_equal(values.astype(np.float16).astype(np.float32), values))
-        if not lossless:
-            why += "; rounded to fp16"
+            rounded = values.astype(np.float16).astype(np.float32)
+        if not np.isfinite(rounded).all():
+            kind, departure, why = "F32", True, "values beyond fp16's 65504"
+        elif not np.array_equal(rounded, values):
+            lossless, why = False, why + "; rounded to fp16"
     elif kind != "F32":
+        lossless = False
         why += f"; quantised to {kind} by the exporter"
     return _row(name, values.shape, holds, wanted, kind, why, lossless, departure)
 

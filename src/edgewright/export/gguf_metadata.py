@@ -167,6 +167,8 @@ def splitter_name(description: dict[str, Any]) -> str:
             splitter = SPLITTERS[name]
             if splitter.digits != digits or last.get("use_regex", True) != (splitter.pattern is None):
                 continue
+            if bool(description["model"].get("ignore_merges")) != splitter.whole_words:
+                continue
             if patterns == ([] if splitter.pattern is None else [splitter.pattern]):
                 return name
     shown = " + ".join(step["type"] for step in steps) or "none"

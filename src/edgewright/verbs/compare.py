@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import UsageError
+from edgewright.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from edgewright.evaluation.language import LanguageMetrics, LogitsFunction
@@ -51,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    if args.output:
+        _check_output(Path(args.output))
     report, results = compare(
         args.models,
         reference=args.reference,
@@ -62,18 +65,19 @@ def run(args: argparse.Namespace) -> int:
         engine=args.engine,
         threads=args.threads,
     )
+    # printed before it is saved: a full disk must not cost the figures
+    if args.json:
+        print(report.to_json(), end="")
+    else:
+        # a pipe has no width of its own: one line a model, so that grep and awk can read the table
+        console = Console(highlight=False) if sys.stdout.isatty() else Console(width=160)
+        report.print_table(console, metrics=COLUMNS)
     if args.output:
         folder = Path(args.output)
         plot_kl(results, folder / "kl.png")
         report.save(folder)
-    if args.json:
-        print(report.to_json(), end="")
-        return 0
-    # a pipe has no width of its own: one line a model, so that grep and awk can read the table
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(width=160)
-    report.print_table(console, metrics=COLUMNS)
-    if args.output:
-        console.print(f"report, figures and plot: {args.output}", markup=False)
+        if not args.json:
+            print(f"report and plot: {folder}")
     return 0
 
 
@@ -173,6 +177,16 @@ class _EngineTokenizer:
 
     def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [self._engine.tokenize(text, special=False) for text in texts]}
+
+
+def _check_output(folder: Path) -> None:
+    """Tell an impossible output folder now rather than after the work."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        problem = "is not a folder" if not place.is_dir() else "cannot be written"
+        raise OutputError(f"cannot write results into {folder}: {place} {problem}; choose another --output")
 
 
 def _is_exported(name: str, engine: str) -> bool:

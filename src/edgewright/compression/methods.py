@@ -1,0 +1,150 @@
+"""From a float language model to packed integer weights: four methods, one set of grids.
+
+All methods quantise every linear layer on the grid of the chosen width and the token table (tied head included) to
+8 bits in groups of 32. They differ in how codes and steps are chosen: round-to-nearest, searched steps, second-order
+calibration, or training from there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.distillation.language import LanguageDistillation
+from edgewright.errors import UsageError
+from edgewright.quantization.api import convert_, dequantize_, quantize_, quantized_modules, scale_parameters
+from edgewright.quantization.config import KVConfig, QuantConfig, Rule, WeightConfig
+from edgewright.quantization.gptq import gptq_
+from edgewright.quantization.grids import grid_for_bits
+from edgewright.training.batches import BlockBatches
+from edgewright.training.loop import TrainConfig, TrainResult, fit
+
+METHODS = ("rtn", "mse", "gptq", "qat")
+TABLE = WeightConfig("int8", 32, scale="absmax")
+TABLE_NAMES = ("*embed_tokens", "*lm_head")
+
+
+def weight_config(bits: float, columns: int, scale: str, coarse_rows: bool = False) -> WeightConfig:
+    """Grid and group for rows of `columns` weights, chosen so that a GGUF block type holds them exactly.
+
+    4 and 8 bits: groups of 32 (Q4_0, Q8_0). 3 bits: groups of 256 (Q3_K) where they divide the row, else 32 (in Q4_0).
+    2 bits: SEQ in groups of 256 (Q2_K) where all rows allow it, else int2 in groups of 64 (Q2_0). 1.58 bits: ternary in
+    groups of 64. 1 bit: binary in groups of 128 (Q1_0), else 64.
+    """
+    grid = grid_for_bits(bits).name
+    wanted = {"int8": (32,), "int4": (32,), "int3": (256, 32), "ternary": (64, 32), "binary": (128, 64, 32)}
+    if grid == "seq2" and not coarse_rows:
+        grid = "int2"
+    sizes = {"seq2": (256,), "int2": (64, 32), **wanted}[grid]
+    group = next((size for size in sizes if columns % size == 0), "row")
+    return WeightConfig(grid, group, scale=scale, initial="mse")  # type: ignore[arg-type]
+
+
+def linear_config(model: nn.Module, bits: float, scale: str, kv: KVConfig | None = None) -> QuantConfig:
+    """Rules for every linear layer of a language model but its head, one rule a layer."""
+    probe = QuantConfig(rules=(Rule("*"),))
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and probe.rule_for(name) is not None
+    ]
+    if not linears:
+        raise UsageError(f"{type(model).__name__} has no linear layers that compress knows how to quantise")
+    coarse = all(module.in_features % 256 == 0 for _, module in linears)
+    rules = tuple(Rule(name, weight_config(bits, module.in_features, scale, coarse)) for name, module in linears)
+    return QuantConfig(rules=rules, kv=kv)
+
+
+def table_config() -> QuantConfig:
+    """Token embedding and head as one 8-bit table."""
+    return QuantConfig(rules=tuple(Rule(name, TABLE) for name in TABLE_NAMES), skip=(), tied="together")
+
+
+@torch.no_grad()
+def with_rounded_table(model: nn.Module) -> nn.Module:
+    """A copy whose token table holds its 8-bit values, still as floats: what the layers after it will see."""
+    return dequantize_(quantize_(copy.deepcopy(model), table_config()))
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """Convert a model under quantisation, in place: linear layers to codes, then the token table."""
+    convert_(model)
+    return convert_(quantize_(model, table_config()))
+
+
+def round_to_nearest(model: nn.Module, bits: float, scale: str = "absmax") -> nn.Module:
+    """A packed copy with steps from absmax, or with steps of least squared error (scale="mse"). No data needed."""
+    twin = with_rounded_table(model)
+    return packed(quantize_(twin, linear_config(twin, bits, scale)))
+
+
+def calibrated(
+    model: nn.Module, bits: float, blocks: Tensor, on_layer: Callable[[int, int], None] | None = None
+) -> nn.Module:
+    """A copy under quantisation with trainable scales, its codes chosen by second-order calibration on `blocks`."""
+    twin = with_rounded_table(model)
+    gptq_(twin, linear_config(twin, bits, "learned"), blocks, on_layer=on_layer)
+    return twin
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module,
+    blocks: Tensor,
+    *,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    output: Path | None,
+    progress: bool = True,
+    settings: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Distil the teacher into the student under quantisation, in place; only linear layers, scales and norms train."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_("embed_tokens" not in name and "lm_head" not in name)
+    config = TrainConfig(
+        steps=steps, learning_rate=learning_rate, schedule="cosine", clip_norm=1.0, seed=seed, checkpoint_every=20
+    )
+    return fit(
+        student,
+        LanguageDistillation(teacher),
+        BlockBatches(blocks, batch_size, seed=seed),
+        config,
+        optimizer=parameter_groups(student, learning_rate),
+        output=output,
+        progress=progress,
+        label="training under quantisation",
+        settings=settings,
+    )
+
+
+def parameter_groups(student: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    """Latent weights and clip scales apart: the scales never decay."""
+    scales = scale_parameters(student)
+    known = {id(parameter) for parameter in scales}
+    weights = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
+    return [{"params": weights, "lr": learning_rate}, {"params": scales, "lr": learning_rate, "weight_decay": 0.0}]
+
+
+def seconds_per_step(student: nn.Module, teacher: nn.Module, batch: Tensor) -> float:
+    """Time of one forward and backward, for turning a budget of minutes into steps. Changes nothing."""
+    import time
+
+    loss_function = LanguageDistillation(teacher)
+    began = time.perf_counter()
+    for attempt in range(2):
+        if attempt:  # the first one warms up
+            began = time.perf_counter()
+        loss_function(student, batch)[0].backward()
+        student.zero_grad(set_to_none=True)
+    return (time.perf_counter() - began) * 1.08  # the optimizer's share
+
+
+def count_quantized(model: nn.Module) -> int:
+    return len(quantized_modules(model))

@@ -1,0 +1,278 @@
+"""`compress`: calibrate, train, export, verify, evaluate and time; one table at the end.
+
+Every stage leaves a file in the output folder and is skipped when that file is there already, so an interrupted run
+goes on where it stopped: reference.gguf, rtn.gguf, mse.gguf, gptq.gguf, data/, training/, qat.gguf, report.json.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.compression import methods
+from edgewright.compression.picture import save_pareto
+from edgewright.compression.settings import CompressSettings
+from edgewright.distillation.self_generation import pack_sequences, self_generate
+from edgewright.errors import UsageError
+from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
+from edgewright.export.gguf import export_gguf, llama_cpp_quantize
+from edgewright.io.atomic import write_text
+from edgewright.io.models import load
+from edgewright.io.text import load_texts, token_blocks
+from edgewright.measure.report import Report
+from edgewright.measure.size import bits_per_weight
+from edgewright.quantization.config import KVConfig
+from edgewright.quantization.kv_cache import attach_kv_quantization
+from edgewright.runtime.benchmark import benchmark_files
+from edgewright.runtime.engine import open_engine
+
+QUESTION = "What is the capital of France?"
+Say = Callable[[str], None]
+
+
+class Compression:
+    """One run: the settings, the output folder, and the model with its tokenizer."""
+
+    def __init__(self, settings: CompressSettings, output: Path, say: Say, progress: bool) -> None:
+        self.settings, self.output, self.say, self.progress = settings, output, say, progress
+        self.model: nn.Module
+        self.model, self.tokenizer = load(settings.model)
+        self.kv = None if settings.kv is None else KVConfig.llama_cpp(settings.kv)
+        texts = load_texts(settings.data, "calibration")
+        length = settings.block_length
+        self.calibration = token_blocks(texts, self.tokenizer, length, settings.calibration_blocks, settings.seed)
+        self.evaluation = token_blocks(
+            load_texts(settings.data, "evaluation"), self.tokenizer, length, settings.evaluation_blocks, settings.seed
+        )
+
+    def file(self, name: str) -> Path:
+        return self.output / f"{name}.gguf"
+
+    def export(self, name: str, model: nn.Module, layout: str | None = None) -> None:
+        result = export_gguf(
+            model, self.tokenizer, self.file(name), layout=layout or self.settings.layout, kv=self.kv, strict=False
+        )
+        write_text(self.output / f"{name}.layout.json", json.dumps([row.to_dict() for row in result.table], indent=1))
+
+    def references(self) -> None:
+        """The float16 file, and llama.cpp's own 4-bit (or 8-bit) file as the peer."""
+        if not self.file("reference").exists():
+            self.say("writing the float16 reference")
+            export_gguf(self.model, self.tokenizer, self.file("reference"), verify=False, embedding="F16")
+        peer = self.peer
+        if self.settings.baselines and not self.file(peer).exists():
+            self.say(f"quantising with llama.cpp's own {peer.removeprefix('llama.cpp-')}")
+            llama_cpp_quantize(self.model, self.tokenizer, self.file(peer), type=peer.removeprefix("llama.cpp-"))
+
+    @property
+    def peer(self) -> str:
+        return "llama.cpp-Q8_0" if self.settings.bits == 8 else "llama.cpp-Q4_0"
+
+    def plain_methods(self) -> None:
+        for method, scale in (("rtn", "absmax"), ("mse", "mse")):
+            if method in self.settings.wanted and not self.file(method).exists():
+                self.say(f"quantising: {method}")
+                self.export(method, methods.round_to_nearest(self.model, self.settings.bits, scale))
+
+    def second_order(self) -> nn.Module | None:
+        """The calibrated student, still under quantisation; None when no later stage needs it."""
+        train = self.settings.method == "qat" and not self.file("qat").exists()
+        show = "gptq" in self.settings.wanted and not self.file("gptq").exists()
+        if not (train or show):
+            return None
+        blocks = self.calibration
+        self.say(f"calibrating on {blocks.shape[0]} blocks of {blocks.shape[1]} tokens")
+        with _counter("calibrating", self.progress) as on_layer:
+            student = methods.calibrated(self.model, self.settings.bits, blocks, on_layer)
+        if show:
+            import copy
+
+            self.export("gptq", methods.packed(copy.deepcopy(student)))
+        return student if train else None
+
+    def training_blocks(self, steps: int) -> Tensor:
+        """Blocks to distil on: the user's text, or what the model writes itself."""
+        settings = self.settings
+        needed = steps * settings.batch_size
+        if settings.data is not None:
+            return token_blocks(load_texts(settings.data, "calibration"), self.tokenizer, settings.block_length)
+        sequences = -(-needed * settings.block_length // GENERATED_LENGTH)
+        self.say(f"the model writes {sequences} texts of up to {GENERATED_LENGTH} tokens to train on")
+        generated = self_generate(
+            self.model,
+            self.tokenizer,
+            n_sequences=sequences,
+            max_length=GENERATED_LENGTH,
+            seed=settings.seed,
+            output=self.output / "data",
+            progress=self.progress,
+        )
+        return pack_sequences(generated, settings.block_length, self.tokenizer.eos_token_id)
+
+    def steps(self, student: nn.Module) -> int:
+        budget = self.settings.budget
+        if budget.steps is not None:
+            return budget.steps
+        assert budget.minutes is not None
+        kept = self.output / "steps.json"
+        if not kept.exists():  # a resumed run keeps the number that the first one found
+            batch = self.calibration[: self.settings.batch_size]
+            seconds = methods.seconds_per_step(student, self.model, batch)
+            write_text(kept, json.dumps({"steps": max(1, round(60 * budget.minutes / seconds)), "seconds": seconds}))
+        return int(json.loads(kept.read_text())["steps"])
+
+    def training(self, student: nn.Module) -> None:
+        if self.kv is not None:
+            attach_kv_quantization(student, self.kv)
+        steps = self.steps(student)
+        blocks = self.training_blocks(steps)
+        methods.train(
+            student,
+            self.model,
+            blocks,
+            steps=steps,
+            learning_rate=self.settings.learning_rate,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            output=self.output / "training",
+            progress=self.progress,
+            settings={"model": self.settings.model, "bits": self.settings.bits, "kv": self.settings.kv},
+        )
+        final = methods.packed(student)
+        self.export("qat", final)
+        if self.settings.bits <= 2 and self.settings.layout == "auto":
+            self.export("qat-small", final, "small")
+
+    def report(self) -> Report:
+        """Quality of every file in its runtime, then size and speed, alternating between the files."""
+        settings = self.settings
+        names = ["reference", *([self.peer] if settings.baselines else []), *settings.wanted]
+        files = {name: self.file(name) for name in names}
+        report = Report(f"{settings.model} at {settings.bits:g} bits", settings.to_dict())
+        cache = {None: "f16", 8: "q8_0", 4: "q4_0"}[settings.kv]
+        self.say(f"evaluating {len(files)} files on {self.evaluation.shape[0]} held-out blocks")
+        engines = {
+            name: open_engine(
+                path, context=settings.block_length, cache_type_k=_cache(name, cache), cache_type_v=_cache(name, cache)
+            )
+            for name, path in files.items()
+        }
+        try:
+            results = evaluate_language(
+                {name: engine_logits(engine) for name, engine in engines.items()},
+                self.evaluation,
+                reference=model_logits(self.model),
+                progress=self.progress,
+            )
+        finally:
+            for engine in engines.values():
+                engine.close()
+        add_rows(report, results)
+        small = self.file("qat-small")
+        if small.exists():
+            files["qat-small"] = small
+        for name, path in files.items():
+            report.add("file_size", path.stat().st_size / 1e6, subject=name, unit="MB")
+            report.add("bits_per_weight", bits_per_weight(path), subject=name)
+        if settings.benchmark:
+            self.say("timing the files in turn")
+            speeds = benchmark_files(list(files.values()), prompt_tokens=128, decode_tokens=32, repeats=5)
+            by_path = {path.stem: name for name, path in files.items()}
+            for row in speeds.rows:
+                if row.metric in ("decode", "prefill", "time_to_first_token", "roofline", "peak_memory"):
+                    subject = by_path.get(Path(row.subject).stem, row.subject)
+                    report.add(row.metric, row.value, subject=subject, se=row.se, n=row.n, unit=row.unit)
+        report.notes += self.notes()
+        report.save(self.output)
+        save_pareto(report, self.output / "pareto.png")
+        return report
+
+    def notes(self) -> list[str]:
+        with open_engine(self.file(self.settings.method)) as engine:
+            answer = engine.generate(engine.chat_prompt([{"role": "user", "content": QUESTION}]), 48)
+        return [
+            "quality is measured in llama.cpp on each file, against the float32 model in PyTorch, on text that no method saw",
+            f"{QUESTION} {self.settings.method} answers: {answer.text.strip()}",
+        ]
+
+
+GENERATED_LENGTH = 128
+
+
+def compress(
+    settings: CompressSettings, output: str | Path, *, say: Say = print, progress: bool = True, resume: bool = True
+) -> Report:
+    """Run (or go on with) one compression in `output`; returns the report that is also saved there.
+
+    Raises UsageError when the folder holds another run, and whatever a stage raises; finished stages stay usable.
+    """
+    output = Path(output)
+    _claim(output, settings, resume)
+    finished = output / "report.json"
+    if finished.exists():
+        say(f"{output} holds this run already, finished")
+        return Report.from_file(finished)
+    run = Compression(settings, output, say, progress)
+    run.references()
+    run.plain_methods()
+    student = run.second_order()
+    if student is not None:
+        run.training(student)
+        del student
+        gc.collect()
+    return run.report()
+
+
+def _claim(output: Path, settings: CompressSettings, resume: bool) -> None:
+    """Make the folder ours, or find that it is: a run never mixes with another one's files."""
+    marker = output / "settings.json"
+    wanted = json.loads(json.dumps(settings.to_dict()))
+    if marker.exists():
+        held = json.loads(marker.read_text(encoding="utf-8"))
+        differing = sorted(key for key in wanted if held.get(key) != wanted[key])
+        if differing:
+            key = differing[0]
+            raise UsageError(
+                f"{output} holds a run with {key}={held.get(key)!r}, not {wanted[key]!r}; "
+                "choose another --output, or remove that folder"
+            )
+        if resume:
+            return
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
+    write_text(marker, json.dumps(wanted, indent=2) + "\n")
+
+
+def _cache(name: str, cache: str) -> str:
+    """The reference file keeps its float16 cache: it shows what the runtime alone changes."""
+    return "f16" if name == "reference" else cache
+
+
+@contextmanager
+def _counter(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over blocks of the model; silent when not shown."""
+    if not shown:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def environment() -> dict[str, Any]:
+    """Threads that torch will use; recorded because timings depend on it."""
+    return {"threads": torch.get_num_threads()}

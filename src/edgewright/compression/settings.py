@@ -1,0 +1,78 @@
+"""What one compression is asked to do, checked before any work starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgewright.errors import UsageError
+
+METHODS = ("rtn", "mse", "gptq", "qat")
+WIDTHS = (1.0, 1.58, 2.0, 3.0, 4.0, 8.0)
+DEFAULT_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: a number of optimizer steps, or minutes that become steps once a step has been timed."""
+
+    steps: int | None = DEFAULT_STEPS
+    minutes: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """ "40" is steps, "4m", "4min" or "4 minutes" is minutes. Raises UsageError for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(m|min|minutes?)?\s*", text)
+        if match is None or float(match[1]) <= 0 or (match[2] is None and "." in match[1]):
+            raise UsageError(f"budget {text!r}: give optimizer steps such as 40, or minutes such as 4m")
+        return cls(None, float(match[1])) if match[2] else cls(int(match[1]))
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """Everything that decides the bits of the result, apart from the model itself.
+
+    method: the way to the shipped file. baselines: other methods shown beside it. data: text to train and calibrate on
+    (None: the model trains on what it writes itself and calibrates on the built-in text). kv: width of the runtime's
+    key-value cache, 4, 8 or None for float16. Lengths and blocks are in tokens and blocks of tokens.
+    """
+
+    model: str
+    bits: float = 4.0
+    method: str = "qat"
+    baselines: tuple[str, ...] = ("rtn", "mse", "gptq")
+    budget: Budget = Budget()
+    data: str | None = None
+    kv: int | None = None
+    layout: str = "auto"
+    learning_rate: float = 5e-5
+    block_length: int = 256
+    batch_size: int = 2
+    calibration_blocks: int = 48
+    evaluation_blocks: int = 16
+    benchmark: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in WIDTHS:
+            widths = ", ".join(f"{width:g}" for width in WIDTHS)
+            raise UsageError(f"--bits {self.bits:g} is not supported; choose one of {widths}")
+        for method in (self.method, *self.baselines):
+            if method not in METHODS:
+                raise UsageError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+        if self.kv not in (None, 4, 8):
+            raise UsageError(f"--kv {self.kv} is not supported; choose 4 or 8, or leave it out for a float16 cache")
+        for name in ("block_length", "batch_size", "calibration_blocks", "evaluation_blocks"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}; it must be at least 1")
+        if not self.learning_rate > 0:
+            raise UsageError(f"learning_rate={self.learning_rate}; it must be positive, for example 5e-5")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """All methods to run, in the order of METHODS."""
+        return tuple(method for method in METHODS if method == self.method or method in self.baselines)

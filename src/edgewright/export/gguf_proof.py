@@ -1,0 +1,256 @@
+"""The proof of a GGUF file: every tensor decoded by independent readers equals the model, and llama.cpp answers like it.
+
+Weights must be equal, value for value. Logits cannot be: llama.cpp rounds the inputs of quantised matrices to 8 bits,
+so they are compared by the token they choose.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import CheckFailed
+from edgewright.export import ggml
+from edgewright.export.gguf_blocks import Array, ggml_type
+from edgewright.export.gguf_encode import as_written
+from edgewright.export.gguf_layout import LayoutRow
+from edgewright.export.gguf_tensors import ModelTensor
+from edgewright.io.gguf import GGUFFile
+from edgewright.io.packed import PackedEmbedding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AGREEMENT = 0.9  # default least share of positions at which llama.cpp and PyTorch choose the same token
+POSITIONS = 160  # tokens of TEXT that are compared
+PROMPT_TOKENS, NEW_TOKENS = 24, 24
+
+# Types that the installed gguf package decodes; Q1_0 and Q2_0 are younger than it.
+GGUF_PACKAGE_TYPES = ("Q4_0", "Q8_0", "TQ1_0", "TQ2_0", "Q2_K", "Q3_K")
+
+# Ordinary prose with what trips tokenizers: digits, contractions, capitals, punctuation, other scripts, code, spaces.
+TEXT = """The river rises in the hills above the village, and by the time it reaches the mill it is about 40 metres wide.
+In 1873 the miller's daughter, who couldn't read, counted the boats that passed: 12 on a weekday, 31 on a Sunday.
+"Why do you count them?" asked the schoolmaster. She didn't answer at first. Then she said that numbers were the only
+things in the valley which nobody could take away from her, and that's why she'd kept them in a small blue book.
+
+Temperature is a measure of how fast the particles of a body move; heat is the energy that flows from a warmer body to
+a colder one. Water boils at 100 °C at sea level, but at 3,000 m it boils near 90 °C - tea made there tastes weak.
+
+def area(radius):
+    return 3.14159 * radius ** 2    # naïve, but good enough
+
+Zürich, São Paulo, Kraków; Москва; 東京. E-mail: someone@example.org (50% off!)
+"""
+
+
+def check_tensors(
+    path: Path, tensors: Sequence[ModelTensor], rows: Sequence[LayoutRow], on_tensor: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
+    """Decode every tensor of a file with all readers that know its type; raise CheckFailed where one differs.
+
+    Readers: edgewright's own, the gguf package's and llama.cpp's. Returns how many tensors each of them confirmed.
+    """
+    file = GGUFFile(path)
+    confirmed = {"edgewright": 0, "gguf": 0, "llama.cpp": 0}
+
+    def check(pair: tuple[ModelTensor, LayoutRow]) -> list[str]:
+        tensor, row = pair
+        expected = tensor.values()
+        if not row.lossless:
+            expected = _rounded(expected, row)
+        readers = []
+        for reader, values in _readings(file, row):
+            if not np.array_equal(values, expected):
+                wrong = int((values != expected).sum())
+                raise CheckFailed(
+                    f"{row.tensor} as {row.written} does not decode to the model with {reader}: {wrong} of "
+                    f"{expected.size} values differ, by up to {np.nanmax(np.abs(values - expected)):.3g}"
+                )
+            readers.append(reader)
+        return readers
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for readers in pool.map(check, zip(tensors, rows, strict=True)):
+            on_tensor()
+            for reader in readers:
+                confirmed[reader] += 1
+    return {"tensors": len(rows), "tensors_equal": confirmed}
+
+
+def _readings(file: GGUFFile, row: LayoutRow) -> Iterator[tuple[str, Array]]:
+    yield "edgewright", file.dequantize(row.tensor)
+    if row.written in GGUF_PACKAGE_TYPES:
+        yield "gguf", _gguf_package(np.asarray(file.raw(row.tensor)), row)
+    if row.written in ggml.DECODERS:
+        yield "llama.cpp", ggml.dequantize(np.asarray(file.raw(row.tensor)), row.written).reshape(row.shape)
+
+
+def _gguf_package(raw: Array, row: LayoutRow) -> Array:
+    from gguf import GGMLQuantizationType, quants
+
+    kind = ggml_type(row.written)
+    blocks = raw.reshape(-1, kind.bytes)
+    values = np.empty((len(blocks), kind.block), np.float32)
+    piece = (1 << 18) // kind.block  # the package decodes in one go, and its temporaries leave the cache
+    for start in range(0, len(blocks), piece):
+        values[start : start + piece] = quants.dequantize(
+            blocks[start : start + piece], GGMLQuantizationType[row.written]
+        ).reshape(-1, kind.block)
+    return values.reshape(row.shape)
+
+
+def _rounded(values: Array, row: LayoutRow) -> Array:
+    """What a float tensor becomes in its type; CheckFailed where that is further away than rounding explains."""
+    written = as_written(values, row.written)
+    if row.written == "F16":
+        allowed = np.abs(values) * 2.0**-11 + 2.0**-25
+    else:  # Q8_0: half a step, and the step itself is rounded to fp16
+        largest = np.abs(values.reshape(-1, 32)).max(axis=1, keepdims=True)
+        allowed = np.repeat(largest * (0.5 / 127 * 1.01 + 2.0**-11) + 2.0**-17, 32, axis=1).reshape(values.shape)
+    if (np.abs(written - values) > allowed).any():
+        raise CheckFailed(f"{row.tensor}: {row.written} is further from the model than rounding explains")
+    return written
+
+
+def check_runs(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Sequence[ModelTensor],
+    rows: Sequence[LayoutRow],
+    cache_type: str | None = None,
+    threshold: float = AGREEMENT,
+) -> dict[str, Any]:
+    """Run a file in llama.cpp and compare tokenisation, logits on TEXT and a greedy continuation with PyTorch.
+
+    Raises CheckFailed when texts are split differently or too few positions choose the same token. A model whose
+    choices hang on the 8-bit rounding of activations (near ties) is judged by what that rounding alone does to it.
+    """
+    from edgewright.runtime.llamacpp import LlamaCppEngine
+
+    cache = cache_type or "f16"
+    with LlamaCppEngine(path, context=512, cache_type_k=cache, cache_type_v=cache) as engine:
+        ids = _same_tokens(engine, tokenizer)[:POSITIONS]
+        theirs = torch.from_numpy(engine.logits(ids))
+        prompt = ids[:PROMPT_TOKENS]
+        written = list(engine.generate(prompt, NEW_TOKENS, ignore_end=True).ids)
+        text = engine.detokenize(written)
+    reference, replaced = _reference(model, tensors, rows)
+    ours = _logits(reference, replaced, ids)
+    agreement = _agreement(theirs, ours)
+    needed = threshold
+    checks: dict[str, Any] = {
+        "tokenizer": "equal",
+        "positions": len(ids),
+        "top1_agreement": round(agreement, 4),
+        "top1_threshold": threshold,
+        "kl": round(float(_kl(ours, theirs)), 6),
+        "kv_cache": cache,
+    }
+    if agreement < threshold:
+        with _rounded_activations(reference, tensors, rows):
+            floor = _agreement(_logits(reference, replaced, ids), ours)
+        error = math.sqrt(max(floor * (1 - floor), 1 / len(ids)) / len(ids))
+        needed = min(threshold, floor - 3 * error)
+        checks["top1_agreement_of_activation_rounding"] = round(floor, 4)
+    if not agreement >= needed or not torch.isfinite(theirs).all():
+        raise CheckFailed(
+            f"llama.cpp and PyTorch choose the same token at only {agreement:.0%} of {len(ids)} positions "
+            f"({needed:.0%} needed); the file was not kept"
+        )
+    chosen = _logits(reference, replaced, prompt + written)[len(prompt) - 1 : -1].argmax(-1).tolist()
+    same = [a == b for a, b in zip(chosen, written, strict=True)]
+    checks["greedy"] = {
+        "text": text,
+        "tokens": len(written),
+        "equal_until": same.index(False) if False in same else len(same),
+        "equal_choices": sum(same),
+    }
+    return checks
+
+
+def _same_tokens(engine: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of TEXT, after checking that llama.cpp splits it like the tokenizer, with and without special tokens."""
+    for special in (False, True):
+        ours = list(tokenizer(TEXT, add_special_tokens=special)["input_ids"])
+        theirs = engine.tokenize(TEXT, special=special)
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            near = tokenizer.decode(ours[max(0, at - 2) : at + 3])
+            raise CheckFailed(f"llama.cpp splits the text differently from the tokenizer, first near {near!r}")
+    return ours
+
+
+def _reference(
+    model: PreTrainedModel, tensors: Sequence[ModelTensor], rows: Sequence[LayoutRow]
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model in float32 and the parameters that the file holds rounded, by name."""
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        model = copy.deepcopy(model).float()
+        for module in model.modules():
+            if isinstance(module, PackedEmbedding):
+                module.dtype = torch.float32
+    replaced = {}
+    for tensor, row in zip(tensors, rows, strict=True):
+        if not row.lossless:
+            # rounding goes by row, so the order of the rows does not matter to it
+            value = model.get_parameter(tensor.parameter).detach()
+            replaced[tensor.parameter] = torch.from_numpy(as_written(value.cpu().numpy(), row.written)).to(value.device)
+    return model, replaced
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, replaced: dict[str, Tensor], ids: Sequence[int]) -> Tensor:
+    """float32 [T, vocabulary] of the model with some parameters replaced; the model itself stays as it is."""
+    training = model.training
+    model.eval()
+    try:
+        arguments = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
+        logits: Tensor = torch.func.functional_call(model, replaced, (), arguments).logits[0]
+    finally:
+        model.train(training)
+    return logits.float().cpu()
+
+
+def _agreement(first: Tensor, second: Tensor) -> float:
+    return float((first.argmax(-1) == second.argmax(-1)).float().mean())
+
+
+def _kl(reference: Tensor, other: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of the next-token distributions, in nats."""
+    p, q = reference.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean()
+
+
+@contextmanager
+def _rounded_activations(
+    model: PreTrainedModel, tensors: Sequence[ModelTensor], rows: Sequence[LayoutRow]
+) -> Iterator[None]:
+    """Round the inputs of quantised matrices to 8 bits a block, as llama.cpp's kernels do."""
+    handles = []
+    for tensor, row in zip(tensors, rows, strict=True):
+        if row.written in ("F16", "F32") or not hasattr(tensor.module, "in_features"):
+            continue
+        block = 256 if ggml_type(row.written).block == 256 else 32
+
+        def rounded(module: nn.Module, inputs: tuple[Tensor, ...], block: int = block) -> tuple[Tensor, ...]:
+            blocks = inputs[0].unflatten(-1, (-1, block))
+            step = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127
+            return ((blocks / step).round().mul(step).flatten(-2), *inputs[1:])
+
+        handles.append(tensor.module.register_forward_pre_hook(rounded))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

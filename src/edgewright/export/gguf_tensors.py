@@ -1,0 +1,122 @@
+"""The tensors of a transformers decoder under their GGUF names, in the order of the file, rows as llama.cpp wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import FormatError, Unsupported
+from edgewright.export.gguf_metadata import architecture
+from edgewright.io.gguf_model import FAMILIES, LAYER_NAMES, TOP_NAMES
+from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """One tensor of the model. name: in GGUF. path: of the module; attribute: "weight" or "bias".
+    heads: how many heads' rows are put into pair order, 0 where rows stay as they are."""
+
+    name: str
+    path: str
+    attribute: str
+    module: nn.Module
+    heads: int = 0
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.path}.{self.attribute}"
+
+    @property
+    def packed(self) -> PackedTensor | None:
+        """Codes and steps with the rows in file order; None for a float tensor."""
+        if self.attribute != "weight" or not isinstance(self.module, PackedLinear | PackedEmbedding):
+            return None
+        packed: PackedTensor = self.module.packed
+        codes, step = packed.codes.detach().cpu(), packed.step.detach().cpu()
+        if self.heads:
+            order = pair_order(codes.shape[0], self.heads)
+            codes, step = codes[order], step[order]
+        return PackedTensor(codes, step, packed.grid)
+
+    def values(self) -> Array:
+        """float32 values with the rows in file order. Raises FormatError naming the tensor for NaN or infinity."""
+        packed = self.packed
+        if packed is not None:
+            return packed.dequantize().numpy()
+        value: Tensor = getattr(self.module, self.attribute).detach().cpu().float()
+        if not torch.isfinite(value).all():
+            raise FormatError(f"the tensor {self.parameter!r} holds NaN or infinity; it cannot be exported")
+        return (value[pair_order(len(value), self.heads)] if self.heads else value).numpy()
+
+
+def pair_order(rows: int, heads: int) -> Tensor:
+    """Row order of query and key matrices in llama files: the halves of each head interleaved (a0 b0 a1 b1 ...)."""
+    return torch.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
+
+
+def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
+    """All tensors of a model, each once: a head that shares the embedding's table is left out, as llama.cpp expects.
+
+    Raises Unsupported, naming the layer, for a module that would be exported as something it is not.
+    """
+    family = FAMILIES[architecture(model)]
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    tensors = [ModelTensor(name, path, attribute, module) for name, path, attribute, module in _top(model)]
+    for index, layer in enumerate(model.model.layers):
+        for part, path in LAYER_NAMES.items():
+            try:
+                module = layer.get_submodule(path)
+            except AttributeError:
+                continue
+            full = f"model.layers.{index}.{path}"
+            for attribute in ("weight", "bias"):
+                if getattr(module, attribute, None) is not None:
+                    count = heads.get(part, 0) if family.permuted else 0
+                    tensors.append(ModelTensor(f"blk.{index}.{part}.{attribute}", full, attribute, module, count))
+    for tensor in tensors:
+        _check_module(tensor)
+    _check_complete(model, tensors)
+    return tensors
+
+
+def shares_table(model: PreTrainedModel) -> bool:
+    """Whether the output head computes with the embedding's own table."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding):
+        return head.codes.data_ptr() == table.codes.data_ptr() and torch.equal(head.step, table.step)
+    if isinstance(head, PackedLinear) or isinstance(table, PackedEmbedding):
+        return False
+    return head.weight.data_ptr() == table.weight.data_ptr()
+
+
+def _top(model: PreTrainedModel) -> Iterator[tuple[str, str, str, nn.Module]]:
+    for name, parameter in TOP_NAMES.items():
+        path, attribute = parameter.rsplit(".", 1)
+        if name != "output.weight" or not shares_table(model):
+            yield name, path, attribute, model.get_submodule(path)
+
+
+def _check_module(tensor: ModelTensor) -> None:
+    """Only modules whose `weight` is what they compute with: a subclass of nn.Linear may compute with something else."""
+    module = tensor.module
+    if isinstance(module, nn.Linear | nn.Embedding) and type(module) not in (nn.Linear, nn.Embedding):
+        raise Unsupported(
+            f"layer {tensor.path} is a {type(module).__name__}; call convert_(model) (or merge its adapter) before the export"
+        )
+
+
+def _check_complete(model: PreTrainedModel, tensors: list[ModelTensor]) -> None:
+    known = {id(getattr(tensor.module, tensor.attribute)) for tensor in tensors if tensor.packed is None}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in known:
+            raise Unsupported(f"the parameter {name!r} has no place in a GGUF file of {type(model).__name__}")

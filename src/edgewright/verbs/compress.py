@@ -1,0 +1,79 @@
+"""Quantise a language model, train it under quantisation, export it, verify the file, and report.
+
+The run ends with one table: the reference, every method and llama.cpp's own quantiser, each with file size, distance
+from the reference and speed. It can be interrupted and repeated at any time; finished stages are kept.
+
+  edgewright compress smollm2-135m --bits 4 --output runs/demo
+  edgewright compress smollm2-135m --bits 1.58 --budget 10m
+  edgewright compress MODEL --bits 4 --method rtn
+  edgewright compress smollm2-135m --sweep --output runs/sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = ("file_size", "bits_per_weight", "kl", "perplexity", "top1_agreement", "decode", "roofline")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder, .gguf file, bundled name such as smollm2-135m")
+    parser.add_argument("--bits", type=float, default=4.0, help="1, 1.58, 2, 3, 4 or 8 (default 4)")
+    parser.add_argument("--method", default="qat", help="rtn, mse, gptq or qat (default): the way to the shipped file")
+    parser.add_argument("--no-baselines", action="store_true", help="only the chosen method, no other row but the reference")
+    parser.add_argument("--budget", default="32", help="training: optimizer steps such as 40, or minutes such as 4m")
+    parser.add_argument("--data", help="text or .jsonl file to calibrate, train and evaluate on (split by itself)")
+    parser.add_argument("--kv", type=int, help="width of the key-value cache: 8 or 4 (default: float16)")
+    parser.add_argument("--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes")
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--blocks", type=int, default=16, help="evaluation blocks (default 16)")
+    parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
+    parser.add_argument("--no-bench", action="store_true", help="leave out the timings")
+    parser.add_argument("--sweep", action="store_true", help="all widths, one folder each, and one plot over them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="folder of the run (default runs/MODEL-BITSbit)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from edgewright.compression.pipeline import compress
+    from edgewright.compression.settings import Budget, CompressSettings
+    from edgewright.compression.sweep import sweep
+
+    def say(sentence: str) -> None:
+        if not args.json:
+            print(sentence, file=sys.stderr, flush=True)
+
+    settings = CompressSettings(
+        model=args.model,
+        bits=args.bits,
+        method=args.method,
+        baselines=() if args.no_baselines or args.method != "qat" else ("rtn", "mse", "gptq"),
+        budget=Budget.parse(args.budget),
+        data=args.data,
+        kv=args.kv,
+        layout=args.layout,
+        learning_rate=args.learning_rate,
+        block_length=args.block_length,
+        evaluation_blocks=args.blocks,
+        benchmark=not args.no_bench,
+        seed=args.seed,
+    )
+    name = Path(args.model).stem or "model"
+    if args.sweep:
+        output = Path(args.output or f"runs/{name}-sweep")
+        report = sweep(settings, output, say=say, progress=not args.json)
+    else:
+        output = Path(args.output or f"runs/{name}-{args.bits:g}bit")
+        report = compress(settings, output, say=say, progress=not args.json)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return 0
+    report.print_table(metrics=[metric for metric in COLUMNS if any(row.metric == metric for row in report.rows)])
+    for note in report.notes:
+        print(f"- {note}")
+    print(f"files, report.md and pareto.png are in {output}")
+    return 0
