@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-import toy
+import training_toy as toy
 from safetensors.torch import load_file
-from toy import STEPS, Plain, cross_entropy, data, seeded
+from training_toy import STEPS, Plain, cross_entropy, data, seeded
 
 from edgewright.training import TrainConfig, fit
 

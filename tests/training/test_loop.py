@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import Plain, Toy, cross_entropy, data, seeded, toy_run
+from training_toy import Plain, Toy, cross_entropy, data, seeded, toy_run
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.training import BlockBatches, TrainConfig, fit, learning_rate_scale

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy
+import training_toy as toy
 from safetensors.torch import load_file
 from torch import nn
-from toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
+from training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
 
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, checkpoint, fit

@@ -160,7 +160,7 @@ def test_an_exported_file_runs_in_its_runtime(
         stub.closed = False
         code, printed, _ = command(capsys, *order, "--text", text, *SMALL, "--json", "--threads", "2")
         assert code == 0 and stub.closed
-        assert stub.opened[-1] == {"threads": 2, "context": 32}  # type: ignore[attr-defined]
+        assert stub.opened[-1] == {"threads": 2, "context": verb.SMALLEST_CONTEXT}  # type: ignore[attr-defined]
         rows = values(printed)
         # the stub is the same model; a batch of one row may differ from it in the last bits
         assert rows["kl", Path(order[1]).name]["value"] < 1e-9

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgewright.compression import methods
 from edgewright.compression.picture import save_pareto
 from edgewright.compression.settings import CompressSettings
-from edgewright.distillation.self_generation import pack_sequences, self_generate
+from edgewright.distillation.self_generation import self_generate
 from edgewright.errors import UsageError
 from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
@@ -114,7 +114,7 @@ class Compression:
             output=self.output / "data",
             progress=self.progress,
         )
-        return pack_sequences(generated, settings.block_length, self.tokenizer.eos_token_id)
+        return generated.blocks(settings.block_length)
 
     def steps(self, student: nn.Module) -> int:
         budget = self.settings.budget

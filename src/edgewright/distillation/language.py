@@ -14,14 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from edgewright.distillation.logits import (
-    DEFAULT_CHUNK,
-    DenseTarget,
-    Target,
-    TopKTarget,
-    chunked_distillation_loss,
-    target_loss,
-)
+from edgewright.distillation.logits import DEFAULT_CHUNK, chunked_distillation_loss, target_loss
+from edgewright.distillation.targets import DenseTarget, Target, TopKTarget
 from edgewright.errors import UsageError
 
 # Families whose logits are exactly head(last hidden state). Others may scale or cap them, so they take the full logits.
@@ -31,9 +25,9 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 class LanguageDistillation:
     """Loss function (model, batch) -> (loss, {"kl": KL to the teacher}); soft cross-entropy per token.
 
-    batch: token ids [B, T], or a dict with "tokens" [B, T], optionally "mask" [B, T] (true where a token counts) and, from
-    a `TeacherCache`, "values", "indices" and "tail": then no teacher is needed. Raises UsageError when the teacher is in
-    training mode, shares storage with the student, or has another vocabulary, and when there is neither teacher nor cache.
+    batch: token ids [B, T], or a dict with "tokens" [B, T], optionally "mask" [B, T] (true where a token counts) and,
+    from a `TeacherCache`, "values", "indices" and "tail": then no teacher is needed. Raises UsageError when the teacher
+    is in training mode, shares storage with the student or has another vocabulary, and without teacher and cache.
     """
 
     def __init__(

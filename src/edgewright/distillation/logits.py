@@ -10,73 +10,17 @@ with `chunked_distillation_loss` that is the gradient of the hidden states and o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgewright.distillation.targets import DenseTarget, Target, TopKTarget
 from edgewright.errors import UsageError
 
 # 256 tokens x 49152 logits in float32 are 50 MB. Smaller chunks pass the head's gradient through memory more often (64
 # tokens: 1.5 times slower on a CPU), larger ones gain nothing.
 DEFAULT_CHUNK = 256
-
-
-class Target(Protocol):
-    """What the student is compared with: the teacher's answer for every token, as dense logits or as its top k."""
-
-    tokens: int
-
-    def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Loss and teacher entropy [n] of student logits float32 [n, V], which become their own gradient in place."""
-        ...
-
-
-class DenseTarget:
-    """Teacher logits [tokens, V], given or made chunk by chunk from hidden states by `teacher_head`."""
-
-    def __init__(self, source: Tensor, temperature: float, head: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.source, self.head, self.temperature = source.detach().flatten(0, -2), head, temperature
-        self.tokens = self.source.shape[0]
-
-    def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        teacher = self.source[part] if self.head is None else self.head(self.source[part])
-        if teacher.shape[-1] != logits.shape[-1]:
-            raise UsageError(f"the teacher has {teacher.shape[-1]} logits per token but the student {logits.shape[-1]}")
-        log_p = torch.log_softmax(teacher.float() / self.temperature, dim=-1)
-        log_q = torch.log_softmax(logits.div_(self.temperature), dim=-1)
-        p = log_p.exp()
-        loss, entropy = -_dot(p, log_q), -_dot(p, log_p)
-        torch.exp(log_q, out=logits).sub_(p).mul_(self.temperature)
-        scale = self.temperature**2
-        return loss * scale, entropy * scale
-
-
-class TopKTarget:
-    """The teacher's k largest probabilities, their token ids, and the mass of all others in one bucket.
-
-    values: [..., k]; indices: [..., k]; tail: [...]; probabilities are renormalised to sum to one with the tail.
-    Cross-entropy: -sum_k p_k log q_k - p_tail log(1 - sum_k q_k).
-    """
-
-    def __init__(self, values: Tensor, indices: Tensor, tail: Tensor) -> None:
-        self.values, self.indices, self.tail = values.flatten(0, -2), indices.flatten(0, -2), tail.flatten()
-        self.tokens = self.values.shape[0]
-
-    def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        p, rest, index = self.values[part].float(), self.tail[part].float().clamp(min=0), self.indices[part].long()
-        total = p.sum(-1) + rest
-        p, rest = p / total.unsqueeze(-1), rest / total
-        q = torch.softmax(logits, dim=-1, out=logits)
-        q_top = q.gather(-1, index)
-        q.scatter_(-1, index, 0.0)  # what remains is summed directly: 1 - sum(q_top) would cancel
-        q_rest = q.sum(-1).clamp_(min=torch.finfo(q.dtype).tiny)
-        loss = -(torch.xlogy(p, q_top.clamp(min=torch.finfo(q.dtype).tiny)).sum(-1) + torch.xlogy(rest, q_rest))
-        entropy = -(torch.xlogy(p, p).sum(-1) + torch.xlogy(rest, rest))
-        q.mul_((1 - rest / q_rest).unsqueeze(-1))
-        q.scatter_(-1, index, q_top - p)
-        return loss, entropy
 
 
 def distillation_loss(
@@ -94,7 +38,8 @@ def distillation_loss(
     Raises UsageError when shapes or vocabularies differ or no token counts.
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
-        raise UsageError(f"student logits {list(student_logits.shape)} and teacher's {list(teacher_logits.shape)} differ")
+        shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
+        raise UsageError(f"student and teacher logits are for different tokens: {shapes}")
     return target_loss(student_logits, DenseTarget(teacher_logits, temperature), mask=mask, chunk=chunk)[0]
 
 
@@ -161,11 +106,6 @@ def _weights(target: Target, mask: Tensor | None) -> Tensor | None:
     if weights.sum() == 0:
         raise UsageError("the mask leaves no token; at least one must count")
     return weights / weights.sum()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner product without the product tensor."""
-    return torch.linalg.vecdot(a, b)
 
 
 class _Accumulator:
@@ -301,7 +241,8 @@ class _ModuleHeadLoss(torch.autograd.Function):
             for d, new in zip([d for d in d_parameters if d is not None], found, strict=True):
                 if new is not None:
                     d.add_(new)
-        ctx.gradients = (None if d_hidden is None else d_hidden.view(hidden.shape), None, None, None, None, *d_parameters)
+        d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
+        ctx.gradients = (d_hidden, None, None, None, None, *d_parameters)
         loss, kl = total.result()
         ctx.mark_non_differentiable(kl)
         return loss, kl

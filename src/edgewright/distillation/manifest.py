@@ -65,7 +65,7 @@ def shard_paths(folder: Path, count: int, suffix: str) -> list[Path]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Short digest of a model: names, shapes and some values of all its tensors. Tells models apart, not an adversary."""
+    """Short digest of names, shapes and some values of all tensors: tells models apart, withstands no adversary."""
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -4,8 +4,8 @@
     batches = BlockBatches(TeacherCache("teacher/").blocks(), batch_size=8)
     fit(student, LanguageDistillation(), batches, config)        # no teacher in memory
 
-Folder: manifest.json and shard-00000.safetensors ... with tokens int32 [n, T], values float16 [n, T, k], indices int32
-[n, T, k], tail float16 [n, T]. Each shard is written whole or not at all; a second call goes on where the first stopped.
+Folder: manifest.json and shard-00000.safetensors ... with tokens int32 [n, T], values float16 [n, T, k], indices
+int32 [n, T, k], tail float16 [n, T]. A shard is written whole or not at all; a second call goes on where one stopped.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def cache_teacher(
 
 
 class TeacherCache:
-    """Reads a folder of `cache_teacher`. Raises UsageError for another or unfinished folder, FormatError for bad shards."""
+    """Reads a folder of `cache_teacher`. Raises UsageError for another or unfinished one, FormatError for bad shards.
+
+    `blocks()` gives what `BlockBatches` takes and `LanguageDistillation` understands.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -83,7 +86,7 @@ class TeacherCache:
         self._paths = shard_paths(self.folder, -(-rows // self.shard_blocks), "safetensors")
         missing = [path.name for path in self._paths if not path.exists()]
         if missing:
-            raise UsageError(f"{self.folder} is unfinished ({missing[0]} is missing); call cache_teacher again to go on")
+            raise UsageError(f"{self.folder} is unfinished ({missing[0]} is missing); call cache_teacher again")
         self._rows = rows
 
     def __len__(self) -> int:
@@ -106,10 +109,11 @@ class TeacherCache:
             raise FormatError(f"{path} cannot be read ({error}); delete it and call cache_teacher again") from error
         rows, width = min(self.shard_blocks, self._rows - index * self.shard_blocks), int(self.settings["blocks"][1])
         k = int(self.settings["k"])
-        shapes = {"tokens": (rows, width), "values": (rows, width, k), "indices": (rows, width, k), "tail": (rows, width)}
+        token, answer = (rows, width), (rows, width, k)
+        shapes = {"tokens": token, "values": answer, "indices": answer, "tail": token}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if found != shapes:
-            raise FormatError(f"{path} holds {found} where {shapes} is expected; delete it and call cache_teacher again")
+            raise FormatError(f"{path} holds {found}, not {shapes}; delete it and call cache_teacher again")
         return tensors
 
 

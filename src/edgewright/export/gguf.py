@@ -179,8 +179,7 @@ def plan(tensors: Sequence[ModelTensor], layout: str, float_type: str = "F16", e
 def tensor_rows(tensors: Sequence[ModelTensor]) -> int:
     """Rows of the embedding table: the vocabulary of the file."""
     table = next(tensor for tensor in tensors if tensor.name == TABLES[0])
-    packed = table.packed
-    return int((packed.codes if packed is not None else table.module.weight).shape[0])
+    return int((table.module.codes if table.is_packed else table.module.weight).shape[0])  # type: ignore[union-attr, arg-type]
 
 
 def check_settings(path: Path, layout: str, float_type: str, embedding: str, kv: int | None) -> None:

@@ -209,29 +209,33 @@ def _reason(
 
 
 def print_table(rows: Sequence[LayoutRow], console: Console | None = None, every: bool = False) -> None:
-    """The layout on screen: one line for each kind of tensor, or one for each tensor when `every` is set."""
+    """The layout on screen: one line for all tensors that are treated alike, or one for each when `every` is set."""
     from rich.console import Console
     from rich.table import Table
 
     console = console or Console()
     table = Table(title="layout", title_justify="left", title_style="bold")
-    for heading, justify in (("tensor", "left"), ("model holds", "left"), ("wanted", "left"), ("written", "left")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in ("tensors", "model holds", "wanted", "written"):
+        table.add_column(heading, overflow="fold")
     table.add_column("MB", justify="right")
     table.add_column("why", overflow="fold")
-    for members in (([row] for row in rows) if every else grouped(rows).values()):
+    for members in [[row] for row in rows] if every else alike(rows):
         row = members[0]
-        pattern = row.tensor if len(members) == 1 else f"blk.*.{row.tensor.split('.', 2)[2]} ({len(members)})"
         size = sum(member.bytes for member in members)
         style = "yellow" if row.departure else None
-        table.add_row(pattern, row.holds, row.wanted, row.written, f"{size / 1e6:.2f}", row.why, style=style)
+        table.add_row(_names(members), row.holds, row.wanted, row.written, f"{size / 1e6:.2f}", row.why, style=style)
     console.print(table)
 
 
-def grouped(rows: Sequence[LayoutRow]) -> dict[tuple[Any, ...], list[LayoutRow]]:
-    """Rows that differ only in the number of their layer, together."""
+def alike(rows: Sequence[LayoutRow]) -> list[list[LayoutRow]]:
+    """Rows in groups that share everything but name, size and place, in file order."""
     groups: dict[tuple[Any, ...], list[LayoutRow]] = {}
     for row in rows:
-        part = row.tensor.split(".", 2)[2] if row.tensor.startswith("blk.") else row.tensor
-        groups.setdefault((part, row.holds, row.wanted, row.written, row.why), []).append(row)
-    return groups
+        groups.setdefault((row.holds, row.wanted, row.written, row.why), []).append(row)
+    return list(groups.values())
+
+
+def _names(members: Sequence[LayoutRow]) -> str:
+    """"attn_q, attn_k (60)": the parts that the members are, and how many there are."""
+    parts = dict.fromkeys(row.tensor.split(".")[2 if row.tensor.startswith("blk.") else 0] for row in members)
+    return ", ".join(parts) + (f" ({len(members)})" if len(members) > 1 else "")

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed
 from edgewright.export import ggml
-from edgewright.export.gguf_blocks import Array, ggml_type
+from edgewright.export.gguf_blocks import TYPE_IDS, Array, ggml_type
 from edgewright.export.gguf_encode import as_written
 from edgewright.export.gguf_layout import LayoutRow
 from edgewright.export.gguf_tensors import ModelTensor
 from edgewright.io.gguf import GGUFFile
-from edgewright.io.packed import PackedEmbedding
+from edgewright.io.gguf_types import decode
+from edgewright.io.packed import PackedEmbedding, PackedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 AGREEMENT = 0.9  # default least share of positions at which llama.cpp and PyTorch choose the same token
 POSITIONS = 160  # tokens of TEXT that are compared
 PROMPT_TOKENS, NEW_TOKENS = 24, 24
+PIECE = 1 << 17  # values decoded at once
 
 # Types that the installed gguf package decodes; Q1_0 and Q2_0 are younger than it.
 GGUF_PACKAGE_TYPES = ("Q4_0", "Q8_0", "TQ1_0", "TQ2_0", "Q2_K", "Q3_K")
@@ -63,20 +65,24 @@ def check_tensors(
     file = GGUFFile(path)
     confirmed = {"edgewright": 0, "gguf": 0, "llama.cpp": 0}
 
-    def check(pair: tuple[ModelTensor, LayoutRow]) -> list[str]:
+    def check(pair: tuple[ModelTensor, LayoutRow]) -> Sequence[str]:
         tensor, row = pair
-        expected = tensor.values()
-        if not row.lossless:
-            expected = _rounded(expected, row)
-        readers = []
-        for reader, values in _readings(file, row):
-            if not np.array_equal(values, expected):
-                wrong = int((values != expected).sum())
-                raise CheckFailed(
-                    f"{row.tensor} as {row.written} does not decode to the model with {reader}: {wrong} of "
-                    f"{expected.size} values differ, by up to {np.nanmax(np.abs(values - expected)):.3g}"
-                )
-            readers.append(reader)
+        packed = tensor.packed
+        whole = tensor.values() if packed is None else None
+        raw = np.asarray(file.raw(row.tensor)).reshape(row.shape[0], -1)
+        piece = max(1, PIECE * row.shape[0] // row.weights)  # rows, so that a piece of each reading stays in the cache
+        readers: Sequence[str] = ()
+        for start in range(0, row.shape[0], piece):
+            part = slice(start, start + piece)
+            if packed is not None:
+                expected = PackedTensor(packed.codes[part], packed.step[part], packed.grid).dequantize().numpy()
+            else:
+                expected = whole[part] if row.lossless else _rounded(whole[part], row)  # type: ignore[index]
+            readings = _readings(raw[part], row.written)
+            for reader, values in readings.items():
+                if not np.array_equal(values.reshape(expected.shape), expected):
+                    raise _difference(row, reader, values.reshape(expected.shape), expected)
+            readers = tuple(readings)
         return readers
 
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -87,26 +93,25 @@ def check_tensors(
     return {"tensors": len(rows), "tensors_equal": confirmed}
 
 
-def _readings(file: GGUFFile, row: LayoutRow) -> Iterator[tuple[str, Array]]:
-    yield "edgewright", file.dequantize(row.tensor)
-    if row.written in GGUF_PACKAGE_TYPES:
-        yield "gguf", _gguf_package(np.asarray(file.raw(row.tensor)), row)
-    if row.written in ggml.DECODERS:
-        yield "llama.cpp", ggml.dequantize(np.asarray(file.raw(row.tensor)), row.written).reshape(row.shape)
+def _readings(raw: Array, name: str) -> dict[str, Array]:
+    """Reader -> float32 values, for every reader that knows the type. raw: uint8 [rows, bytes of a row]."""
+    raw = raw.reshape(-1)
+    readings = {"edgewright": decode(raw, TYPE_IDS[name])}
+    if name in GGUF_PACKAGE_TYPES:
+        from gguf import GGMLQuantizationType, quants
+
+        blocks = raw.reshape(-1, ggml_type(name).bytes)
+        readings["gguf"] = quants.dequantize(blocks, GGMLQuantizationType[name])
+    if name in ggml.DECODERS:
+        readings["llama.cpp"] = ggml.dequantize(raw, name)
+    return readings
 
 
-def _gguf_package(raw: Array, row: LayoutRow) -> Array:
-    from gguf import GGMLQuantizationType, quants
-
-    kind = ggml_type(row.written)
-    blocks = raw.reshape(-1, kind.bytes)
-    values = np.empty((len(blocks), kind.block), np.float32)
-    piece = (1 << 18) // kind.block  # the package decodes in one go, and its temporaries leave the cache
-    for start in range(0, len(blocks), piece):
-        values[start : start + piece] = quants.dequantize(
-            blocks[start : start + piece], GGMLQuantizationType[row.written]
-        ).reshape(-1, kind.block)
-    return values.reshape(row.shape)
+def _difference(row: LayoutRow, reader: str, values: Array, expected: Array) -> CheckFailed:
+    return CheckFailed(
+        f"{row.tensor} as {row.written} does not decode to the model with {reader}: {int((values != expected).sum())} of "
+        f"{expected.size} values differ, by up to {np.abs(values - expected).max():.3g}; the file was not kept"
+    )
 
 
 def _rounded(values: Array, row: LayoutRow) -> Array:
@@ -146,7 +151,7 @@ def check_runs(
         written = list(engine.generate(prompt, NEW_TOKENS, ignore_end=True).ids)
         text = engine.detokenize(written)
     reference, replaced = _reference(model, tensors, rows)
-    ours = _logits(reference, replaced, ids)
+    ours, continuation = _logits(reference, replaced, ids, prompt + written)
     agreement = _agreement(theirs, ours)
     needed = threshold
     checks: dict[str, Any] = {
@@ -159,7 +164,7 @@ def check_runs(
     }
     if agreement < threshold:
         with _rounded_activations(reference, tensors, rows):
-            floor = _agreement(_logits(reference, replaced, ids), ours)
+            floor = _agreement(_logits(reference, replaced, ids)[0], ours)
         error = math.sqrt(max(floor * (1 - floor), 1 / len(ids)) / len(ids))
         needed = min(threshold, floor - 3 * error)
         checks["top1_agreement_of_activation_rounding"] = round(floor, 4)
@@ -168,7 +173,7 @@ def check_runs(
             f"llama.cpp and PyTorch choose the same token at only {agreement:.0%} of {len(ids)} positions "
             f"({needed:.0%} needed); the file was not kept"
         )
-    chosen = _logits(reference, replaced, prompt + written)[len(prompt) - 1 : -1].argmax(-1).tolist()
+    chosen = continuation[len(prompt) - 1 : -1].argmax(-1).tolist()
     same = [a == b for a, b in zip(chosen, written, strict=True)]
     checks["greedy"] = {
         "text": text,
@@ -210,16 +215,21 @@ def _reference(
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, replaced: dict[str, Tensor], ids: Sequence[int]) -> Tensor:
-    """float32 [T, vocabulary] of the model with some parameters replaced; the model itself stays as it is."""
+def _logits(model: PreTrainedModel, replaced: dict[str, Tensor], *texts: Sequence[int]) -> list[Tensor]:
+    """float32 [T, vocabulary] for each text, of the model with some parameters replaced; the model stays as it is.
+
+    One call for all texts, because a packed model dequantises its weights at every call.
+    """
+    longest = max(len(ids) for ids in texts)
+    padded = [[*ids, *[0] * (longest - len(ids))] for ids in texts]  # causal: what follows a text does not touch it
     training = model.training
     model.eval()
     try:
-        arguments = {"input_ids": torch.tensor([list(ids)], device=model.device), "use_cache": False}
-        logits: Tensor = torch.func.functional_call(model, replaced, (), arguments).logits[0]
+        arguments = {"input_ids": torch.tensor(padded, device=model.device), "use_cache": False}
+        logits: Tensor = torch.func.functional_call(model, replaced, (), arguments).logits.float().cpu()
     finally:
         model.train(training)
-    return logits.float().cpu()
+    return [row[: len(ids)] for row, ids in zip(logits, texts, strict=True)]
 
 
 def _agreement(first: Tensor, second: Tensor) -> float:

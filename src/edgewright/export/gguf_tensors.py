@@ -37,11 +37,16 @@ class ModelTensor:
         return f"{self.path}.{self.attribute}"
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the tensor is stored as integer codes."""
+        return self.attribute == "weight" and isinstance(self.module, PackedLinear | PackedEmbedding)
+
+    @property
     def packed(self) -> PackedTensor | None:
         """Codes and steps with the rows in file order; None for a float tensor."""
-        if self.attribute != "weight" or not isinstance(self.module, PackedLinear | PackedEmbedding):
+        if not self.is_packed:
             return None
-        packed: PackedTensor = self.module.packed
+        packed: PackedTensor = self.module.packed  # type: ignore[assignment]
         codes, step = packed.codes.detach().cpu(), packed.step.detach().cpu()
         if self.heads:
             order = pair_order(codes.shape[0], self.heads)
@@ -80,7 +85,7 @@ def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
                 continue
             full = f"model.layers.{index}.{path}"
             for attribute in ("weight", "bias"):
-                if getattr(module, attribute, None) is not None:
+                if attribute == "weight" or getattr(module, attribute, None) is not None:
                     count = heads.get(part, 0) if family.permuted else 0
                     tensors.append(ModelTensor(f"blk.{index}.{part}.{attribute}", full, attribute, module, count))
     for tensor in tensors:
@@ -116,7 +121,7 @@ def _check_module(tensor: ModelTensor) -> None:
 
 
 def _check_complete(model: PreTrainedModel, tensors: list[ModelTensor]) -> None:
-    known = {id(getattr(tensor.module, tensor.attribute)) for tensor in tensors if tensor.packed is None}
+    known = {id(getattr(tensor.module, tensor.attribute)) for tensor in tensors if not tensor.is_packed}
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             raise Unsupported(f"the parameter {name!r} has no place in a GGUF file of {type(model).__name__}")

@@ -180,22 +180,34 @@ class Report:
         return "\n".join(parts).rstrip() + "\n"
 
     def print_table(self, console: Console | None = None, metrics: Sequence[str] | None = None) -> None:
-        """The table on screen, with the notes beneath it."""
+        """The table on screen, with the notes beneath it; turned on its side where it would not fit the width."""
         from rich.console import Console
         from rich.markup import escape
+        from rich.measure import Measurement
         from rich.table import Table
 
         console = console or Console()
         header, lines = self.table(metrics)
-        table = Table(title=escape(self.title), title_justify="left", title_style="bold")
-        table.add_column(header[0], overflow="fold")
-        for name in header[1:]:
-            table.add_column(escape(name), justify="right")
-        for line in lines:
-            table.add_row(*(escape(cell) for cell in line))
+
+        def build(columns: list[str], rows: list[list[str]]) -> Table:
+            table = Table(title=escape(self.title), title_justify="left", title_style="bold")
+            for i, name in enumerate(columns):
+                table.add_column(escape(name), justify="right" if i else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*(escape(cell) for cell in row))
+            return table
+
+        def width(table: Table) -> int:
+            return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+
+        table = build(header, lines)
+        if width(table) > console.width:
+            columns, *rows = [list(cells) for cells in zip(header, *lines, strict=True)]
+            turned = build(columns, rows)
+            table = turned if width(turned) < width(table) else table
         console.print(table)
         for note in self.notes:
-            console.print(escape(note), style="dim")
+            console.print(escape(note), style="dim", highlight=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and `report.md` into `folder`, each whole or not at all; returns the JSON's path."""

@@ -3,7 +3,7 @@
 Symmetric, b bits over a set S (LLM-QAT, arXiv 2305.17888): s = (2^(b-1) - 1) / max_S|x|, Q(x) = round(s * x) / s; the
 codes are -(2^(b-1)-1) .. 2^(b-1)-1. Nothing is clipped: outliers define the range, because clipping them breaks
 language models at the start of training.
-Asymmetric: 2^b codes over [min(x, 0), max(x, 0)] with an integer zero point, as runtimes with dynamic int8 inputs compute.
+Asymmetric: 2^b codes over [min(x, 0), max(x, 0)] with an integer zero point, as runtimes with int8 inputs compute.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ UNTOUCHED_BITS = 16  # a width of 16 means: not quantised, the tensor passes bit
 
 def _symmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:
     peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True) if per_token else x.abs().amax()
-    # deviation: the official code adds 1e-6 to the scale and to its inverse, so that even the maximum is not reproduced.
+    # deviation: the official code adds 1e-6 to the scale and to its inverse, so that not even the maximum stays.
     peak = peak.clamp(min=SMALLEST_PEAK)
     top = 2 ** (bits - 1) - 1
-    # The product with the inverse, not the quotient, decides ties as the formula does: 0.5 * 7 is a tie, 0.5 / (1/7) is not.
+    # The product, not a quotient, decides ties as the formula does: 0.5 * 7 is a tie, 0.5 / (1 / 7) is not.
     return (x * (top / peak)).round_().mul_(peak / top)
 
 
 def _asymmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:
     """Codes 0 .. 2^b - 1 with an integer zero point.
 
-    deviation: the official code maps [min, max] itself and lets zero fall between two codes; here the range includes zero
-    and zero is a code, which is what XNNPACK and torchao compute. Equal whenever min <= 0 <= max and min is on the grid.
+    deviation: the official code maps [min, max] itself and lets zero fall between two codes; here the range includes
+    zero and zero is a code, as in XNNPACK and torchao. Equal whenever min <= 0 <= max and min is on the grid.
     """
     low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if per_token else (x.amin(), x.amax())
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -44,7 +44,7 @@ def _asymmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the quantised tensor. Backward: the gradient unchanged (or zero where |x| >= clip, if a clip is given)."""
+    """Forward: the quantised tensor. Backward: the gradient unchanged, or zero where |x| >= clip if a clip is given."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, config: ActivationConfig, clip: float | None) -> Tensor:

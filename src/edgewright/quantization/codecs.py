@@ -1,7 +1,7 @@
 """Block codecs of the key-value cache: rows of floats to integer codes with one scale per block, and back.
 
 All have the form value = scale * code over blocks of consecutive entries:
-    symmetric  codes -(2^(b-1)-1) .. 2^(b-1)-1, scale = max|x| / (2^(b-1)-1) rounded to 16 bits (LLM-QAT, arXiv 2305.17888)
+    symmetric  codes -(2^(b-1)-1) .. 2^(b-1)-1, scale = max|x| / (2^(b-1)-1), rounded to 16 bits (LLM-QAT, 2305.17888)
     q8_0       codes -127 .. 127, scale = fp16(max|x| / 127), halves away from zero     } llama.cpp's block formats,
     q4_0       codes -8 .. 7, scale = fp16(x_peak / -8) with x_peak the signed largest  } equal to gguf-py bit for bit
 """
@@ -81,7 +81,7 @@ def _round_half_away_(x: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """int8 codes -8..7 [..., n] to uint8 [..., n / 2]: the first half of a row in the low nibbles, the second in the high."""
+    """int8 codes -8..7 [..., n] to uint8 [..., n / 2]: first half of a row in the low nibbles, second in the high."""
     if codes.shape[-1] % 2:
         raise UsageError(f"rows of {codes.shape[-1]} codes cannot be packed in pairs; the length must be even")
     low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
@@ -94,7 +94,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def ggml_bytes(codes: Tensor, scales: Tensor, name: str) -> Tensor:
-    """llama.cpp's memory layout of q8_0 or q4_0 rows: uint8 [..., n / 32 * bytes per block], each block scale then codes."""
+    """llama.cpp's layout of q8_0 or q4_0 rows, each block its scale, then its codes: uint8 [..., n / 32 * 34 or 18]."""
     blocks = codes.unflatten(-1, (-1, GGML_BLOCK))
     body = pack_nibbles(blocks) if name == "q4_0" else blocks.contiguous().view(torch.uint8)
     head = scales.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)

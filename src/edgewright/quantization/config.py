@@ -98,8 +98,8 @@ class KVConfig:
     when: before ("pre_rope", LLM-QAT) or after ("post_rope", llama.cpp) the rotary embedding of the keys.
     codec: "symmetric" (min-max), or "q8_0" / "q4_0": llama.cpp's cache bit for bit (blocks of 32, post_rope).
     scale_dtype: type that the scales of the symmetric codec are rounded to, so that training sees what a cache stores.
-    rotate: quantise keys and values after a Hadamard rotation inside each head, as llama.cpp does by default since April
-        2026 when its cache is quantised; heads whose size is not a multiple of 64 are left unrotated, there and here.
+    rotate: quantise keys and values after a Hadamard rotation inside each head, as llama.cpp does by default since
+        April 2026 when its cache is quantised; heads not of a multiple of 64 stay unrotated, there and here.
     official_clip_grad: 2.0 zeroes the gradient where |x| >= 2, as the official code does; None is the plain identity.
     """
 

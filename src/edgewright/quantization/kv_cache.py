@@ -58,7 +58,7 @@ def row_quantizer(config: KVConfig, heads: int, head_dim: int, *, values: bool) 
     block = {"token": heads * head_dim, "head": head_dim}.get(str(config.granularity), config.granularity)
     assert isinstance(block, int)
     if isinstance(config.granularity, int) and head_dim % block:
-        raise UsageError(f"head_dim={head_dim} does not divide into groups of {block}; use a divisor, or 'head' or 'token'")
+        raise UsageError(f"head_dim={head_dim} does not divide into groups of {block}; use a divisor, head or token")
     rotation = 0
     if config.rotate and head_dim % ROTATION_BLOCK == 0:
         # llama.cpp: keys by the largest power of two that divides the head, values always in blocks of 64.
@@ -129,7 +129,7 @@ class _QuantizingCache:
                 keys = heads_of(fake_quantize_rows(rows_of(keys), self.quantizers[0]), head_dim)
             values = heads_of(fake_quantize_rows(rows_of(values), self.quantizers[1]), head_dim)
         elif stored != self.config:  # a QuantCache quantises by itself, so it must agree with the model
-            raise UsageError(f"the cache holds {stored} but the model is under {self.config}; give both the same KVConfig")
+            raise UsageError(f"the cache is under {stored}, the model under {self.config}; give both one KVConfig")
         return (keys, values) if self.cache is None else self.cache.update(keys, values, *args, **kwargs)
 
 
@@ -197,7 +197,7 @@ def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
 def detach_kv_quantization(model: nn.Module) -> nn.Module:
     """Undo `attach_kv_quantization`, in place; returns the model. Raises UsageError when there is nothing to undo."""
     if attached_kv_config(model) is None:
-        raise UsageError("the model's key-value cache is not quantised; attach_kv_quantization(model, config) does that")
+        raise UsageError("the model's key-value cache is not quantised; attach_kv_quantization(model, config) does it")
     for module in model.modules():
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _AttentionHook)]:
             del module._forward_pre_hooks[key]

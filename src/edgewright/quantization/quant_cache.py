@@ -23,7 +23,7 @@ from edgewright.quantization.kv_cache import RowQuantizer, heads_of, row_quantiz
 
 
 class _Store:
-    """Quantised rows of one layer's keys or values: codes uint8 or int8 [B, T, bytes], scales [B, T, scales per token]."""
+    """Quantised rows of one layer's keys or values: codes uint8 or int8 [B, T, bytes], scales [B, T, per token]."""
 
     def __init__(self, quantizer: RowQuantizer) -> None:
         self.quantizer = quantizer
@@ -114,13 +114,13 @@ class QuantLayer(DynamicLayer):
 class QuantCache(Cache):
     """Cache of integer codes: packed nibbles up to 4 bits, bytes up to 8, with the scales beside them.
 
-    Pass it as `past_key_values` to a model or to `generate`. Raises UsageError for widths above 8 bits, and for pre_rope:
-    attention hands its cache the keys after rotation, so those are the ones that a cache can store.
+    Pass it as `past_key_values` to a model or to `generate`. Raises UsageError for widths above 8 bits, and for
+    pre_rope: attention hands its cache the keys after rotation, so those are the ones that a cache can store.
     """
 
     def __init__(self, config: KVConfig) -> None:
         if config.bits > STORED_BITS:
-            raise UsageError(f"QuantCache stores 2 to {STORED_BITS} bits, not {config.bits}; use transformers' DynamicCache")
+            raise UsageError(f"QuantCache stores 2 to {STORED_BITS} bits, not {config.bits}; use DynamicCache")
         if config.when != "post_rope":
             raise UsageError("QuantCache stores keys after the rotary embedding: use KVConfig(..., when='post_rope')")
         super().__init__(layer_class_to_replicate=partial(QuantLayer, config))  # type: ignore[arg-type]

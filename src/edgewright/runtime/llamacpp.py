@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from edgewright.measure.machine import usable_cores
 from edgewright.runtime import llamacpp_library as lib
 from edgewright.runtime.chat_template import render_chat
 from edgewright.runtime.engine import Generation
+from edgewright.runtime.gguf_sizes import check_sizes
 
 BATCH = 512  # tokens per llama_decode call when only the last logits are wanted
 LOGIT_ROWS = 128  # and when all are: float32 [128, vocabulary] is what is in memory at once
@@ -54,7 +54,7 @@ class LlamaCppEngine:
         self.threads = usable_cores() if threads is None else threads
         _check_options(self.threads, context, cache_type_k, cache_type_v)
         file = GGUFFile(self.path)
-        check_model_header(file)
+        check_sizes(file)
         self.metadata = file.metadata
         self._lib = lib.library()
         self._c = self._lib.c
@@ -79,10 +79,12 @@ class LlamaCppEngine:
             raise Unsupported(f"{self.path} is not a decoder-only language model; the llama.cpp engine runs only those")
 
     def _start(self, context: int, cache_type_k: str, cache_type_v: str) -> None:
+        context = -(-context // 256) * 256  # llama.cpp rounds up so; told the round number it keeps n_batch as asked
+        batch = min(BATCH, context)
         params = self._lib.context_params()
         params.set(lib.N_CTX, context)
-        params.set(lib.N_BATCH, BATCH)
-        params.set(lib.N_UBATCH, BATCH)
+        params.set(lib.N_BATCH, batch)
+        params.set(lib.N_UBATCH, batch)
         params.set(lib.N_THREADS, self.threads)
         params.set(lib.N_THREADS_BATCH, self.threads)
         params.set(lib.TYPE_K, lib.CACHE_TYPES[cache_type_k])
@@ -95,16 +97,14 @@ class LlamaCppEngine:
             reason = self._lib.log.reason()
             self.close()
             raise EdgewrightError(
-                f"llama.cpp cannot start {self.path} with context={context}, cache types {cache_type_k}/{cache_type_v}: "
-                f"{reason}"
+                f"llama.cpp cannot start {self.path} with context={context} "
+                f"and cache types {cache_type_k}/{cache_type_v}: {reason}"
             )
         # a second proof that the offsets are right: llama.cpp tells what it understood
         told = (self._c.llama_n_batch(self._context), self._c.llama_n_threads(self._context))
-        if told != (BATCH, self.threads) or self._c.llama_n_ctx(self._context) < context:
+        if told != (batch, self.threads) or self._c.llama_n_ctx(self._context) < context:
             self.close()
-            raise EdgewrightError(
-                f"xllamacpp {self._lib.version} did not take its settings; please report this version"
-            )
+            raise EdgewrightError(f"xllamacpp {self._lib.version} did not take its settings; please report it")
 
     def close(self) -> None:
         """Free everything; harmless when called again."""
@@ -346,14 +346,6 @@ class LlamaCppEngine:
             parts.append(text)
             if on_token is not None:
                 on_token(text)
-
-
-def check_model_header(file: GGUFFile) -> None:
-    """Refuse, with a FormatError, headers whose sizes llama.cpp would divide by or allocate without asking."""
-    data: Mapping[str, Any] = file.metadata
-    architecture = data.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture.isascii():
-        raise FormatError(f"{file.path} does not say which architecture it holds (general.architecture)")
 
 
 def _check_options(threads: int, context: int, cache_type_k: str, cache_type_v: str) -> None:

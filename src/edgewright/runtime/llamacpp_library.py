@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import os
 import struct
 from collections import deque
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_uint8, c_void_p
@@ -23,11 +24,15 @@ N_CTX, N_BATCH, N_UBATCH, N_SEQ_MAX = 0, 4, 8, 12
 N_THREADS, N_THREADS_BATCH = 28, 32
 FLASH_ATTENTION, TYPE_K, TYPE_V = 52, 104, 108
 CONTEXT_DEFAULTS = {
-    N_CTX: 512, N_BATCH: 2048, N_UBATCH: 512, N_SEQ_MAX: 1, 16: 0, 20: 0, 24: 1, N_THREADS: 4, N_THREADS_BATCH: 4, 36: 0,
-    40: -1, 44: -1, 48: -1, FLASH_ATTENTION: -1, 56: 0, 60: 0, 80: 0, TYPE_K: 1, TYPE_V: 1,
+    N_CTX: 512, N_BATCH: 2048, N_UBATCH: 512, N_SEQ_MAX: 1, 16: 0, 20: 0, 24: 1, N_THREADS: 4, N_THREADS_BATCH: 4,
+    36: 0, 40: -1, 44: -1, 48: -1, FLASH_ATTENTION: -1, 56: 0, 60: 0, 80: 0, TYPE_K: 1, TYPE_V: 1,
 }  # fmt: skip
 CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml type ids
 LOG_WARN, LOG_ERROR = 3, 4
+
+# llama.cpp's threads meet some 600 times a token and GNU OpenMP lets the early ones spin for milliseconds each time.
+# Where another program has one of the cores that costs a factor of 5 to 10; on an idle machine 1000 turns are enough.
+SPIN_COUNT = "1000"
 
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
@@ -151,10 +156,16 @@ class Library:
 
 @cache
 def library() -> Library:
-    """The library, loaded once a process at the first call. Raises MissingPackage without the xllamacpp wheel."""
+    """The library, loaded once a process at the first call. Raises MissingPackage without the xllamacpp wheel.
+
+    Sets GOMP_SPINCOUNT for this process unless it or OMP_WAIT_POLICY is set; that has an effect only where no other
+    package has started GNU OpenMP before.
+    """
     spec = importlib.util.find_spec("xllamacpp")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     files = [file for folder in folders for file in Path(folder).glob("xllamacpp*") if file.suffix in (".so", ".pyd")]
     if not files:
         raise MissingPackage("running a GGUF file needs the package xllamacpp: pip install xllamacpp")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     return Library(files[0], importlib.metadata.version("xllamacpp"))

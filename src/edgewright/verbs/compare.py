@@ -26,6 +26,7 @@ COLUMNS = ("perplexity", "perplexity_ratio", "kl", "kl_p99", "top1_agreement", "
 ENGINES = ("llama.cpp", "pytorch")
 # What tokenisers differ in: spaces, digits, case, line ends, accents, other scripts, code.
 SAMPLE = "  Don't split 12345.678 as I do!\n\n\tif x >= 0: naïve café, Привет, 你好 🙂\r\nHELLO_world  (end)"
+SMALLEST_CONTEXT = 512  # one llama.cpp batch; less saves nothing worth having
 SAMPLE_CHARACTERS = 20_000  # of the evaluation text itself
 
 
@@ -214,7 +215,8 @@ def _open(name: str, engine: str, block_length: int, threads: int | None, stack:
     if _is_exported(name, engine):
         from edgewright.runtime.engine import open_engine
 
-        runtime: Any = stack.enter_context(open_engine(name, threads=threads, context=block_length))
+        context = max(block_length, SMALLEST_CONTEXT)
+        runtime: Any = stack.enter_context(open_engine(name, threads=threads, context=context))
         kind = "llama.cpp" if name.lower().endswith(".gguf") else type(runtime).__name__
         return _Opened(name, engine_logits(runtime), _EngineTokenizer(runtime), kind)
 

@@ -1,7 +1,7 @@
 """A run with everything that can spoil a resume, and a process that is killed and started again until it ends.
 
-python toy.py killed FOLDER SEED     kill the run at random moments until it finishes
-python toy.py pair FOLDER            one run in two processes, interrupted and resumed, and one that is not
+python training_toy.py killed FOLDER SEED     kill the run at random moments until it finishes
+python training_toy.py pair FOLDER            one run in two processes, interrupted and resumed, and one that is not
 """
 
 from __future__ import annotations

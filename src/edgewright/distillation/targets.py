@@ -1,0 +1,72 @@
+"""What a student's next-token distribution is compared with: a teacher's logits, or the top k of its probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from edgewright.errors import UsageError
+
+
+class Target(Protocol):
+    """What the student is compared with: the teacher's answer for every token, as dense logits or as its top k."""
+
+    tokens: int
+
+    def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Loss and teacher entropy [n] of student logits float32 [n, V], which become their own gradient in place."""
+        ...
+
+
+class DenseTarget:
+    """Teacher logits [tokens, V], given or made chunk by chunk from hidden states by `teacher_head`."""
+
+    def __init__(self, source: Tensor, temperature: float, head: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.source, self.head, self.temperature = source.detach().flatten(0, -2), head, temperature
+        self.tokens = self.source.shape[0]
+
+    def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        teacher = self.source[part] if self.head is None else self.head(self.source[part])
+        if teacher.shape[-1] != logits.shape[-1]:
+            raise UsageError(f"the teacher has {teacher.shape[-1]} logits per token but the student {logits.shape[-1]}")
+        log_p = torch.log_softmax(teacher.float() / self.temperature, dim=-1)
+        log_q = torch.log_softmax(logits.div_(self.temperature), dim=-1)
+        p = log_p.exp()
+        loss, entropy = -_dot(p, log_q), -_dot(p, log_p)
+        torch.exp(log_q, out=logits).sub_(p).mul_(self.temperature)
+        scale = self.temperature**2
+        return loss * scale, entropy * scale
+
+
+class TopKTarget:
+    """The teacher's k largest probabilities, their token ids, and the mass of all others in one bucket.
+
+    values: [..., k]; indices: [..., k]; tail: [...]; probabilities are renormalised to sum to one with the tail.
+    Cross-entropy: -sum_k p_k log q_k - p_tail log(1 - sum_k q_k).
+    """
+
+    def __init__(self, values: Tensor, indices: Tensor, tail: Tensor) -> None:
+        self.values, self.indices, self.tail = values.flatten(0, -2), indices.flatten(0, -2), tail.flatten()
+        self.tokens = self.values.shape[0]
+
+    def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        p, rest, index = self.values[part].float(), self.tail[part].float().clamp(min=0), self.indices[part].long()
+        total = p.sum(-1) + rest
+        p, rest = p / total.unsqueeze(-1), rest / total
+        q = torch.softmax(logits, dim=-1, out=logits)
+        q_top = q.gather(-1, index)
+        q.scatter_(-1, index, 0.0)  # what remains is summed directly: 1 - sum(q_top) would cancel
+        q_rest = q.sum(-1).clamp_(min=torch.finfo(q.dtype).tiny)
+        loss = -(torch.xlogy(p, q_top.clamp(min=torch.finfo(q.dtype).tiny)).sum(-1) + torch.xlogy(rest, q_rest))
+        entropy = -(torch.xlogy(p, p).sum(-1) + torch.xlogy(rest, rest))
+        q.mul_((1 - rest / q_rest).unsqueeze(-1))
+        q.scatter_(-1, index, q_top - p)
+        return loss, entropy
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner product without the product tensor."""
+    return torch.linalg.vecdot(a, b)

@@ -1,0 +1,230 @@
+"""ParetoQ (arXiv 2502.02631): one family of grids and one training recipe from 1 to 4 bits.
+
+A sentence encoder learns, under quantisation, to give its own full-precision embeddings. Every width is run with
+round-to-nearest, searched steps and training, over several seeds; the two 2-bit grids are compared. `end_to_end` adds
+SmolLM2-135M through `edgewright compress` at the widths named there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from edgewright.recipes.recipe import Claim, Headline, Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgewright.measure.report import Report
+
+GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "2 (LSQ)": "int2", "3": "int3", "4": "int4"}
+MONOTONE = ("4", "3", "2", "1.58", "1")
+
+
+@dataclass(frozen=True)
+class ParetoQ:
+    """steps, batch (sentences) and learning_rate of each training; layers 0 keeps the whole encoder."""
+
+    seed: int = 0
+    seeds: int = 3
+    steps: int = 200
+    batch: int = 16
+    tokens: int = 32
+    learning_rate: float = 1e-4
+    layers: int = 0
+    training_sentences: int = 3000
+    held_out_sentences: int = 256
+    end_to_end: tuple[float, ...] = ()
+    end_to_end_budget: str = "32"
+
+
+def tiny() -> ParetoQ:
+    return ParetoQ(seeds=1, steps=24, batch=8, tokens=16, learning_rate=1e-3, layers=1, training_sentences=96,
+                   held_out_sentences=48)  # fmt: skip
+
+
+def small() -> ParetoQ:
+    return ParetoQ(seeds=3, steps=120, learning_rate=2e-4, end_to_end=(4.0, 2.0))
+
+
+def paper() -> ParetoQ:
+    """Many epochs of every sentence that the built-in text holds; the published runs use billions of tokens."""
+    return ParetoQ(seeds=3, steps=20000, batch=64, tokens=64, learning_rate=1e-4, training_sentences=100000,
+                   held_out_sentences=1000, end_to_end=(4.0, 3.0, 2.0, 1.58, 1.0), end_to_end_budget="2000")  # fmt: skip
+
+
+# Held at every width by training against both methods without it; wide at 2 bits and below.
+CLAIMS = tuple(
+    Claim("embedding_error", f"qat {width} bit", "<", against=f"rtn {width} bit", factor=0.6 if width in ("2", "1.58", "1") else 1.0)
+    for width in MONOTONE
+) + tuple(
+    Claim("embedding_error", f"qat {more} bit", "<", against=f"qat {fewer} bit", sizes=("small", "paper"))
+    for more, fewer in zip(MONOTONE, MONOTONE[1:], strict=False)
+)  # fmt: skip
+CLOCKED: tuple[str, ...] = ("seconds", "decode", "prefill", "time_to_first_token", "roofline", "peak_memory")
+HEADLINE: Headline | None = None
+
+
+def plan(settings: ParetoQ) -> Plan:
+    layers = settings.layers or 6
+    per_step = 0.016 * layers / 6 * settings.batch * settings.tokens / 16  # measured on 2 cores: 0.5 s at 16 x 32
+    trainings = len(GRIDS) * settings.seeds
+    steps = (
+        f"embed {settings.held_out_sentences} held-out sentences with MiniLM-L6 in full precision",
+        f"quantise at {', '.join(GRIDS)} bits without training",
+        f"train {trainings} models for {settings.steps} steps of {settings.batch} sentences",
+        *(f"compress SmolLM2-135M to {bits:g} bits (budget {settings.end_to_end_budget})" for bits in settings.end_to_end),
+    )
+    return Plan(
+        steps=steps,
+        seconds=15 + trainings * settings.steps * per_step + 600 * len(settings.end_to_end),
+        memory_bytes=int(3e9 if settings.end_to_end else 1.2e9),
+        disk_bytes=int(1e8 + 1.5e9 * len(settings.end_to_end)),
+        outputs=("error.png", "points.json"),
+    )
+
+
+def run(settings: ParetoQ, output: Path) -> Report:
+    """Every point is kept in points.json when it is done, so a second call goes on after the last one."""
+    from edgewright.io.atomic import write_text
+    from edgewright.measure.report import Report
+
+    store = output / "points.json"
+    points: dict[str, float] = json.loads(store.read_text()) if store.exists() else {}
+    bench = _Bench(settings)
+    for width, grid in GRIDS.items():
+        for method in ("rtn", "mse", "qat"):
+            for seed in range(settings.seeds if method == "qat" else 1):
+                key = f"{method} {width} bit/{seed}"
+                if key not in points:
+                    points[key] = bench.error(grid, method, settings.seed + seed)
+                    write_text(store, json.dumps(points, indent=1) + "\n")
+    report = Report("ParetoQ: MiniLM-L6 distilled to itself, by width and method")
+    for subject in dict.fromkeys(key.rpartition("/")[0] for key in points):
+        values = [value for key, value in points.items() if key.rpartition("/")[0] == subject]
+        se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        report.add("embedding_error", mean(values), subject=subject, se=se, n=len(values), unit="1 - cosine")
+    report.notes.append("standard errors are over seeds of the training order; methods without training have one value")
+    _plot(report, output / "error.png")
+    for bits in settings.end_to_end:
+        _add_end_to_end(report, settings, bits, output / f"smollm2-{bits:g}bit")
+    return report
+
+
+class _Bench:
+    """The encoder, its sentences, and its full-precision embeddings."""
+
+    def __init__(self, settings: ParetoQ) -> None:
+        import torch
+
+        import edgewright
+        from edgewright.io.text import load_texts
+
+        self.settings = settings
+        self.model, self.tokenizer = edgewright.load("minilm-l6")
+        if settings.layers:
+            self.model.encoder.layer = self.model.encoder.layer[: settings.layers]
+        self.train = self._encode(_sentences(load_texts(None, "calibration"))[: settings.training_sentences])
+        self.held_out = self._encode(_sentences(load_texts(None, "evaluation"))[: settings.held_out_sentences])
+        with torch.no_grad():
+            self.train["target"] = self._embed_all(self.model, self.train)
+            self.held_out["target"] = self._embed_all(self.model, self.held_out)
+
+    def _encode(self, sentences: list[str]) -> dict[str, Tensor]:
+        encoded = self.tokenizer(
+            sentences, padding="max_length", truncation=True, max_length=self.settings.tokens, return_tensors="pt"
+        )
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    def _embed_all(self, model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+        import torch
+
+        rows = range(0, len(data["input_ids"]), 64)
+        return torch.cat([embed(model, {name: data[name][i : i + 64] for name in data}) for i in rows])
+
+    def error(self, grid: str, method: str, seed: int) -> float:
+        """Mean of 1 - cosine to the full-precision embeddings, on held-out sentences, after conversion."""
+        import copy
+
+        import torch
+
+        from edgewright.quantization.api import convert_, quantize_
+        from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
+
+        nearest = "absmean" if grid == "binary" else "absmax"  # absmax would make every weight of a binary row huge
+        scale = {"rtn": nearest, "mse": "mse", "qat": "learned"}[method]
+        student = copy.deepcopy(self.model)
+        quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", WeightConfig(grid, scale=scale)),)))
+        if method == "qat":
+            self._train(student, seed)
+        convert_(student)
+        with torch.no_grad():
+            return float((1 - (self._embed_all(student, self.held_out) * self.held_out["target"]).sum(-1)).mean())
+
+    def _train(self, student: nn.Module, seed: int) -> None:
+        from edgewright.training.batches import BlockBatches
+        from edgewright.training.loop import TrainConfig, fit
+
+        settings = self.settings
+        fit(
+            student,
+            lambda model, batch: (1 - (embed(model, batch) * batch["target"]).sum(-1)).mean(),
+            BlockBatches(self.train, settings.batch, seed=seed),
+            TrainConfig(steps=settings.steps, learning_rate=settings.learning_rate, seed=seed, log_every=10),
+            progress=False,
+        )
+
+
+def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Unit sentence embeddings [B, hidden]: mean over real tokens, as the encoder was trained to be read."""
+    import torch.nn.functional as F
+
+    states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)  # [B, T, 1]
+    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def _sentences(texts: list[str]) -> list[str]:
+    """Sentences of 40 to 200 characters, in the order of the text."""
+    import re
+
+    found = [" ".join(part.split()) for text in texts for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text)]
+    return [sentence for sentence in dict.fromkeys(found) if 40 <= len(sentence) <= 200]
+
+
+def _plot(report: Report, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from edgewright.io.atomic import atomic_file
+
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for method in ("rtn", "mse", "qat"):
+        rows = {row.subject: row for row in report.rows}
+        chosen = [rows[f"{method} {width} bit"] for width in MONOTONE]
+        widths = [float(width) for width in MONOTONE]
+        axes.errorbar(widths, [r.value for r in chosen], yerr=[r.se or 0 for r in chosen], marker="o", label=method)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight of the grid")
+    axes.set_ylabel("1 - cosine to full precision, held out")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
+    plt.close(figure)
+
+
+def _add_end_to_end(report: Report, settings: ParetoQ, bits: float, folder: Path) -> None:
+    from edgewright.compression.pipeline import compress
+    from edgewright.compression.settings import Budget, CompressSettings
+
+    budget = Budget.parse(settings.end_to_end_budget)
+    part: Any = compress(CompressSettings("smollm2-135m", bits=bits, budget=budget, seed=settings.seed), folder)
+    for row in part.rows:
+        subject = f"SmolLM2 {bits:g} bit: {row.subject}"
+        report.add(row.metric, row.value, subject=subject, se=row.se, n=row.n, unit=row.unit)
