@@ -7,29 +7,13 @@ import time
 
 import numpy as np
 import pytest
+from toy_calls import allocate, die, fail, unpicklable
 
 from edgewright.errors import EdgewrightError, UsageError
 from edgewright.measure import memory
 from edgewright.measure.memory import current_rss, peak_memory, peak_rss
 
 MB = 2**20
-
-
-def allocate(megabytes: int) -> int:
-    block = np.ones(megabytes * MB, dtype=np.uint8)
-    return int(block[-1]) * megabytes
-
-
-def fail() -> None:
-    raise UsageError("on purpose")
-
-
-def die() -> None:
-    os._exit(7)
-
-
-def unpicklable() -> object:
-    return lambda: None
 
 
 def test_child_peak_follows_the_allocation():

@@ -11,9 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from edgewright.compression import methods
@@ -56,10 +54,18 @@ class Compression:
         return self.output / f"{name}.gguf"
 
     def export(self, name: str, model: nn.Module, layout: str | None = None) -> None:
+        """Write and prove one file; its layout table is shown for the method that was asked for."""
+        settings = self.settings
         result = export_gguf(
-            model, self.tokenizer, self.file(name), layout=layout or self.settings.layout, kv=self.kv, strict=False
+            model,
+            self.tokenizer,
+            self.file(name),
+            layout=layout or settings.layout,
+            kv=settings.kv,
+            progress=self.progress,
         )
-        write_text(self.output / f"{name}.layout.json", json.dumps([row.to_dict() for row in result.table], indent=1))
+        if self.progress and name.startswith(settings.method):
+            result.print(Console(stderr=True))
 
     def references(self) -> None:
         """The float16 file, and llama.cpp's own 4-bit (or 8-bit) file as the peer."""
@@ -207,30 +213,36 @@ GENERATED_LENGTH = 128
 
 
 def compress(
-    settings: CompressSettings, output: str | Path, *, say: Say = print, progress: bool = True, resume: bool = True
-) -> Report:
+    settings: CompressSettings,
+    output: str | Path,
+    *,
+    say: Say = print,
+    progress: bool = True,
+    files_only: bool = False,
+) -> Report | None:
     """Run (or go on with) one compression in `output`; returns the report that is also saved there.
 
-    Raises UsageError when the folder holds another run, and whatever a stage raises; finished stages stay usable.
+    files_only: stop when the files are written and verified, and return None. Raises UsageError when the folder holds another run, and whatever a stage raises; finished stages stay usable.
     """
     output = Path(output)
-    _claim(output, settings, resume)
+    _claim(output, settings)
     finished = output / "report.json"
     if finished.exists():
         say(f"{output} holds this run already, finished")
         return Report.from_file(finished)
     run = Compression(settings, output, say, progress)
-    run.references()
+    if not files_only:
+        run.references()
     run.plain_methods()
     student = run.second_order()
     if student is not None:
         run.training(student)
         del student
         gc.collect()
-    return run.report()
+    return None if files_only else run.report()
 
 
-def _claim(output: Path, settings: CompressSettings, resume: bool) -> None:
+def _claim(output: Path, settings: CompressSettings) -> None:
     """Make the folder ours, or find that it is: a run never mixes with another one's files."""
     marker = output / "settings.json"
     wanted = json.loads(json.dumps(settings.to_dict()))
@@ -243,9 +255,8 @@ def _claim(output: Path, settings: CompressSettings, resume: bool) -> None:
                 f"{output} holds a run with {key}={held.get(key)!r}, not {wanted[key]!r}; "
                 "choose another --output, or remove that folder"
             )
-        if resume:
-            return
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
     write_text(marker, json.dumps(wanted, indent=2) + "\n")
 
@@ -261,7 +272,6 @@ def _counter(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
     if not shown:
         yield lambda done, total: None
         return
-    from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
@@ -271,8 +281,3 @@ def _counter(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=done, total=total)
 
         yield advance
-
-
-def environment() -> dict[str, Any]:
-    """Threads that torch will use; recorded because timings depend on it."""
-    return {"threads": torch.get_num_threads()}

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.distillation.manifest import claim_folder, fingerprint, read_manifest, shard_paths, track
-from edgewright.distillation.sequences import pack_sequences
+from edgewright.distillation.sequences import distinct_n, pack_sequences
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_file
+
+__all__ = ["GeneratedData", "StartTokenError", "distinct_n", "pack_sequences", "self_generate"]
 
 KIND = "self-generated data set"
 START = "{start}"  # place of the start token in a prompt template

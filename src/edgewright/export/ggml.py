@@ -6,6 +6,7 @@ Used as an oracle (what will the runtime make of these bytes?) and as a peer (wh
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ DECODERS = {
 }
 
 
+# What llama_cpp_quantize offers: the types whose default choice for every tensor is known exactly.
+PEER_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+
 def dequantize(raw: Array, name: str) -> Array:
     """float32 [values] of the blocks in `raw` (uint8), decoded by llama.cpp. Raises Unsupported for other types."""
     if name not in DECODERS:
@@ -45,7 +50,7 @@ def dequantize(raw: Array, name: str) -> Array:
 
 
 def quantize(values: Array, name: str) -> Array:
-    """The bytes [rows, bytes of a row] that llama.cpp's quantiser (without importance matrix) makes of float32 [rows, columns]."""
+    """What llama.cpp's quantiser (no importance matrix) makes of float32 [rows, columns]: uint8 [rows, bytes of a row]."""
     kind = ggml_type(name)
     values = np.ascontiguousarray(values, np.float32)
     rows, columns = values.shape
@@ -56,6 +61,24 @@ def quantize(values: Array, name: str) -> Array:
     if written != out.nbytes:
         raise EdgewrightError(f"llama.cpp's quantiser wrote {written} bytes of {name} instead of {out.nbytes}")
     return out
+
+
+def default_type(tensor: str, shape: Sequence[int], wanted: str, tied: bool) -> tuple[str, str]:
+    """(type, why) that llama.cpp's quantiser gives a tensor when asked for one of PEER_TYPES.
+
+    The matrix that makes the logits gets Q6_K (Q8_0 when its rows are no multiple of 256 or Q8_0 was asked for), a row
+    that no block divides F16, vectors F32.
+    """
+    if len(shape) == 1:
+        return "F32", "llama.cpp keeps vectors in float32"
+    columns = shape[-1]
+    name, why = wanted, "asked for"
+    if tensor == ("token_embd.weight" if tied else "output.weight") and wanted != "Q8_0":
+        name, why = "Q6_K", "llama.cpp's choice for the output matrix"
+    if columns % ggml_type(name).block:
+        why = f"{name} needs rows divisible by {ggml_type(name).block}, this one has {columns}"
+        name = "Q8_0" if name == "Q6_K" and columns % 32 == 0 else "F16"
+    return name, why
 
 
 def _function(name: str, result: Any, arguments: list[Any]) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgewright.errors import CheckFailed, UsageError
+from edgewright.export import ggml
 from edgewright.export.gguf_blocks import TYPE_IDS, Array
 from edgewright.export.gguf_encode import encode
 from edgewright.export.gguf_layout import (
@@ -24,6 +25,7 @@ from edgewright.export.gguf_layout import (
     FLOAT_TYPES,
     LayoutRow,
     check_layout,
+    layout_row,
     plan_float,
     plan_packed,
     print_table,
@@ -117,7 +119,49 @@ def export_gguf(
             f"{first.tensor}: {first.wanted} wanted, {first.written} possible ({first.why}); "
             "strict=False writes the file with these departures marked"
         )
-    return write_and_prove(model, tokenizer, path, metadata, tensors, rows, layout, kv, verify, threshold, progress)
+    return write_and_prove(
+        model,
+        tokenizer,
+        path,
+        metadata,
+        tensors,
+        rows,
+        layout,
+        kv=kv,
+        verify=verify,
+        threshold=threshold,
+        progress=progress,
+    )
+
+
+def llama_cpp_quantize(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    type: str = "Q4_0",
+    progress: bool = True,
+) -> GGUFExport:
+    """The peer: an unquantised model in the file that llama.cpp's own quantiser would write (no importance matrix).
+
+    type: "Q4_0", "Q4_1", "Q5_0", "Q5_1" or "Q8_0". Every matrix goes through `ggml_quantize_chunk` of the installed
+    library with llama.cpp's default choice for each tensor, so the tensors are its bytes. Writes `path` and its JSON.
+    """
+    path = Path(path)
+    check_settings(path)
+    if type not in ggml.PEER_TYPES:
+        raise UsageError(f"type={type!r}; llama.cpp's quantiser is called here for {', '.join(ggml.PEER_TYPES)}")
+    tensors = model_tensors(model)
+    quantized = [tensor.name for tensor in tensors if tensor.is_packed]
+    if quantized:
+        raise UsageError(f"llama_cpp_quantize needs float weights, but {quantized[0]} is quantised; use export_gguf")
+    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
+    tied = all(tensor.name != "output.weight" for tensor in tensors)
+    rows = []
+    for tensor in tensors:
+        values = tensor.values()
+        written, why = ggml.default_type(tensor.name, values.shape, type, tied)
+        rows.append(layout_row(tensor.name, values.shape, "float32", type, written, why, lossless=written == "F32"))
+    return write_and_prove(model, tokenizer, path, metadata, tensors, rows, f"llama.cpp {type}", progress=progress)
 
 
 def write_and_prove(
@@ -128,17 +172,21 @@ def write_and_prove(
     tensors: Sequence[ModelTensor],
     rows: Sequence[LayoutRow],
     layout: str,
-    kv: int | None,
-    verify: bool,
-    threshold: float,
-    progress: bool,
+    *,
+    kv: int | None = None,
+    verify: bool = False,
+    threshold: float = AGREEMENT,
+    progress: bool = True,
 ) -> GGUFExport:
     """The second half of `export_gguf`: everything after the decisions."""
     if verify:
         from edgewright.runtime.llamacpp_library import library
 
         library()  # a missing package is said before the work, not after
-    metadata["general.file_type"] = ("u32", file_type([(row.written, row.weights) for row in rows if len(row.shape) > 1]))
+    metadata["general.file_type"] = (
+        "u32",
+        file_type([(row.written, row.weights) for row in rows if len(row.shape) > 1]),
+    )
     sources = [_source(tensor, row) for tensor, row in zip(tensors, rows, strict=True)]
     divisors = rope_divisors(model.config)
     if divisors is not None:
@@ -150,7 +198,6 @@ def write_and_prove(
             write_gguf(temporary, metadata, _ahead(sources), lambda _: advance(f"writing {path.name}"))
             checks: dict[str, Any] = {}
             if verify:
-                # llama.cpp wants a name that ends like a model file
                 checks = check_tensors(temporary, tensors, rows, lambda: advance("decoding every tensor"))
                 advance("running it in llama.cpp")
                 checks |= check_runs(temporary, model, tokenizer, tensors, rows, CACHE_TYPES.get(kv or 0), threshold)
@@ -160,7 +207,9 @@ def write_and_prove(
     return export
 
 
-def plan(tensors: Sequence[ModelTensor], layout: str, float_type: str = "F16", embedding: str = "Q8_0") -> list[LayoutRow]:
+def plan(
+    tensors: Sequence[ModelTensor], layout: str, float_type: str = "F16", embedding: str = "Q8_0"
+) -> list[LayoutRow]:
     """The layout table of a model: one row a tensor, in file order."""
     rows = []
     for tensor in tensors:
@@ -182,7 +231,9 @@ def tensor_rows(tensors: Sequence[ModelTensor]) -> int:
     return int((table.module.codes if table.is_packed else table.module.weight).shape[0])  # type: ignore[union-attr, arg-type]
 
 
-def check_settings(path: Path, layout: str, float_type: str, embedding: str, kv: int | None) -> None:
+def check_settings(
+    path: Path, layout: str = "auto", float_type: str = "F16", embedding: str = "Q8_0", kv: int | None = None
+) -> None:
     """Raise UsageError for a setting that export_gguf does not know."""
     if path.suffix != ".gguf":
         raise UsageError(f"the output {str(path)!r} must end in .gguf, for example {path.stem or 'model'}.gguf")
@@ -248,7 +299,12 @@ def _progress(total: int, shown: bool) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("export", total=total)
         yield lambda message: bar.update(task, advance=1, description=message)

@@ -5,7 +5,7 @@ are integers a, b and a factor f with q = a * code + b and d = f * step such tha
 step * (code + offset) without rounding.
 
 Block formulas (ggml's ggml-common.h and ggml-quants.c), j = element in the block:
-    Q1_0   bit ? d : -d              Q2_0, TQ1_0, TQ2_0   d * (q - 1)        Q4_0   d * (q - 8)      Q8_0   d * q (signed)
+    Q1_0   bit ? d : -d              Q2_0, TQ1_0, TQ2_0   d * (q - 1)        Q4_0   d * (q - 8)    Q8_0   d * q, signed
     Q2_K   d * sc * q - dmin * m     Q3_K                 d * (s - 32) * (q - 4)
 """
 
@@ -198,7 +198,7 @@ def _tq2_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
 
 
 def _base3(trits: Array) -> Array:
-    """Up to five trits a byte, [blocks, trits, bytes] -> [blocks, bytes]: a fraction of 3^5 scaled to 256, rounded up."""
+    """Five or four trits a byte, [blocks, trits, bytes] -> [blocks, bytes]: a fraction of 3^5 in 256ths, rounded up."""
     value = np.zeros((len(trits), trits.shape[2]), np.uint16)
     for place in range(5):
         value *= 3

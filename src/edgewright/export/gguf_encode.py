@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from edgewright.export import ggml
 from edgewright.export.gguf_blocks import TYPE_IDS, Array, pack
 from edgewright.export.gguf_layout import LayoutRow
 from edgewright.export.gguf_tensors import ModelTensor
@@ -19,17 +20,18 @@ def encode(tensor: ModelTensor, row: LayoutRow) -> Array:
 
 
 def encode_float(values: Array, name: str) -> Array:
-    """uint8 bytes of float32 values in F32, F16 or Q8_0 (the only quantiser here, and only for tables left in float)."""
+    """uint8 bytes of float32 values in F32, F16 or Q8_0 (tables left in float); other types by llama.cpp's quantiser."""
     if name == "F32":
         return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(-1)
     if name == "F16":
         return values.astype("<f2").view(np.uint8).reshape(-1)
-    assert name == "Q8_0", name
-    return q8_0(values).reshape(-1)
+    if name == "Q8_0":
+        return q8_0(values).reshape(-1)
+    return ggml.quantize(values, name).reshape(-1)
 
 
 def q8_0(values: Array) -> Array:
-    """Blocks of 32 as ggml's reference rounds them: d = absmax / 127, codes round half away from zero, d kept as fp16."""
+    """Blocks of 32 as ggml's reference rounds them: d = absmax / 127, stored in fp16; codes round half away from zero."""
     blocks = values.reshape(-1, 32)
     out = np.empty((len(blocks), 34), np.uint8)
     piece = 1 << 15

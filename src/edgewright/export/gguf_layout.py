@@ -107,9 +107,7 @@ def check_layout(layout: str) -> None:
         raise UsageError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
 
 
-def plan_packed(
-    name: str, packed: PackedTensor, layout: str = "auto", machine: str | None = None
-) -> LayoutRow:
+def plan_packed(name: str, packed: PackedTensor, layout: str = "auto", machine: str | None = None) -> LayoutRow:
     """Decide the type of a packed matrix."""
     rows, columns = packed.codes.shape
     groups = packed.step.shape[1]
@@ -120,20 +118,20 @@ def plan_packed(
     if not fitting:
         written, lossless = _float_for(packed)
         reason = f"no GGUF type fits: {problems[order[-1]]}"
-        return _row(name, packed.codes.shape, holds, order[0], written, reason, lossless, departure=True)
+        return layout_row(name, packed.codes.shape, holds, order[0], written, reason, lossless, departure=True)
 
     wanted = fitting[0]
     why = _reason(packed.grid, wanted, order, problems, layout, machine)
-    obstacles = []
+    obstacles: list[str] = []
     for kind in fitting:
         obstacle = inexact(packed, kind)
         if obstacle is None:
             if not obstacles:
-                return _row(name, packed.codes.shape, holds, wanted, kind, why)
-            return _row(name, packed.codes.shape, holds, wanted, kind, obstacles[0], departure=True)
+                return layout_row(name, packed.codes.shape, holds, wanted, kind, why)
+            return layout_row(name, packed.codes.shape, holds, wanted, kind, obstacles[0], departure=True)
         obstacles.append(obstacle)
     written, lossless = _float_for(packed)
-    return _row(name, packed.codes.shape, holds, wanted, written, obstacles[0], lossless, departure=True)
+    return layout_row(name, packed.codes.shape, holds, wanted, written, obstacles[0], lossless, departure=True)
 
 
 def plan_float(
@@ -155,10 +153,10 @@ def plan_float(
     elif kind != "F32":
         lossless = False
         why += f"; quantised to {kind} by the exporter"
-    return _row(name, values.shape, holds, wanted, kind, why, lossless, departure)
+    return layout_row(name, values.shape, holds, wanted, kind, why, lossless, departure)
 
 
-def _row(
+def layout_row(
     name: str,
     shape: Sequence[int],
     holds: str,
@@ -168,6 +166,7 @@ def _row(
     lossless: bool = True,
     departure: bool = False,
 ) -> LayoutRow:
+    """A row with its size in bytes worked out."""
     kind = ggml_type(written)
     size = int(np.prod(shape)) // kind.block * kind.bytes
     return LayoutRow(name, tuple(shape), holds, wanted, written, why, size, lossless, departure)
@@ -204,7 +203,10 @@ def _reason(
             for kind in ENCODINGS[grid]
             if problems.get(kind) is None and bits_per_weight(kind) < bits_per_weight(wanted)
         ]
-        parts += [f"{kind} ({bits_per_weight(kind):g} bits) decodes {cost[kind] / cost[wanted]:.2g}x slower" for kind in smaller]
+        parts += [
+            f"{kind} ({bits_per_weight(kind):g} bits) decodes {cost[kind] / cost[wanted]:.2g}x slower"
+            for kind in smaller
+        ]
     return "; ".join(parts)
 
 
@@ -236,6 +238,6 @@ def alike(rows: Sequence[LayoutRow]) -> list[list[LayoutRow]]:
 
 
 def _names(members: Sequence[LayoutRow]) -> str:
-    """"attn_q, attn_k (60)": the parts that the members are, and how many there are."""
+    """ "attn_q, attn_k (60)": the parts that the members are, and how many there are."""
     parts = dict.fromkeys(row.tensor.split(".")[2 if row.tensor.startswith("blk.") else 0] for row in members)
     return ", ".join(parts) + (f" ({len(members)})" if len(members) > 1 else "")

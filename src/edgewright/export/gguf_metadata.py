@@ -92,14 +92,16 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     rope.setdefault("rope_type", "default")
     rope.setdefault("rope_theta", getattr(config, "rope_theta", 10000.0))
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise Unsupported(f"rotary scaling {rope['rope_type']!r} cannot be written as GGUF here; default, linear, llama3 can")
+        raise Unsupported(
+            f"rotary scaling {rope['rope_type']!r} cannot be written as GGUF here; default, linear, llama3 can"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise Unsupported("a partial rotary embedding cannot be written as GGUF here")
     return rope
 
 
 def rope_divisors(config: Any) -> np.ndarray[Any, Any] | None:
-    """Llama 3 scaling as llama.cpp wants it: float32 [head / 2], what each rotary frequency is divided by; else None."""
+    """Llama 3 scaling as llama.cpp wants it: float32 [head / 2], a divisor for each rotary frequency; else None."""
     rope = rope_parameters(config)
     if rope["rope_type"] != "llama3":
         return None
@@ -182,16 +184,24 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tokenizer.json of a fast tokenizer, if it is byte-level BPE."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise Unsupported(f"{type(tokenizer).__name__} is no fast tokenizer; only byte-level BPE ones can be written as GGUF")
+        raise Unsupported(
+            f"{type(tokenizer).__name__} is no fast tokenizer; only byte-level BPE ones can be written as GGUF"
+        )
     description: dict[str, Any] = json.loads(backend.to_str())
     model = description["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or not any(
-        step["type"] == "ByteLevel" for step in _steps(description.get("pre_tokenizer"))
+    if (
+        model["type"] != "BPE"
+        or model.get("byte_fallback")
+        or not any(step["type"] == "ByteLevel" for step in _steps(description.get("pre_tokenizer")))
     ):
-        raise Unsupported(f"the tokenizer is {model['type']} without byte level; only byte-level BPE can be written as GGUF")
+        raise Unsupported(
+            f"the tokenizer is {model['type']} without byte level; only byte-level BPE can be written as GGUF"
+        )
     if description.get("normalizer") is not None and description["normalizer"].get("type") != "NFC":
         # llama.cpp applies no normalisation; NFC (Qwen) changes only decomposed characters.
-        raise Unsupported(f"the tokenizer normalises by {description['normalizer'].get('type')}, which llama.cpp cannot")
+        raise Unsupported(
+            f"the tokenizer normalises by {description['normalizer'].get('type')}, which llama.cpp cannot"
+        )
     return description
 
 
@@ -201,9 +211,7 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     return list(pre_tokenizer["pretokenizers"]) if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, description: dict[str, Any], rows: int
-) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """Text and type of every row of the embedding table; rows without a token get a name that no text produces."""
     texts = {index: token for token, index in tokenizer.get_vocab().items()}
     if texts and max(texts) >= rows:

@@ -1,4 +1,4 @@
-"""The proof of a GGUF file: every tensor decoded by independent readers equals the model, and llama.cpp answers like it.
+"""The proof of a GGUF file: each tensor, decoded by independent readers, equals the model; llama.cpp answers like it.
 
 Weights must be equal, value for value. Logits cannot be: llama.cpp rounds the inputs of quantised matrices to 8 bits,
 so they are compared by the token they choose.
@@ -40,7 +40,7 @@ PIECE = 1 << 17  # values decoded at once
 GGUF_PACKAGE_TYPES = ("Q4_0", "Q8_0", "TQ1_0", "TQ2_0", "Q2_K", "Q3_K")
 
 # Ordinary prose with what trips tokenizers: digits, contractions, capitals, punctuation, other scripts, code, spaces.
-TEXT = """The river rises in the hills above the village, and by the time it reaches the mill it is about 40 metres wide.
+TEXT = """The river rises in the hills above the village, and when it reaches the mill it is about 40 metres wide.
 In 1873 the miller's daughter, who couldn't read, counted the boats that passed: 12 on a weekday, 31 on a Sunday.
 "Why do you count them?" asked the schoolmaster. She didn't answer at first. Then she said that numbers were the only
 things in the valley which nobody could take away from her, and that's why she'd kept them in a small blue book.
@@ -56,7 +56,10 @@ Zürich, São Paulo, Kraków; Москва; 東京. E-mail: someone@example.org 
 
 
 def check_tensors(
-    path: Path, tensors: Sequence[ModelTensor], rows: Sequence[LayoutRow], on_tensor: Callable[[], object] = lambda: None
+    path: Path,
+    tensors: Sequence[ModelTensor],
+    rows: Sequence[LayoutRow],
+    on_tensor: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Decode every tensor of a file with all readers that know its type; raise CheckFailed where one differs.
 
@@ -109,8 +112,8 @@ def _readings(raw: Array, name: str) -> dict[str, Array]:
 
 def _difference(row: LayoutRow, reader: str, values: Array, expected: Array) -> CheckFailed:
     return CheckFailed(
-        f"{row.tensor} as {row.written} does not decode to the model with {reader}: {int((values != expected).sum())} of "
-        f"{expected.size} values differ, by up to {np.abs(values - expected).max():.3g}; the file was not kept"
+        f"{row.tensor} as {row.written} does not decode to the model with {reader}: {int((values != expected).sum())} "
+        f"of {expected.size} values differ, by up to {np.abs(values - expected).max():.3g}; the file was not kept"
     )
 
 
@@ -190,7 +193,9 @@ def _same_tokens(engine: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ours = list(tokenizer(TEXT, add_special_tokens=special)["input_ids"])
         theirs = engine.tokenize(TEXT, special=special)
         if ours != theirs:
-            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
             near = tokenizer.decode(ours[max(0, at - 2) : at + 3])
             raise CheckFailed(f"llama.cpp splits the text differently from the tokenizer, first near {near!r}")
     return ours

@@ -1,4 +1,4 @@
-"""The tensors of a transformers decoder under their GGUF names, in the order of the file, rows as llama.cpp wants them."""
+"""The tensors of a transformers decoder under their GGUF names, in file order, their rows as llama.cpp wants them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
     family = FAMILIES[architecture(model)]
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     tensors = [ModelTensor(name, path, attribute, module) for name, path, attribute, module in _top(model)]
-    for index, layer in enumerate(model.model.layers):
+    layers: Any = model.model.layers
+    for index, layer in enumerate(layers):
         for part, path in LAYER_NAMES.items():
             try:
                 module = layer.get_submodule(path)
@@ -112,11 +113,12 @@ def _top(model: PreTrainedModel) -> Iterator[tuple[str, str, str, nn.Module]]:
 
 
 def _check_module(tensor: ModelTensor) -> None:
-    """Only modules whose `weight` is what they compute with: a subclass of nn.Linear may compute with something else."""
+    """Only modules whose `weight` is what they compute with; a subclass of nn.Linear may compute with something else."""
     module = tensor.module
     if isinstance(module, nn.Linear | nn.Embedding) and type(module) not in (nn.Linear, nn.Embedding):
         raise Unsupported(
-            f"layer {tensor.path} is a {type(module).__name__}; call convert_(model) (or merge its adapter) before the export"
+            f"layer {tensor.path} is a {type(module).__name__}; before the export, call convert_(model) "
+            "(or merge its adapter)"
         )
 
 

@@ -1,4 +1,4 @@
-"""A GGUF v3 writer: metadata and tensors as plain data, tensor bytes streamed so that one tensor is in memory at a time.
+"""A GGUF v3 writer: metadata and tensors as plain data; bytes are streamed, so one tensor is in memory at a time.
 
 Own writer because the block types 41 and 42 are younger than the type table of the `gguf` package, whose writer refuses
 what its table lacks. Layout: the GGUF specification in ggml's docs/gguf.md.
@@ -73,7 +73,7 @@ def write_gguf(
             data = np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8)
             if len(data) != tensor.nbytes:
                 raise AssertionError(f"{tensor.name}: {len(data)} bytes instead of {tensor.nbytes}")
-            file.write(memoryview(data))
+            file.write(data.data)
             _pad(file)
             if on_tensor is not None:
                 on_tensor(tensor)

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--blocks", type=int, default=16, help="evaluation blocks (default 16)")
     parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
+    parser.add_argument("--files-only", action="store_true", help="write and verify the files; no evaluation, no report")
     parser.add_argument("--no-bench", action="store_true", help="leave out the timings")
     parser.add_argument("--sweep", action="store_true", help="all widths, one folder each, and one plot over them")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +69,10 @@ def run(args: argparse.Namespace) -> int:
         report = sweep(settings, output, say=say, progress=not args.json)
     else:
         output = Path(args.output or f"runs/{name}-{args.bits:g}bit")
-        report = compress(settings, output, say=say, progress=not args.json)
+        report = compress(settings, output, say=say, progress=not args.json, files_only=args.files_only)
+    if report is None:
+        say(f"{output / (args.method + '.gguf')} is written and verified")
+        return 0
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0

@@ -1,0 +1,46 @@
+"""Put tables from results/*.csv into README.md and docs/: no number in them is typed by hand.
+
+python benchmarks/tables.py            # rewrites what stands between the markers
+python benchmarks/tables.py --check    # exit code 1 if a table is not what results/ gives
+
+A marker is an HTML comment naming the file and, if wanted, columns: <!-- table demo: file_size, kl --> ... <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from results import load  # noqa: E402
+
+MARKER = re.compile(r"(<!-- table (?P<name>[\w.-]+)(?:: (?P<metrics>[^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(match: re.Match[str]) -> str:
+    report = load(match["name"])
+    metrics = [metric.strip() for metric in match["metrics"].split(",")] if match["metrics"] else None
+    header, lines = report.table(metrics)
+    rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return f"{match[1]}{table}\n{match[4]}"
+
+
+def main() -> int:
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        filled = MARKER.sub(render, text)
+        if filled != text:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv[1:]:
+                path.write_text(filled, encoding="utf-8")
+    print("tables: " + (", ".join(stale) or "all up to date"))
+    return int(bool(stale) and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

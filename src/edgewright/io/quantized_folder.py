@@ -1,0 +1,254 @@
+"""Hugging Face folders of quantised models: how codes and steps lie in safetensors, and `load_quantized`.
+
+config.json is the model's own plus the key "edgewright_quantization":
+    {"format": 1,
+     "modules": {"model.layers.0.mlp.up_proj": {"kind": "linear", "grid": "int4", "shape": [out, in]}, ...},
+     "shared": {"lm_head": "model.embed_tokens"}}
+In model.safetensors a quantised module has "<name>.codes" (uint8; codes minus the lowest code, in 1, 2, 4 or 8 bits
+each, row after row, lowest bits first) and "<name>.step" [out, groups]; everything else is stored as transformers names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+QUANTIZATION_KEY = "edgewright_quantization"
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+MAX_CONFIG_BYTES = 64 << 20
+KINDS = {"linear": nn.Linear, "embedding": nn.Embedding}
+STEP_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+# Bits that a code takes in the file: the next power of two that holds the grid.
+CODE_BITS = {"binary": 1, "ternary": 2, "seq2": 2, "int2": 2, "int3": 4, "int4": 4, "int8": 8}
+
+
+def pack_codes(codes: Tensor, grid: str) -> Tensor:
+    """uint8 [ceil(out * in * bits / 8)] of int8 codes [out, in]."""
+    bits, low = CODE_BITS[grid], CODE_RANGES[grid][0]
+    flat = codes.reshape(-1).to(torch.int16).sub_(low)
+    if grid == "binary":
+        flat = flat.div_(2, rounding_mode="floor")
+    each = 8 // bits
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % each)).to(torch.uint8)
+    packed = flat[0::each].clone()
+    for place in range(1, each):
+        packed |= flat[place::each] << (bits * place)
+    return packed
+
+
+def unpack_codes(packed: Tensor, grid: str, shape: tuple[int, int]) -> Tensor:
+    """int8 codes [out, in] from `pack_codes`. Raises FormatError for numbers that no code of the grid has."""
+    bits, (low, high, _) = CODE_BITS[grid], CODE_RANGES[grid]
+    each = 8 // bits
+    codes = torch.empty(len(packed), each, dtype=torch.int8)
+    for place in range(each):
+        number = (packed >> (bits * place)) & ((1 << bits) - 1)
+        codes[:, place] = (number * 2 if grid == "binary" else number).to(torch.int16).add_(low)
+    result = codes.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
+    if int(result.max()) > high:
+        raise FormatError(f"a {grid} matrix holds the code {int(result.max())}; the largest is {high}")
+    return result
+
+
+def load_quantized(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that `edgewright.export.save_quantized` wrote, with the same codes and steps, and its tokenizer.
+
+    dtype: of everything that is not quantised, and of the activations. Raises FormatError for a description that
+    contradicts the weights or the model, UsageError for a folder that cannot be read.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    folder = Path(folder)
+    modules, shared, settings = read_description(folder)
+    entries = check_safetensors(folder / WEIGHTS)
+    model = _skeleton(folder, settings, dtype)
+    _check_description(folder, model, modules, shared, entries)
+    stored = load_file(folder / WEIGHTS)
+    for name, fields in modules.items():
+        step = stored.pop(f"{name}.step").float()
+        if not torch.isfinite(step).all():
+            raise FormatError(f"{folder}: the steps of {name} hold NaN or infinity")
+        packed = PackedTensor(
+            unpack_codes(stored.pop(f"{name}.codes"), fields["grid"], tuple(fields["shape"])), step, fields["grid"]
+        )
+        _put(model, name, packed, dtype)
+    for name, source in shared.items():
+        owner: Any = model.get_submodule(source)
+        _put(model, name, owner.packed, dtype)
+    _fill(folder, model, stored, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    placed: Any = model.to(device=device)  # type: ignore[call-overload]
+    return placed.eval(), tokenizer
+
+
+def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, Any]]:
+    """(modules, shared, config settings without the description) of a quantised folder, shape of the JSON checked."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise FormatError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is not JSON: {error}") from error
+    description = settings.pop(QUANTIZATION_KEY, None) if isinstance(settings, dict) else None
+    if not isinstance(description, dict):
+        raise FormatError(f"{path} has no {QUANTIZATION_KEY!r}; load it with edgewright.load(folder)")
+    if description.get("format") != FORMAT:
+        raise FormatError(
+            f"{path}: {QUANTIZATION_KEY} has format {description.get('format')!r}; this version reads {FORMAT}"
+        )
+    modules, shared = description.get("modules"), description.get("shared", {})
+    if not isinstance(modules, dict) or not isinstance(shared, dict):
+        raise FormatError(f"{path}: {QUANTIZATION_KEY} needs tables 'modules' and 'shared'")
+    for name, fields in modules.items():
+        shape = fields.get("shape") if isinstance(fields, dict) else None
+        sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
+        if not sizes or fields.get("kind") not in KINDS or fields.get("grid") not in CODE_RANGES:
+            raise FormatError(
+                f"{path}: module {name[:80]!r} needs kind (linear, embedding), a known grid and a shape [out, in]"
+            )
+    if not all(isinstance(source, str) for source in shared.values()):
+        raise FormatError(f"{path}: 'shared' maps names of modules to names of modules")
+    return modules, shared, settings
+
+
+def _skeleton(folder: Path, settings: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    import transformers
+    from transformers import AutoConfig
+
+    names = settings.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    factory = getattr(transformers, name, None)
+    if not (isinstance(factory, type) and issubclass(factory, transformers.PreTrainedModel)):
+        raise FormatError(f"{folder} names the model class {name[:60]!r}, which transformers does not have")
+    settings = {key: value for key, value in settings.items() if key not in ("auto_map", "dtype", "torch_dtype")}
+    try:
+        config = AutoConfig.for_model(**settings)
+        with torch.device("meta"):
+            model: PreTrainedModel = factory(config)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
+    model.config.dtype = dtype
+    return model
+
+
+def _check_description(
+    folder: Path,
+    model: nn.Module,
+    modules: dict[str, dict[str, Any]],
+    shared: dict[str, str],
+    entries: dict[str, SafetensorsEntry],
+) -> None:
+    """Every described module is in the model with that shape, and its codes and steps are in the file."""
+    known: dict[str, Any] = dict(model.named_modules())
+    for name, fields in modules.items():
+        module, (rows, columns) = known.get(name), fields["shape"]
+        if type(module) is not KINDS[fields["kind"]] or tuple(module.weight.shape) != (rows, columns):
+            raise FormatError(
+                f"{folder}: the model has no {fields['kind']} layer {name[:80]!r} of shape {[rows, columns]}"
+            )
+        codes, step = entries.get(f"{name}.codes"), entries.get(f"{name}.step")
+        if codes is None or step is None:
+            raise FormatError(f"{folder}: the codes or steps of {name} are missing in {WEIGHTS}")
+        count = math.ceil(rows * columns * CODE_BITS[fields["grid"]] / 8)
+        if codes.dtype != "U8" or codes.shape != (count,):
+            raise FormatError(f"{folder}: the codes of {name} are {codes.dtype} {list(codes.shape)}, not U8 [{count}]")
+        fits = len(step.shape) == 2 and step.shape[0] == rows and step.shape[1] > 0 and columns % step.shape[1] == 0
+        if step.dtype not in STEP_DTYPES or not fits:
+            raise FormatError(
+                f"{folder}: the steps of {name} are {step.dtype} {list(step.shape)}, not [{rows}, groups]"
+            )
+    for name, source in shared.items():
+        if source not in modules or name in modules or type(known.get(name)) not in KINDS.values():
+            raise FormatError(f"{folder}: {name[:80]!r} cannot share the table of {source[:80]!r}")
+        if list(known[name].weight.shape) != modules[source]["shape"]:
+            raise FormatError(f"{folder}: {name} has another shape than {source}, whose table it should share")
+
+
+def _put(model: nn.Module, name: str, packed: PackedTensor, dtype: torch.dtype) -> None:
+    """Replace a layer of the skeleton by its packed twin; a bias is filled in later with the other floats."""
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    new: nn.Module
+    if isinstance(old, nn.Embedding):
+        new = PackedEmbedding(packed, old.padding_idx, dtype)
+    else:
+        new = PackedLinear(packed, old.bias)  # type: ignore[arg-type]
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _fill(folder: Path, model: PreTrainedModel, stored: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Put the stored floats into the model and compute what transformers computes instead of storing."""
+    stored = {name: value.to(dtype) if value.is_floating_point() else value for name, value in stored.items()}
+    aliases = {
+        name: source
+        for name, source in tied_parameters(model).items()
+        if name not in stored
+        and source in stored
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLinear)
+    }
+    stored |= {name: stored[source] for name, source in aliases.items()}
+    quantized = {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedLinear | PackedEmbedding)
+        for buffer in ("codes", "step")
+    }
+    try:
+        missing, unexpected = model.load_state_dict(stored, strict=False, assign=True)
+    except RuntimeError as error:
+        raise FormatError(f"{folder}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
+    if lost := sorted(set(missing) - quantized):
+        raise FormatError(f"{folder} lacks {len(lost)} weights of its model, the first is {lost[0]!r}")
+    if unexpected:
+        raise FormatError(f"{folder} has the tensor {sorted(unexpected)[0][:80]!r}, which its model has no place for")
+    if aliases:
+        model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _recompute(folder, model, name, module)
+
+
+def tied_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameter -> the parameter whose tensor it shares, as the model class declares it."""
+    declared = getattr(model, "_tied_weights_keys", None)
+    tie = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return dict(declared) if isinstance(declared, dict) and tie else {}
+
+
+def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Rebuild a module whose buffers are derived from the configuration (rotary frequencies, position ids)."""
+    if hasattr(module, "inv_freq"):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, type(module)(config=model.config))  # type: ignore[call-arg]
+        return
+    for key, buffer in list(module.named_buffers(recurse=False)):
+        if key in ("position_ids", "token_type_ids"):
+            length = buffer.shape[-1]
+            fresh = torch.arange(length) if key == "position_ids" else torch.zeros(length, dtype=buffer.dtype)
+            module.register_buffer(key, fresh.expand(buffer.shape).clone(), persistent=False)
+        elif buffer.is_meta:
+            raise FormatError(f"{folder}: the buffer {name}.{key} of its model is not stored and cannot be computed")

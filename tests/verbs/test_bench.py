@@ -1,0 +1,36 @@
+"""edgewright bench: JSON alone on stdout, the table on screen, the report in its folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from toy_gguf import write_toy
+
+from edgewright.cli import main
+
+pytest.importorskip("xllamacpp")
+QUICK = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def toy_file(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy.gguf")
+
+
+def test_json_and_folder(toy_file, tmp_path, capfd):
+    assert main(["bench", str(toy_file), *QUICK, "--json", "--output", str(tmp_path / "out")]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert {"rows", "machine", "versions", "settings"} <= set(data)
+    assert data == json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def test_table(toy_file, capsys):
+    assert main(["bench", str(toy_file), *QUICK]) == 0
+    shown = capsys.readouterr().out
+    assert "toy.gguf" in shown and "decode" in shown and "bandwidth" in shown
+
+
+def test_a_missing_file_is_one_sentence(tmp_path, capsys):
+    assert main(["bench", str(tmp_path / "none.gguf")]) == 2
+    assert "there is no file" in capsys.readouterr().err
