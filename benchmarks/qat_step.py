@@ -1,6 +1,6 @@
 """Cost of training under quantisation: step time and peak memory beside plain fine-tuning and torchao's QAT.
 
-Same model, same batch, same loss, same optimizer; each variant lives in its own process for memory, and all of them take
+Same model, same batch, same loss, same optimizer; each variant has its own process for memory, and all of them take
 turns in one process for time.
 """
 
@@ -37,7 +37,9 @@ def torchao_qat() -> nn.Module:
     from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
     model = plain()
-    config = QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True), step="prepare")
+    config = QATConfig(
+        weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True), step="prepare"
+    )
     torchao_quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and "lm_head" not in name)
     return model
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check, a claim or the output failed, 2 wrong usage, 130 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors made on purpose become one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _prepare_process()
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, so that a reader that went away is noticed while it can still be handled
@@ -43,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{error} (EDGEWRIGHT_TRACEBACK=1 shows where)", 1)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "interrupted", 130)
+
+
+def _prepare_process() -> None:
+    """Settings that must stand before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # GNU OpenMP spins between parallel regions: on a machine with other work that costs most of the speed.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # transformers imports torchao where it is installed, which then warns about GPU kernels it does not need here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
 from edgewright.quantization.api import convert_, quantize_
-from edgewright.quantization.config import QuantConfig, WeightConfig, Rule
+from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.quantization.fake_quantize import Quantizer
 from edgewright.quantization.gptq import gptq_, inverse_factor, repair
 from edgewright.quantization.grids import GRIDS

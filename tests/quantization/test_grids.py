@@ -66,7 +66,7 @@ def test_lsq_equals_torchs_learnable_fake_quantisation(bits):
     scale = 2.0 ** torch.randint(-4, 0, (24,), generator=generator).float()
     upstream = torch.randn(24, 48, generator=generator)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    # Within half a step outside the range torch still passes the gradient (it masks after rounding), the paper does not.
+    # Within half a step outside the range torch passes the gradient (it masks after rounding), the paper does not.
     u = weight / scale.unsqueeze(1)
     weight[((u < low) & (u > low - 1)) | ((u > high) & (u < high + 1))] = 0.0
     factor = 1 / math.sqrt(weight.numel() * high)
@@ -157,7 +157,9 @@ def test_searched_scale_is_never_worse_than_absmax_or_absmean(name):
         return ((quantizer.values(weight, alpha) - weight).square() * importance[0]).sum().item()
 
     searched = error(mse_alpha(grouped(weight, 1), GRIDS[name], importance, None))
-    assert searched <= 1.001 * min(error(rule(grouped(weight, 1), GRIDS[name])) for rule in (absmax_alpha, absmean_alpha))
+    assert searched <= 1.001 * min(
+        error(rule(grouped(weight, 1), GRIDS[name])) for rule in (absmax_alpha, absmean_alpha)
+    )
 
 
 def test_unknown_width_lists_the_known_ones():

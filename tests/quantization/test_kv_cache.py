@@ -240,7 +240,9 @@ def test_real_model_with_three_key_heads_and_llama_cpp_codecs(smollm2):
         assert cache.bytes_per_token() == fp16 * ratio
         fake = attach_kv_quantization(copy.deepcopy(model), config)(ids).logits
         assert torch.equal(fake, stored)
-        error = torch.nn.functional.kl_div(stored.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum")
+        error = torch.nn.functional.kl_div(
+            stored.log_softmax(-1), plain.log_softmax(-1), log_target=True, reduction="sum"
+        )
         assert 0 < error / ids.shape[1] < (0.01 if config.bits == 8 else 0.5)
 
 

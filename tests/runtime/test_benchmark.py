@@ -27,10 +27,10 @@ def test_every_file_gets_every_metric_in_turn(toy_file, tmp_path, monkeypatch):
     for name in (toy_file.name, twin.name):
         assert all(report.value(metric, name) > 0 for metric in FILE_METRICS)
         assert report.row("decode", name).n == 2 and report.row("decode", name).unit == "tok/s"
-    assert report.value("file", "twin.gguf") == twin.stat().st_size / 1e6
-    assert report.value("bits per weight", "twin.gguf") == 32
+    assert report.value("file_size", "twin.gguf") == twin.stat().st_size / 1e6
+    assert report.value("bits_per_weight", "twin.gguf") == 32
     assert report.value("read bandwidth, threads: 1", MACHINE) > 0.1
-    assert report.value("peak memory", "twin.gguf") > 10
+    assert report.value("peak_memory", "twin.gguf") > 10
     assert report.settings["prompt_tokens"] == 8 and any("interquartile" in note for note in report.notes)
 
 

@@ -32,6 +32,12 @@ def test_logits_agree_with_pytorch(smollm2_engine, smollm2):
     assert (p.argmax(-1) == q.argmax(-1)).double().mean() > 0.85
 
 
+def assert_close_in_half(got, expected):
+    """Equal but for keys, values and attention sums in float16: 0.3 % of the spread on average, 5 % at worst."""
+    error = np.abs(got - expected) / expected.std()
+    assert error.mean() < 3e-3 and error.max() < 5e-2
+
+
 def reference_logits(path, ids):
     """The toy's logits in float64, written from the definition of a Llama."""
     file = GGUFFile(path)
@@ -69,8 +75,7 @@ def reference_logits(path, ids):
 def test_toy_logits_agree_with_the_definition(toy, toy_file):
     ids = [5, 77, 200, 3, 256, 31, 31]
     got, expected = toy.logits(ids), reference_logits(toy_file, ids)
-    # keys and values are kept in float16
-    np.testing.assert_allclose(got, expected, atol=5e-3 * expected.std())
+    assert_close_in_half(got, expected)
 
 
 # ---- the same, however it is computed
@@ -83,8 +88,7 @@ def test_chunks_and_single_steps_agree(toy, monkeypatch):
     assert [len(chunk) for chunk in toy.logits_stream(ids)] == [128, 72]
     monkeypatch.setattr(llamacpp, "LOGIT_ROWS", 1)
     one_by_one = toy.logits(ids)
-    # float16 cache, other summation order
-    np.testing.assert_allclose(one_by_one, whole, atol=5e-3 * whole.std())
+    assert_close_in_half(one_by_one, whole)
 
 
 def test_the_same_call_gives_the_same_bits(toy):

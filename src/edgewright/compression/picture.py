@@ -18,7 +18,9 @@ def save_pareto(report: Report, path: Path, metric: str = "kl") -> None:
     points = []
     for row in report.rows:
         if row.metric == metric and row.value > 0:
-            size = [other.value for other in report.rows if other.metric == "file_size" and other.subject == row.subject]
+            size = [
+                other.value for other in report.rows if other.metric == "file_size" and other.subject == row.subject
+            ]
             if size:
                 points.append((size[0], row.value, row.se or 0.0, row.subject))
     figure, axes = plt.subplots(figsize=(7, 4.5))

@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class Compression:
 
     def __init__(self, settings: CompressSettings, output: Path, say: Say, progress: bool) -> None:
         self.settings, self.output, self.say, self.progress = settings, output, say, progress
-        self.model: nn.Module
+        self.model: Any
         self.model, self.tokenizer = load(settings.model)
         self.kv = None if settings.kv is None else KVConfig.llama_cpp(settings.kv)
         texts = load_texts(settings.data, "calibration")
@@ -53,7 +55,7 @@ class Compression:
     def file(self, name: str) -> Path:
         return self.output / f"{name}.gguf"
 
-    def export(self, name: str, model: nn.Module, layout: str | None = None) -> None:
+    def export(self, name: str, model: Any, layout: str | None = None) -> None:
         """Write and prove one file; its layout table is shown for the method that was asked for."""
         settings = self.settings
         result = export_gguf(
@@ -204,7 +206,7 @@ class Compression:
         with open_engine(self.file(self.settings.method)) as engine:
             answer = engine.generate(engine.chat_prompt([{"role": "user", "content": QUESTION}]), 48)
         return [
-            "quality is measured in llama.cpp on each file, against the float32 model in PyTorch, on text that no method saw",
+            "quality: each file run in llama.cpp against the float32 model in PyTorch, on text that no method saw",
             f"{QUESTION} {self.settings.method} answers: {answer.text.strip()}",
         ]
 
@@ -222,7 +224,8 @@ def compress(
 ) -> Report | None:
     """Run (or go on with) one compression in `output`; returns the report that is also saved there.
 
-    files_only: stop when the files are written and verified, and return None. Raises UsageError when the folder holds another run, and whatever a stage raises; finished stages stay usable.
+    files_only: stop when the files are written and verified, and return None. Raises UsageError when the folder holds
+    another run, and whatever a stage raises; finished stages stay usable.
     """
     output = Path(output)
     _claim(output, settings)

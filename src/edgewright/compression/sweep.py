@@ -29,6 +29,7 @@ def sweep(
     for width in widths:
         say(f"--- {width:g} bits")
         point = compress(replace(settings, bits=width), output / f"{width:g}bit", say=say, progress=progress)
+        assert point is not None  # only a run for files alone has no report
         for row in point.rows:
             if row.subject == "reference" or row.subject.startswith("llama.cpp"):
                 if any(known.subject == row.subject and known.metric == row.metric for known in joint.rows):

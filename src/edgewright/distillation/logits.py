@@ -149,7 +149,7 @@ class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Target, weights: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
         flat = logits.flatten(0, -2)
-        gradient = torch.empty_like(flat) if logits.requires_grad else None
+        gradient = torch.empty_like(flat) if ctx.needs_input_grad[0] else None
         total = _Accumulator(target, weights, chunk)
         for part in total.parts():
             chunk_gradient = total.gradient_(flat[part].to(torch.float32, copy=True), part)
@@ -184,20 +184,19 @@ class _LinearHeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         total = _Accumulator(target, weights, chunk)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part in total.parts():
-                rows = flat[part].to(dtype)
-                logits = nn.functional.linear(rows, matrix, None if bias is None else bias.to(dtype))
-                gradient = total.gradient_(logits.float(), part)
-                if d_bias is not None:
-                    d_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
-                if d_hidden is not None:
-                    d_hidden[part] = gradient @ matrix
-                if d_weight is not None and d_weight.dtype == dtype:
-                    d_weight.addmm_(gradient.t(), rows)
-                elif d_weight is not None:
-                    d_weight += gradient.t() @ rows
+        for part in total.parts():
+            rows = flat[part].to(dtype)
+            logits = nn.functional.linear(rows, matrix, None if bias is None else bias.to(dtype))
+            gradient = total.gradient_(logits.float(), part)
+            if d_bias is not None:
+                d_bias += gradient.sum(0)
+            gradient = gradient.to(dtype)
+            if d_hidden is not None:
+                d_hidden[part] = gradient @ matrix
+            if d_weight is not None and d_weight.dtype == dtype:
+                d_weight.addmm_(gradient.t(), rows)
+            elif d_weight is not None:
+                d_weight += gradient.t() @ rows
         ctx.gradients = (None if d_hidden is None else d_hidden.view(hidden.shape), d_weight, d_bias)
         loss, kl = total.result()
         ctx.mark_non_differentiable(kl)

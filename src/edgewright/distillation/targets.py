@@ -32,11 +32,12 @@ class DenseTarget:
         teacher = self.source[part] if self.head is None else self.head(self.source[part])
         if teacher.shape[-1] != logits.shape[-1]:
             raise UsageError(f"the teacher has {teacher.shape[-1]} logits per token but the student {logits.shape[-1]}")
-        log_p = torch.log_softmax(teacher.float() / self.temperature, dim=-1)
-        log_q = torch.log_softmax(logits.div_(self.temperature), dim=-1)
-        p = log_p.exp()
-        loss, entropy = -_dot(p, log_q), -_dot(p, log_p)
-        torch.exp(log_q, out=logits).sub_(p).mul_(self.temperature)
+        with torch.autocast(logits.device.type, enabled=False):  # it would take the inner products in half precision
+            log_p = torch.log_softmax(teacher.float() / self.temperature, dim=-1)
+            log_q = torch.log_softmax(logits.div_(self.temperature), dim=-1)
+            p = log_p.exp()
+            loss, entropy = -torch.linalg.vecdot(p, log_q), -torch.linalg.vecdot(p, log_p)
+            torch.exp(log_q, out=logits).sub_(p).mul_(self.temperature)
         scale = self.temperature**2
         return loss * scale, entropy * scale
 
@@ -65,8 +66,3 @@ class TopKTarget:
         q.mul_((1 - rest / q_rest).unsqueeze(-1))
         q.scatter_(-1, index, q_top - p)
         return loss, entropy
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner product without the product tensor."""
-    return torch.linalg.vecdot(a, b)

@@ -50,7 +50,7 @@ def dequantize(raw: Array, name: str) -> Array:
 
 
 def quantize(values: Array, name: str) -> Array:
-    """What llama.cpp's quantiser (no importance matrix) makes of float32 [rows, columns]: uint8 [rows, bytes of a row]."""
+    """What llama.cpp's quantiser makes of float32 [rows, columns]: uint8 [rows, bytes]. No importance matrix."""
     kind = ggml_type(name)
     values = np.ascontiguousarray(values, np.float32)
     rows, columns = values.shape

@@ -90,7 +90,7 @@ def export_gguf(
     verify: bool = True,
     float_type: str = "F16",
     embedding: str = "Q8_0",
-    kv: int | None = None,
+    kv: Any = None,
     threshold: float = AGREEMENT,
     progress: bool = True,
 ) -> GGUFExport:
@@ -100,13 +100,14 @@ def export_gguf(
     layout wants is an error instead of a marked row. verify: decode every tensor again with three decoders and run
     the file against PyTorch (needs xllamacpp). float_type: "F16" or "F32" for matrices that are not quantised.
     embedding: "Q8_0", "F16" or "F32" for embedding tables that are not quantised; Q8_0 rounds, and the proof then
-    compares with the rounded table. kv: 4 or 8 to run and recommend the file with a quantised cache. threshold: least
-    top-1 agreement with PyTorch.
+    compares with the rounded table. kv: 4 or 8 (or a KVConfig of that width) to run and recommend the file with a
+    quantised cache. threshold: least top-1 agreement with PyTorch.
 
     Writes `path` and `path`.json, or neither. Raises UsageError (settings), Unsupported (architecture, layer,
     tokenizer), CheckFailed (departure under strict, proof that fails), OutputError (disk), MissingPackage.
     """
     path = Path(path)
+    kv = getattr(kv, "bits", kv)
     check_settings(path, layout, float_type, embedding, kv)
     tensors = model_tensors(model)
     metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
@@ -228,7 +229,8 @@ def plan(
 def tensor_rows(tensors: Sequence[ModelTensor]) -> int:
     """Rows of the embedding table: the vocabulary of the file."""
     table = next(tensor for tensor in tensors if tensor.name == TABLES[0])
-    return int((table.module.codes if table.is_packed else table.module.weight).shape[0])  # type: ignore[union-attr, arg-type]
+    stored: Any = table.module.codes if table.is_packed else table.module.weight
+    return int(stored.shape[0])
 
 
 def check_settings(

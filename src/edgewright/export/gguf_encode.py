@@ -20,7 +20,7 @@ def encode(tensor: ModelTensor, row: LayoutRow) -> Array:
 
 
 def encode_float(values: Array, name: str) -> Array:
-    """uint8 bytes of float32 values in F32, F16 or Q8_0 (tables left in float); other types by llama.cpp's quantiser."""
+    """uint8 bytes of float32 values in F32, F16 or Q8_0 (tables left in float); the rest by llama.cpp's quantiser."""
     if name == "F32":
         return np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(-1)
     if name == "F16":
@@ -31,7 +31,7 @@ def encode_float(values: Array, name: str) -> Array:
 
 
 def q8_0(values: Array) -> Array:
-    """Blocks of 32 as ggml's reference rounds them: d = absmax / 127, stored in fp16; codes round half away from zero."""
+    """Blocks of 32 as ggml's reference rounds them: d = absmax / 127, kept in fp16; codes round half away from 0."""
     blocks = values.reshape(-1, 32)
     out = np.empty((len(blocks), 34), np.uint8)
     piece = 1 << 15

@@ -77,8 +77,8 @@ def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
     family = FAMILIES[architecture(model)]
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     tensors = [ModelTensor(name, path, attribute, module) for name, path, attribute, module in _top(model)]
-    layers: Any = model.model.layers
-    for index, layer in enumerate(layers):
+    decoder: Any = model.model
+    for index, layer in enumerate(decoder.layers):
         for part, path in LAYER_NAMES.items():
             try:
                 module = layer.get_submodule(path)
@@ -97,7 +97,8 @@ def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
 
 def shares_table(model: PreTrainedModel) -> bool:
     """Whether the output head computes with the embedding's own table."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_submodule("lm_head")
+    table: Any = model.get_submodule("model.embed_tokens")
     if isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding):
         return head.codes.data_ptr() == table.codes.data_ptr() and torch.equal(head.step, table.step)
     if isinstance(head, PackedLinear) or isinstance(table, PackedEmbedding):
@@ -113,7 +114,7 @@ def _top(model: PreTrainedModel) -> Iterator[tuple[str, str, str, nn.Module]]:
 
 
 def _check_module(tensor: ModelTensor) -> None:
-    """Only modules whose `weight` is what they compute with; a subclass of nn.Linear may compute with something else."""
+    """Refuse subclasses of nn.Linear and nn.Embedding: they may compute with something else than their `weight`."""
     module = tensor.module
     if isinstance(module, nn.Linear | nn.Embedding) and type(module) not in (nn.Linear, nn.Embedding):
         raise Unsupported(

@@ -112,7 +112,7 @@ def _smallest_exact(packed: PackedTensor) -> Tensor:
 
 
 def _other_tensors(model: nn.Module, packed: Mapping[str, Packed]) -> dict[str, Tensor]:
-    """Everything but codes and steps, each storage once: of tied names, the one that the model class calls the source."""
+    """Everything but codes and steps, each storage once: of tied names, the one that the model class ties to."""
     tied = tied_parameters(model)
     skip = {f"{name}.{buffer}" for name in packed for buffer in ("codes", "step")}
     values = {name: value.detach() for name, value in model.state_dict().items() if name not in skip}

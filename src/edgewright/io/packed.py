@@ -93,7 +93,9 @@ class PackedLinear(_Packed):
 class PackedEmbedding(_Packed):
     """An embedding table stored as a PackedTensor. Input int64 [...], output [..., width] in `dtype`."""
 
-    def __init__(self, packed: PackedTensor, padding_idx: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, packed: PackedTensor, padding_idx: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(packed)
         self.num_embeddings, self.embedding_dim = packed.codes.shape
         self.padding_idx = padding_idx
@@ -105,12 +107,17 @@ class PackedEmbedding(_Packed):
 
 
 class PackedConv2d(_Packed):
-    """A 2-D convolution stored as a PackedTensor of [out, in / groups * height * width]. [N, C, H, W] -> [N, out, H', W']."""
+    """Convolution, its weight a PackedTensor [out, in / groups * height * width]. [N, C, H, W] -> [N, out, H', W']."""
 
     def __init__(self, packed: PackedTensor, conv: nn.Conv2d) -> None:
         super().__init__(packed)
         self.kernel_shape = tuple(conv.weight.shape)
-        self.stride, self.padding, self.dilation, self.conv_groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.stride, self.padding, self.dilation, self.conv_groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
         if conv.padding_mode != "zeros":
             raise Unsupported(f"convolution with padding_mode={conv.padding_mode!r} cannot be packed; only 'zeros' can")
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)

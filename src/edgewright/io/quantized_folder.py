@@ -5,7 +5,7 @@ config.json is the model's own plus the key "edgewright_quantization":
      "modules": {"model.layers.0.mlp.up_proj": {"kind": "linear", "grid": "int4", "shape": [out, in]}, ...},
      "shared": {"lm_head": "model.embed_tokens"}}
 In model.safetensors a quantised module has "<name>.codes" (uint8; codes minus the lowest code, in 1, 2, 4 or 8 bits
-each, row after row, lowest bits first) and "<name>.step" [out, groups]; everything else is stored as transformers names it.
+each, row after row, lowest bits first) and "<name>.step" [out, groups]; the rest is stored as transformers names it.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def load_quantized(
         _put(model, name, owner.packed, dtype)
     _fill(folder, model, stored, dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    placed: Any = model.to(device=device)  # type: ignore[call-overload]
-    return placed.eval(), tokenizer
+    nn.Module.to(model, device)
+    return model.eval(), tokenizer
 
 
 def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, Any]]:
@@ -165,7 +165,8 @@ def _check_description(
     """Every described module is in the model with that shape, and its codes and steps are in the file."""
     known: dict[str, Any] = dict(model.named_modules())
     for name, fields in modules.items():
-        module, (rows, columns) = known.get(name), fields["shape"]
+        module: Any = known.get(name)
+        rows, columns = fields["shape"]
         if type(module) is not KINDS[fields["kind"]] or tuple(module.weight.shape) != (rows, columns):
             raise FormatError(
                 f"{folder}: the model has no {fields['kind']} layer {name[:80]!r} of shape {[rows, columns]}"

@@ -1,13 +1,14 @@
 """`quantize_` and `convert_`: one call puts a model under quantisation, one call turns it into packed integer weights.
 
-    config = QuantConfig.weights("int4", granularity=32)
-    quantize_(model, config)      # linear layers become fake-quantised twins: train, calibrate or evaluate
-    convert_(model)               # twins become packed layers: exactly the values that were trained
+config = QuantConfig.weights("int4", granularity=32)
+quantize_(model, config)      # linear layers become fake-quantised twins: train, calibrate or evaluate
+convert_(model)               # twins become packed layers: exactly the values that were trained
 """
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def quantized_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def quantized_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """(name, module) of every fake-quantised module, in model order; empty for a plain model."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
 
@@ -101,12 +102,12 @@ def _select(model: nn.Module, config: QuantConfig) -> dict[str, Rule]:
             )
     selected: dict[str, Rule] = {}
     for name in names:
-        rule = config.rule_for(name)
-        if rule is None or (rule.weight is None and rule.activation is None):
+        chosen = config.rule_for(name)
+        if chosen is None or (chosen.weight is None and chosen.activation is None):
             continue
-        if rule.weight is None and isinstance(model.get_submodule(name), nn.Embedding):
+        if chosen.weight is None and isinstance(model.get_submodule(name), nn.Embedding):
             continue  # an embedding's input is a token id: there is no activation to quantise
-        selected[name] = rule
+        selected[name] = chosen
     if config.rules and not selected:
         raise UsageError(f"every matching layer is skipped by {config.skip}; there is nothing to quantise")
     return selected
@@ -116,15 +117,14 @@ def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig
     """One WeightQuantizer per weight; tied modules share it or are untied, as the configuration says."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(module, QUANTIZABLE) and weight is not None:
-            owners.setdefault(id(weight), []).append(name)
+        if isinstance(module, QUANTIZABLE):
+            owners.setdefault(id(module.weight), []).append(name)
     quantizers: dict[str, WeightQuantizer] = {}
     untie: list[str] = []
     for name, rule in selected.items():
         if rule.weight is None or name in quantizers:
             continue
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         partners = [other for other in owners[id(weight)] if other != name]
         quantizer = WeightQuantizer(weight, rule.weight, name)
         quantizers[name] = quantizer
@@ -143,10 +143,11 @@ def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig
                 raise UsageError(f"tied='together' needs one rule for {name} and {other}, which share their weight")
             quantizers[other] = quantizer
     for name in untie:
-        module = model.get_submodule(name)
-        module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
-        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-            model.config.tie_word_embeddings = False
+        tied: Any = model.get_submodule(name)
+        tied.weight = nn.Parameter(tied.weight.detach().clone(), requires_grad=tied.weight.requires_grad)
+        config_of_model: Any = getattr(model, "config", None)
+        if getattr(config_of_model, "tie_word_embeddings", False):
+            config_of_model.tie_word_embeddings = False
     return quantizers
 
 
@@ -159,7 +160,7 @@ def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule) -> n
     return QuantEmbedding(module, quantizer)
 
 
-def _plain(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+def _plain(module: Any, weight: nn.Parameter) -> nn.Module:
     """An ordinary layer of the same kind around `weight`."""
     bias = getattr(module, "bias", None)
     plain: nn.Module
@@ -167,13 +168,8 @@ def _plain(module: nn.Module, weight: nn.Parameter) -> nn.Module:
         if isinstance(module, (PackedEmbedding, QuantEmbedding)):
             plain = nn.Embedding(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx)
         elif isinstance(module, (PackedConv2d, QuantConv2d)):
-            packed = isinstance(module, PackedConv2d)
-            shape = module.kernel_shape if packed else tuple(module.weight.shape)
-            groups = module.conv_groups if packed else module.groups
-            inputs, outputs, kernel = shape[1] * groups, shape[0], shape[2:]
-            place = (module.stride, module.padding, module.dilation, groups)
-            plain = nn.Conv2d(inputs, outputs, kernel, *place, bias=bias is not None)
-            weight = nn.Parameter(weight.detach().reshape(shape))
+            plain = _plain_convolution(module)
+            weight = nn.Parameter(weight.detach().reshape(plain.weight.shape))
         else:
             plain = nn.Linear(module.in_features, module.out_features, bias is not None)
     plain.weight = weight
@@ -182,8 +178,26 @@ def _plain(module: nn.Module, weight: nn.Parameter) -> nn.Module:
     return plain.train(module.training)
 
 
-def _modules_of(model: nn.Module, kinds: tuple[type, ...], complaint: str) -> list[tuple[str, nn.Module]]:
-    found = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kinds)]
+def _plain_convolution(module: Any) -> nn.Conv2d:
+    packed = isinstance(module, PackedConv2d)
+    rows, columns, *kernel = module.kernel_shape if packed else module.weight.shape
+    groups = module.conv_groups if packed else module.groups
+    return nn.Conv2d(
+        columns * groups,
+        rows,
+        (kernel[0], kernel[1]),
+        module.stride,
+        module.padding,
+        module.dilation,
+        groups,
+        bias=module.bias is not None,
+    )
+
+
+def _modules_of(model: nn.Module, kinds: tuple[type, ...], complaint: str) -> list[tuple[str, Any]]:
+    found = [
+        (name, module) for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, kinds)
+    ]
     if not found:
         raise UsageError(f"no quantised layer found: {complaint}")
     return found

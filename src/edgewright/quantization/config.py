@@ -137,7 +137,7 @@ class KVConfig:
 
     @classmethod
     def llama_cpp(cls, bits: int, rotate: bool = True) -> KVConfig:
-        """llama.cpp's own quantised cache: 8 bits (q8_0) or 4 bits (q4_0) in blocks of 32 after the rotary embedding.
+        """llama.cpp's own quantised cache: 8 bits (q8_0) or 4 bits (q4_0), blocks of 32, after the rotary embedding.
 
         rotate=False is llama.cpp before April 2026, or with LLAMA_ATTN_ROT_DISABLE=1 in its environment.
         """
@@ -160,8 +160,8 @@ class Rule:
 class QuantConfig:
     """Rules by module name, the first match wins.
 
-    skip: names that stay as they are. kv: quantised cache, or None. tied: what to do when a selected embedding shares its
-    weight with another module: "refuse", quantise both as one table ("together"), or "untie" them first.
+    skip: names that stay as they are. kv: quantised cache, or None. tied: what to do when a selected embedding shares
+    its weight with another module: "refuse", quantise both as one table ("together"), or "untie" them first.
     """
 
     rules: tuple[Rule, ...]

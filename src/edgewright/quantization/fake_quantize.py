@@ -58,7 +58,9 @@ class Quantizer:
         elements: size of the whole matrix where `weight` is a part of it, such as the looked-up rows of an embedding.
         """
         step = self.step(alpha).unsqueeze(-1)
-        slope, mask = self.grid.straight_through(grouped(weight.float(), step.shape[1]) / step, self.official_ternary_grad)
+        slope, mask = self.grid.straight_through(
+            grouped(weight.float(), step.shape[1]) / step, self.official_ternary_grad
+        )
         upstream = upstream.reshape(mask.shape)
         factor = 1.0 / math.sqrt((elements or weight.numel()) * self.grid.positive_limit)
         alpha_gradient = slope.mul_(upstream).sum(-1).mul_(factor)
@@ -79,9 +81,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.quantizer.identity_gradient:
             return upstream, None, None, None
         weight, alpha = ctx.saved_tensors
-        weight_gradient, alpha_gradient = ctx.quantizer.gradients(
-            weight, alpha, upstream.float().clone(), ctx.elements
-        )
+        weight_gradient, alpha_gradient = ctx.quantizer.gradients(weight, alpha, upstream.float().clone(), ctx.elements)
         return weight_gradient.to(weight.dtype), alpha_gradient.to(alpha.dtype), None, None
 
 

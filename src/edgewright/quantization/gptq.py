@@ -51,10 +51,10 @@ def gptq_(
 ) -> list[LayerError]:
     """Put `model` under quantisation, in place, with codes and steps chosen on calibration text.
 
-    blocks: int64 [samples, length] of token ids. damping: added to diag(H), relative to its mean. scratch: folder for the
-    hidden states (samples * length * width * 4 bytes; default: the system's temporary folder). on_layer: called with
-    (blocks done, blocks in all). Linear layers inside the model's block list are calibrated; others selected by `config`
-    (embedding, head) follow their own scale rule. Returns the error of each calibrated layer.
+    blocks: int64 [samples, length] of token ids. damping: added to diag(H), relative to its mean. scratch: folder for
+    the hidden states (samples * length * width * 4 bytes; default: the system's temporary folder). on_layer: called
+    with (blocks done, blocks in all). Linear layers inside the model's block list are calibrated; others selected by
+    `config` (embedding, head) follow their own scale rule. Returns the error of each calibrated layer.
 
     Raises UsageError for unusable calibration data, Unsupported for a model without a list of blocks, and whatever
     `quantize_` raises.
@@ -120,9 +120,7 @@ class _Stop(Exception):
     """Leaves the model's forward once the first block's input is known."""
 
 
-def _first_inputs(
-    model: nn.Module, first: nn.Module, blocks: Tensor, path: Path
-) -> tuple[_States, dict[str, Any]]:
+def _first_inputs(model: nn.Module, first: nn.Module, blocks: Tensor, path: Path) -> tuple[_States, dict[str, Any]]:
     """Inputs of the first block for every sample, and the keyword arguments that all blocks receive."""
     states: _States | None = None
     arguments: dict[str, Any] = {}
@@ -182,8 +180,8 @@ def _calibrate_block(
         return []
     hessians: dict[str, Tensor] = {}
     members: dict[str, list[str]] = {}
-    # Layers fed by the same tensor (q, k, v; gate, up) share one Hessian. The tensors are held while a sample runs, for a
-    # freed one could give its address to another.
+    # Layers fed by the same tensor (q, k, v; gate, up) share one Hessian. The tensors are held while a sample runs,
+    # for a freed one could give its address to another.
     seen: dict[int, tuple[str, Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:

@@ -1,10 +1,10 @@
 """The sets of representable numbers, each with its encoder and its gradient rule.
 
-Every grid has the one form `value = step * (code + offset)`. Training works on the clip scale alpha of the papers; a grid
-says how many steps lie in one alpha (`steps_per_alpha`), so `step = alpha / steps_per_alpha`.
+Every grid has the one form `value = step * (code + offset)`. Training works on the clip scale alpha of the papers; a
+grid says how many steps lie in one alpha (`steps_per_alpha`), so `step = alpha / steps_per_alpha`.
 
-Source: ParetoQ, arXiv 2502.02631 (stretched elastic quantisation at 1.58 and 2 bits, LSQ at 3 and 4, elastic binarisation
-at 1 bit); LSQ, arXiv 1902.08153.
+Source: ParetoQ, arXiv 2502.02631 (stretched elastic quantisation at 1.58 and 2 bits, LSQ at 3 and 4, elastic
+binarisation at 1 bit); LSQ, arXiv 1902.08153.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        matrix = weight.detach().reshape(weight.shape[0], -1)  # [out, in] ; convolutions: in = channels * height * width
+        matrix = weight.detach().reshape(
+            weight.shape[0], -1
+        )  # [out, in] ; convolutions: in = channels * height * width
         if not torch.isfinite(matrix).all():
             raise FormatError(f"weight of layer {layer} holds NaN or infinity; it cannot be quantised")
         self.groups = config.groups(matrix.shape[1], layer)

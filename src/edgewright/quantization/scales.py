@@ -49,13 +49,13 @@ def snap(step: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def absmax_alpha(weights: Tensor, grid: Grid) -> Tensor:
-    """Smallest range that clips nothing: max|w| (LSQ grids: over the largest positive code), the paper's initial value."""
+    """Smallest range that clips nothing: max|w|, for LSQ grids over the largest positive code (the paper's start)."""
     peak = weights.abs().amax(-1)
     return clamp_alpha(peak / grid.high if grid.kind == "integer" else peak)
 
 
 def absmean_alpha(weights: Tensor, grid: Grid) -> Tensor:
-    """Range from the mean magnitude m: binary m, ternary step m (BitNet b1.58), SEQ 2m (LLM-QAT), integers 2m/sqrt(Qp) (LSQ)."""
+    """From the mean magnitude m: binary m, ternary step m (BitNet), SEQ 2m (LLM-QAT), integers 2m/sqrt(Qp) (LSQ)."""
     mean = weights.abs().mean(-1)
     factor = {"binary": 1.0, "ternary": 1.5, "seq2": 2.0}.get(grid.name, 2.0 / math.sqrt(grid.high))
     return clamp_alpha(mean * factor)
@@ -66,7 +66,7 @@ def mse_alpha(
 ) -> Tensor:
     """The alpha of least squared error, by trying clip ranges and refitting the step to each one's codes.
 
-    With codes c (offset included) fixed, the best step is <w, c> / <c, c> and leaves the error |w|^2 - <w, c>^2 / <c, c>.
+    For fixed codes c (offset included) the best step is <w, c> / <c, c>, its error |w|^2 - <w, c>^2 / <c, c>.
     importance: optional weight of each column's error, broadcastable to `weights` (for example mean squared inputs).
     Uneven grids also try the mirrored range (negative alpha).
     """

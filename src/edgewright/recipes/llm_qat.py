@@ -39,7 +39,9 @@ class LLMQAT:
 
 
 def tiny() -> LLMQAT:
-    return LLMQAT(sequences=16, generated_tokens=24, steps=10, batch=2, tokens=32, learning_rate=2e-4, held_out_blocks=4, layers=2)  # fmt: skip
+    return LLMQAT(
+        sequences=16, generated_tokens=24, steps=10, tokens=32, learning_rate=2e-4, held_out_blocks=4, layers=2
+    )
 
 
 def small() -> LLMQAT:
@@ -69,7 +71,7 @@ def plan(settings: LLMQAT) -> Plan:
     generated = settings.sequences * settings.generated_tokens
     return Plan(
         steps=(
-            f"the model writes {settings.sequences} texts of up to {settings.generated_tokens} tokens, and some greedily",
+            f"the model writes {settings.sequences} texts of up to {settings.generated_tokens} tokens, some greedily",
             f"quantise to W{settings.weight_bits} A{settings.activation_bits} KV{settings.kv_bits}, without training",
             f"train {settings.steps} steps of {tokens} tokens on its own text and on documentation, "
             f"{settings.seeds} seed(s) each",
@@ -113,7 +115,9 @@ def run(settings: LLMQAT, output: Path) -> Report:
         ]
         for rows in zip(*runs, strict=True):
             report.add(**_over_seeds(list(rows)))
-    report.notes.append("KL in nats per token to the full-precision model, on documentation topics that no run trained on")
+    report.notes.append(
+        "KL in nats per token to the full-precision model, on documentation topics that no run trained on"
+    )
     _plot(report, output / "kl.png")
     return report
 
@@ -188,7 +192,7 @@ class _Bench:
             "q4_0": KVConfig.llama_cpp(4),
         }
         for name, kind in kinds.items():
-            cache = QuantCache(config, kind)
+            cache = QuantCache(kind)
             with torch.no_grad():
                 self.teacher(self.held_out[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             value = float(cache.bytes_per_token())

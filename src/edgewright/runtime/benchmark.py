@@ -20,7 +20,7 @@ from edgewright.measure.timing import Measurement, alternate
 from edgewright.runtime.engine import Generation, open_engine
 from edgewright.runtime.llamacpp import LlamaCppEngine
 
-FILE_METRICS = ("file", "bits per weight", "prefill", "decode", "first token", "peak memory", "of bandwidth limit")
+FILE_METRICS = ("file_size", "bits_per_weight", "prefill", "decode", "time_to_first_token", "peak_memory", "roofline")
 MACHINE = "this machine"
 MEMORY_TOKENS = 16  # decoded in the process that measures memory: the peak is reached at the first
 
@@ -127,13 +127,13 @@ def _add_file(
     read_bytes = bytes_per_decoded_token(file)
     decode = Measurement.of(run.decode_tokens_per_second for run in runs)
     shares = (100 * rate * read_bytes / limit for rate, limit in zip(decode.samples, bandwidth.samples, strict=True))
-    report.add("file", path.stat().st_size / 1e6, subject=name, unit="MB")
-    report.add("bits per weight", bits_per_weight(file), subject=name)
+    report.add("file_size", path.stat().st_size / 1e6, subject=name, unit="MB")
+    report.add("bits_per_weight", bits_per_weight(file), subject=name)
     _add(report, "prefill", name, Measurement.of(run.prefill_tokens_per_second for run in runs), "tok/s")
     _add(report, "decode", name, decode, "tok/s")
-    _add(report, "first token", name, Measurement.of(run.time_to_first_token * 1e3 for run in runs), "ms")
-    report.add("peak memory", memory.peak / 1e6, subject=name, unit="MB")
-    _add(report, "of bandwidth limit", name, Measurement.of(shares), "%")
+    _add(report, "time_to_first_token", name, Measurement.of(run.time_to_first_token * 1e3 for run in runs), "ms")
+    report.add("peak_memory", memory.peak / 1e6, subject=name, unit="MB")
+    _add(report, "roofline", name, Measurement.of(shares), "%")
 
 
 def _use_file(path: str, context: int, threads: int, prompt_tokens: int, seed: int) -> None:

@@ -95,7 +95,7 @@ def _interactive(conversation: Conversation, args: argparse.Namespace) -> int:
     from rich.console import Console
 
     aside = Console(stderr=True)
-    aside.print(f"{args.file}: {HELP}.", style="dim", markup=False)
+    aside.print(f"{args.file}: {HELP}.", style="dim", markup=False, highlight=False)
     while True:
         try:
             text = input("> ").strip()
@@ -103,7 +103,7 @@ def _interactive(conversation: Conversation, args: argparse.Namespace) -> int:
             sys.stdout.write("\n")
             return 0
         except KeyboardInterrupt:
-            aside.print(f"\n{HELP}.", style="dim")
+            aside.print(f"\n{HELP}.", style="dim", highlight=False)
             continue
         if text == "/reset":
             conversation.reset()

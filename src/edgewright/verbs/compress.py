@@ -23,15 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder, .gguf file, bundled name such as smollm2-135m")
     parser.add_argument("--bits", type=float, default=4.0, help="1, 1.58, 2, 3, 4 or 8 (default 4)")
     parser.add_argument("--method", default="qat", help="rtn, mse, gptq or qat (default): the way to the shipped file")
-    parser.add_argument("--no-baselines", action="store_true", help="only the chosen method, no other row but the reference")
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="only the chosen method, no other row but the reference"
+    )
     parser.add_argument("--budget", default="32", help="training: optimizer steps such as 40, or minutes such as 4m")
     parser.add_argument("--data", help="text or .jsonl file to calibrate, train and evaluate on (split by itself)")
     parser.add_argument("--kv", type=int, help="width of the key-value cache: 8 or 4 (default: float16)")
-    parser.add_argument("--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes")
+    parser.add_argument(
+        "--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes"
+    )
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--blocks", type=int, default=16, help="evaluation blocks (default 16)")
     parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
-    parser.add_argument("--files-only", action="store_true", help="write and verify the files; no evaluation, no report")
+    parser.add_argument(
+        "--files-only", action="store_true", help="write and verify the files; no evaluation, no report"
+    )
     parser.add_argument("--no-bench", action="store_true", help="leave out the timings")
     parser.add_argument("--sweep", action="store_true", help="all widths, one folder each, and one plot over them")
     parser.add_argument("--seed", type=int, default=0)
@@ -43,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from edgewright.compression.pipeline import compress
     from edgewright.compression.settings import Budget, CompressSettings
     from edgewright.compression.sweep import sweep
+    from edgewright.measure.report import Report
 
     def say(sentence: str) -> None:
         if not args.json:
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     name = Path(args.model).stem or "model"
     if args.sweep:
         output = Path(args.output or f"runs/{name}-sweep")
-        report = sweep(settings, output, say=say, progress=not args.json)
+        report: Report | None = sweep(settings, output, say=say, progress=not args.json)
     else:
         output = Path(args.output or f"runs/{name}-{args.bits:g}bit")
         report = compress(settings, output, say=say, progress=not args.json, files_only=args.files_only)

@@ -1,4 +1,4 @@
-"""Puts this folder on the path: `training_toy` is shared by the tests and by the processes that they start."""
+"""Lets the tests of this folder import their helpers."""
 
 from __future__ import annotations
 

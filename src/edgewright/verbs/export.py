@@ -1,0 +1,127 @@
+"""Write a model as files for real runtimes, each read back, run and compared with the model before it is kept.
+
+MODEL is anything that `edgewright.load` reads; a folder of a quantised model keeps its codes. Targets: gguf (for
+llama.cpp), hf (a folder with the packed codes), hf-float (an ordinary checkpoint with the quantised values).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from edgewright.errors import Unsupported, UsageError
+
+TARGETS = ("gguf", "hf", "hf-float")
+PLANNED = ("pte", "onnx")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file or a bundled name")
+    parser.add_argument(
+        "--to", default="gguf", metavar="TARGETS", help=f"comma-separated: {', '.join(TARGETS)} (default: gguf)"
+    )
+    parser.add_argument("--output", default="export", metavar="DIR", help="folder for the files (default: export)")
+    parser.add_argument("--name", help="name of the files (default: from MODEL)")
+    parser.add_argument(
+        "--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes"
+    )
+    parser.add_argument("--embedding", default="Q8_0", help="type of an unquantised embedding: Q8_0, F16 or F32")
+    parser.add_argument("--float-type", default="F16", help="type of other unquantised matrices: F16 or F32")
+    parser.add_argument("--kv", type=int, help="4 or 8: run the file with a quantised key-value cache")
+    parser.add_argument(
+        "--lenient", action="store_true", help="mark tensors that cannot have their type instead of failing"
+    )
+    parser.add_argument("--no-verify", action="store_true", help="skip reading back and running (not recommended)")
+    parser.add_argument("--all", action="store_true", help="print every tensor of the layout table")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    targets = parse_targets(args.to)
+    name = args.name or default_name(args.model)
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UsageError(f"--name {name!r} must be a plain file name, for example --name my-model")
+    output = Path(args.output)
+
+    from edgewright.export.gguf import check_settings
+
+    if "gguf" in targets:  # before the model is loaded
+        check_settings(output / f"{name}.gguf", args.layout, args.float_type, args.embedding, args.kv)
+    from edgewright.io.models import load
+
+    model, tokenizer = load(args.model)
+    files = [_write(target, model, tokenizer, output, name, args) for target in targets]
+    if args.json:
+        print(json.dumps({"model": args.model, "files": files}, indent=1, ensure_ascii=False))
+    return 0
+
+
+def parse_targets(text: str) -> list[str]:
+    """The targets of --to, in order, each once. Raises Unsupported for planned ones, UsageError for unknown ones."""
+    targets = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not targets:
+        raise UsageError(f"--to names no target; choose from {', '.join(TARGETS)}, for example --to gguf")
+    for target in targets:
+        if target in PLANNED:
+            raise Unsupported(f"--to {target} is not written yet; there are {', '.join(TARGETS)}")
+        if target not in TARGETS:
+            raise UsageError(f"unknown target {target!r} in --to; choose from {', '.join(TARGETS)}")
+    return targets
+
+
+def default_name(model: str) -> str:
+    """A file name from the model's own: the last part of the path, without .gguf."""
+    return Path(model.rstrip("/\\")).name.removesuffix(".gguf")
+
+
+def _write(
+    target: str, model: Any, tokenizer: Any, output: Path, name: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    from edgewright.export.gguf import export_gguf
+    from edgewright.export.huggingface import packed_modules, save_dequantized, save_quantized
+
+    if target == "gguf":
+        export = export_gguf(
+            model,
+            tokenizer,
+            output / f"{name}.gguf",
+            layout=args.layout,
+            strict=not args.lenient,
+            verify=not args.no_verify,
+            float_type=args.float_type,
+            embedding=args.embedding,
+            kv=args.kv,
+            progress=not args.json,
+        )
+        if not args.json:
+            _print_gguf(export, args.all)
+        return {"target": target, **export.to_dict()}
+    quantized = target == "hf" and bool(packed_modules(model))
+    folder = (save_quantized if quantized else save_dequantized)(model, tokenizer, output / f"{name}-{target}")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if not args.json:
+        print(f"{folder}: {size / 1e6:.1f} MB, {'packed codes' if quantized else 'ordinary checkpoint'}")
+    return {"target": target, "path": str(folder), "bytes": size, "quantized": quantized}
+
+
+def _print_gguf(export: Any, every: bool) -> None:
+    from rich.console import Console
+
+    from edgewright.export.gguf import command_lines
+
+    console = Console()
+    export.print(console, every)
+    console.print(
+        f"{export.path}: {export.bytes / 1e6:.1f} MB, {export.bits_per_weight:.3g} bits per weight", highlight=False
+    )
+    checks = export.checks
+    if checks:
+        confirmed = ", ".join(f"{reader} {count}" for reader, count in checks["tensors_equal"].items())
+        console.print(
+            f"verified: {checks['tensors']} tensors decode to the model (by {confirmed}); llama.cpp chooses "
+            f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places (KL {checks['kl']:.2g})",
+            highlight=False,
+        )
+    console.print(f"run it: {command_lines(export.path, None)['chat']}", highlight=False)
