@@ -111,7 +111,7 @@ def test_other_families(name, config):
     assert not torch.equal(full, plain(tokens()).logits)
     torch.testing.assert_close(stepwise(model, tokens()), full, **STEPWISE)
     if config.when == "post_rope":
-        torch.testing.assert_close(stepwise(plain, tokens(), QuantCache(config)), full, **STEPWISE)
+        torch.testing.assert_close(stepwise(plain, tokens(), QuantCache(plain.config, config)), full, **STEPWISE)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def test_keys_before_rotation_are_what_the_formula_says(tiny_llama):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_gradient_is_straight_through(config):
-    quantizer = row_quantizer(config, 2, 16, values=False)
+    quantizer = row_quantizer(config, "llama", 2, 16, values=False)
     from edgewright.quantization.kv_cache import fake_quantize_rows
 
     rows = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -178,19 +178,19 @@ def test_keys_stay_quantised_when_their_projection_is_replaced(tiny_llama):
 def test_stored_codes_give_the_fake_quantised_logits(tiny_llama, config):
     model = attach_kv_quantization(copy.deepcopy(tiny_llama), config)
     full = model(tokens()).logits
-    assert torch.equal(tiny_llama(tokens(), past_key_values=QuantCache(config)).logits, full)
-    assert torch.equal(model(tokens(), past_key_values=QuantCache(config)).logits, full)  # not quantised twice
-    torch.testing.assert_close(stepwise(tiny_llama, tokens(), QuantCache(config)), full, **STEPWISE)
+    assert torch.equal(tiny_llama(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits, full)
+    assert torch.equal(model(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits, full)  # not quantised twice
+    torch.testing.assert_close(stepwise(tiny_llama, tokens(), QuantCache(tiny_llama.config, config)), full, **STEPWISE)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
-    stored = tiny_llama.generate(tokens(), past_key_values=QuantCache(config), **settings)
+    stored = tiny_llama.generate(tokens(), past_key_values=QuantCache(tiny_llama.config, config), **settings)
     assert torch.equal(stored, model.generate(tokens(), **settings))
     with pytest.raises(UsageError, match="one KVConfig"):
-        model(tokens(), past_key_values=QuantCache(KVConfig(8, when="post_rope")))
+        model(tokens(), past_key_values=QuantCache(tiny_llama.config, KVConfig(8, when="post_rope")))
 
 
 @torch.no_grad()
 def test_codes_of_a_token_never_change(tiny_llama):
-    cache = QuantCache(KVConfig(4, "head", "post_rope"))
+    cache = QuantCache(tiny_llama.config, KVConfig(4, "head", "post_rope"))
     tiny_llama(tokens()[:, :9], past_key_values=cache)
     first = [(store.codes.clone(), store.scales.clone()) for store in cache.layers[1].stores]
     tiny_llama(tokens()[:, 9:], past_key_values=cache)
@@ -202,16 +202,16 @@ def test_codes_of_a_token_never_change(tiny_llama):
 def test_cache_bytes_are_those_of_codes_and_scales(tiny_llama):
     heads, head_dim, layers = 2, 16, 2
     for config, bits in ((KVConfig(4, 16, "post_rope"), 4 + 16 / 16), (KVConfig(8, 8, "post_rope"), 8 + 16 / 8)):
-        cache = QuantCache(config)
+        cache = QuantCache(tiny_llama.config, config)
         tiny_llama(tokens(), past_key_values=cache)
         assert cache.bytes_per_token() == 2 * layers * heads * head_dim * bits / 8
     with pytest.raises(UsageError, match="empty"):
-        QuantCache(config).bytes_per_token()
+        QuantCache(tiny_llama.config, config).bytes_per_token()
 
 
 @torch.no_grad()
 def test_cache_operations_of_generation(tiny_llama):
-    cache = QuantCache(KVConfig(4, "head", "post_rope"))
+    cache = QuantCache(tiny_llama.config, KVConfig(4, "head", "post_rope"))
     tiny_llama(tokens(), past_key_values=cache)
     keys = cache.layers[0].stores[0].decode()
     cache.reorder_cache(torch.tensor([1, 0]))
@@ -234,7 +234,7 @@ def test_real_model_with_three_key_heads_and_llama_cpp_codecs(smollm2):
     ids = tokenizer("The key-value cache of a phone holds many tokens.", return_tensors="pt").input_ids
     plain = model(ids).logits
     for config, ratio in ((KVConfig.llama_cpp(8), 34 / 64), (KVConfig.llama_cpp(4), 18 / 64)):
-        cache = QuantCache(config)
+        cache = QuantCache(model.config, config)
         stored = model(ids, past_key_values=cache).logits
         fp16 = 2 * 2 * 30 * 3 * 64  # bytes of keys and values, 30 layers of 3 heads of 64
         assert cache.bytes_per_token() == fp16 * ratio
@@ -249,10 +249,10 @@ def test_real_model_with_three_key_heads_and_llama_cpp_codecs(smollm2):
 def test_hadamard_rotation_is_its_own_inverse():
     matrix = hadamard(64)
     torch.testing.assert_close(matrix @ matrix, torch.eye(64), rtol=0, atol=1e-6)  # float32 sums of 64 terms
-    assert row_quantizer(KVConfig.llama_cpp(4), 2, 128, values=False).rotation == 128
-    assert row_quantizer(KVConfig.llama_cpp(4), 2, 128, values=True).rotation == 64
-    assert row_quantizer(KVConfig.llama_cpp(4), 2, 96, values=True).rotation == 0
-    assert row_quantizer(KVConfig.llama_cpp(4, rotate=False), 2, 64, values=True).rotation == 0
+    assert row_quantizer(KVConfig.llama_cpp(4), "llama", 2, 128, values=False).rotation == 128
+    assert row_quantizer(KVConfig.llama_cpp(4), "llama", 2, 128, values=True).rotation == 64
+    assert row_quantizer(KVConfig.llama_cpp(4), "llama", 2, 96, values=True).rotation == 0
+    assert row_quantizer(KVConfig.llama_cpp(4, rotate=False), "llama", 2, 64, values=True).rotation == 0
 
 
 def test_unknown_attention_is_refused_by_name(tiny_llama):
@@ -289,8 +289,8 @@ def test_impossible_configurations(settings):
         KVConfig(**settings)
 
 
-def test_quant_cache_refuses_what_it_cannot_store():
+def test_quant_cache_refuses_what_it_cannot_store(tiny_llama):
     with pytest.raises(UsageError, match="post_rope"):
-        QuantCache(KVConfig(4))
+        QuantCache(tiny_llama.config, KVConfig(4))
     with pytest.raises(UsageError, match="2 to 8 bits"):
-        QuantCache(KVConfig(12, when="post_rope"))
+        QuantCache(tiny_llama.config, KVConfig(12, when="post_rope"))

@@ -15,19 +15,14 @@ def save_pareto(report: Report, path: Path, metric: str = "kl") -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = []
-    for row in report.rows:
-        if row.metric == metric and row.value > 0:
-            size = [
-                other.value for other in report.rows if other.metric == "file_size" and other.subject == row.subject
-            ]
-            if size:
-                points.append((size[0], row.value, row.se or 0.0, row.subject))
+    sizes = {row.subject: row.value for row in report.rows if row.metric == "file_size"}
+    rows = [row for row in report.rows if row.metric == metric and row.value > 0 and row.subject in sizes]
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for size, value, se, name in points:
-        marker = "s" if name.startswith("llama.cpp") else "o"
-        axes.errorbar(size, value, yerr=se, fmt=marker, capsize=3)
-        axes.annotate(name, (size, value), textcoords="offset points", xytext=(7, 4), fontsize=9)
+    for row in rows:
+        place = (sizes[row.subject], row.value)
+        marker = "s" if row.subject.startswith("llama.cpp") else "o"
+        axes.errorbar(*place, yerr=row.se or 0.0, fmt=marker, capsize=3)
+        axes.annotate(row.subject, place, textcoords="offset points", xytext=(7, 4), fontsize=9)
     axes.set_yscale("log")
     axes.set_xlabel("file size (MB)")
     axes.set_ylabel("KL to the reference (nats per token)")

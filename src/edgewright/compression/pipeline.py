@@ -191,12 +191,11 @@ class Compression:
             report.add("bits_per_weight", bits_per_weight(path), subject=name)
         if settings.benchmark:
             self.say("timing the files in turn")
-            speeds = benchmark_files(list(files.values()), prompt_tokens=128, decode_tokens=32, repeats=5)
-            by_path = {path.stem: name for name, path in files.items()}
+            speeds = benchmark_files(list(files.values()), prompt_tokens=128, decode_tokens=32, progress=self.progress)
             for row in speeds.rows:
                 if row.metric in ("decode", "prefill", "time_to_first_token", "roofline", "peak_memory"):
-                    subject = by_path.get(Path(row.subject).stem, row.subject)
-                    report.add(row.metric, row.value, subject=subject, se=row.se, n=row.n, unit=row.unit)
+                    report.add(row.metric, row.value, subject=row.subject.removesuffix(".gguf"), se=row.se, n=row.n,
+                               unit=row.unit)  # fmt: skip
         report.notes += self.notes()
         report.save(self.output)
         save_pareto(report, self.output / "pareto.png")

@@ -33,13 +33,22 @@ class DenseTarget:
         if teacher.shape[-1] != logits.shape[-1]:
             raise UsageError(f"the teacher has {teacher.shape[-1]} logits per token but the student {logits.shape[-1]}")
         with torch.autocast(logits.device.type, enabled=False):  # it would take the inner products in half precision
-            log_p = torch.log_softmax(teacher.float() / self.temperature, dim=-1)
-            log_q = torch.log_softmax(logits.div_(self.temperature), dim=-1)
+            # Three chunk-sized tensors at most live at a time: each is dropped as soon as its last use is over.
+            log_p = torch.log_softmax(self._softened(teacher.float()), dim=-1)
+            del teacher
             p = log_p.exp()
-            loss, entropy = -torch.linalg.vecdot(p, log_q), -torch.linalg.vecdot(p, log_p)
-            torch.exp(log_q, out=logits).sub_(p).mul_(self.temperature)
+            entropy = -torch.linalg.vecdot(p, log_p)
+            del log_p
+            log_q = torch.log_softmax(self._softened(logits), dim=-1)
+            loss = -torch.linalg.vecdot(p, log_q)
+            torch.exp(log_q, out=logits).sub_(p)
+            if self.temperature != 1:
+                logits.mul_(self.temperature)
         scale = self.temperature**2
         return loss * scale, entropy * scale
+
+    def _softened(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
 
 
 class TopKTarget:

@@ -28,33 +28,56 @@ KNOWN_ATTENTION = tuple(
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}Attention"
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
 )
+# Families whose GGUF files keep the two halves of each query and key head interleaved (pairs of the rotary embedding
+# side by side), so that a block of a quantised cache there holds other entries than 32 neighbours here.
+INTERLEAVED = ("llama", "mistral")
 ROTATION_BLOCK = 64  # llama.cpp rotates heads whose size is a multiple of this
 UNTOUCHED_BITS = 16
 
 
 @dataclass(frozen=True)
 class RowQuantizer:
-    """Quantises rows [B, T, heads * head_dim], one token each. rotation: size of the Hadamard blocks, 0 for none."""
+    """Quantises rows [B, T, heads * head_dim], one token each.
+
+    interleave: size of the heads whose halves are interleaved first, 0 for none. rotation: size of the Hadamard blocks
+    after that, 0 for none. Both are undone in what comes back.
+    """
 
     codec: Codec
+    interleave: int = 0
     rotation: int = 0
     clip: float | None = None
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(codes int8 [B, T, n], scales [B, T, n / block])."""
-        return self.codec.encode(rotated(rows.float(), self.rotation))
+        return self.codec.encode(self._arranged(rows))
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """float32 [B, T, n]."""
-        return rotated(self.codec.decode(codes, scales), self.rotation)
+        return self._restored(self.codec.decode(codes, scales))
 
     def values(self, rows: Tensor) -> Tensor:
         """decode(encode(rows)), float32, for any width."""
-        return rotated(self.codec.values(rotated(rows.float(), self.rotation)), self.rotation)
+        return self._restored(self.codec.values(self._arranged(rows)))
+
+    def _arranged(self, rows: Tensor) -> Tensor:
+        rows = rows.float()
+        if self.interleave:
+            rows = rows.unflatten(-1, (-1, 2, self.interleave // 2)).transpose(-1, -2).flatten(-3)
+        return rotated(rows, self.rotation)
+
+    def _restored(self, rows: Tensor) -> Tensor:
+        rows = rotated(rows, self.rotation)
+        if self.interleave:
+            rows = rows.unflatten(-1, (-1, self.interleave // 2, 2)).transpose(-1, -2).flatten(-3)
+        return rows
 
 
-def row_quantizer(config: KVConfig, heads: int, head_dim: int, *, values: bool) -> RowQuantizer:
-    """The quantiser of one attention layer's keys or values. Raises UsageError when blocks do not divide a head."""
+def row_quantizer(config: KVConfig, family: str, heads: int, head_dim: int, *, values: bool) -> RowQuantizer:
+    """The quantiser of one attention layer's keys or values. Raises UsageError when blocks do not divide a head.
+
+    family: transformers' model type. It matters for llama.cpp's codecs, whose blocks follow llama.cpp's order of entries.
+    """
     block = {"token": heads * head_dim, "head": head_dim}.get(str(config.granularity), config.granularity)
     assert isinstance(block, int)
     if isinstance(config.granularity, int) and head_dim % block:
@@ -64,7 +87,9 @@ def row_quantizer(config: KVConfig, heads: int, head_dim: int, *, values: bool) 
         # llama.cpp: keys by the largest power of two that divides the head, values always in blocks of 64.
         rotation = ROTATION_BLOCK if values else head_dim & -head_dim
     dtype = SCALE_DTYPES[config.scale_dtype] or torch.float32
-    return RowQuantizer(Codec(config.codec, config.bits, block, dtype), rotation, config.official_clip_grad)
+    interleave = head_dim if config.codec != "symmetric" and family in INTERLEAVED and not values else 0
+    codec = Codec(config.codec, config.bits, block, dtype)
+    return RowQuantizer(codec, interleave, rotation, config.official_clip_grad)
 
 
 def rotated(rows: Tensor, size: int) -> Tensor:
@@ -146,10 +171,12 @@ class _KeyHook:
 class _AttentionHook:
     """Forward pre-hook of an attention module: hands it a `_QuantizingCache` and keeps the key hook in place."""
 
-    def __init__(self, config: KVConfig, heads: int, head_dim: int) -> None:
+    def __init__(self, config: KVConfig, attention: Any) -> None:
+        heads = attention.config.num_key_value_heads
+        shape = (attention.config.model_type, heads, attention.head_dim)
         self.config = config
-        self.keys = row_quantizer(config, heads, head_dim, values=False)
-        self.values = row_quantizer(config, heads, head_dim, values=True)
+        self.keys = row_quantizer(config, *shape, values=False)
+        self.values = row_quantizer(config, *shape, values=True)
         self.key_hook = _KeyHook(self.keys) if config.when == "pre_rope" else None
 
     def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,8 +210,7 @@ def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
         if qualified not in KNOWN_ATTENTION:
             known = ", ".join(path.rsplit(".", 1)[1] for path in KNOWN_ATTENTION)
             raise Unsupported(f"{name or 'the model'} is a {qualified}; quantised key-value caches know {known}")
-        heads = module.config.num_key_value_heads  # type: ignore[union-attr]
-        hooks.append((module, _AttentionHook(config, heads, module.head_dim)))  # type: ignore[arg-type]
+        hooks.append((module, _AttentionHook(config, module)))
     if not hooks:
         raise Unsupported(f"{type(model).__name__} has no attention module whose key-value cache could be quantised")
     for module, hook in hooks:

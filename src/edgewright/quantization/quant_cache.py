@@ -1,6 +1,6 @@
 """A key-value cache for generation that really stores integer codes and scales, and counts its own bytes.
 
-    cache = QuantCache(KVConfig.llama_cpp(4))
+    cache = QuantCache(model.config, KVConfig.llama_cpp(4))
     model.generate(**inputs, past_key_values=cache)
     cache.bytes_per_token()
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from edgewright.errors import UsageError
@@ -56,17 +57,18 @@ class QuantLayer(DynamicLayer):
 
     is_compileable = False
 
-    def __init__(self, config: KVConfig) -> None:
+    def __init__(self, family: str, config: KVConfig) -> None:
         super().__init__()
-        self.kv_config = config
+        self.family, self.kv_config = family, config
         self.stores: tuple[_Store, _Store] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        heads, self.head_dim = key_states.shape[1], key_states.shape[-1]
+        self.head_dim = key_states.shape[-1]
+        shape = (self.family, key_states.shape[1], self.head_dim)
         self.stores = (
-            _Store(row_quantizer(self.kv_config, heads, self.head_dim, values=False)),
-            _Store(row_quantizer(self.kv_config, heads, self.head_dim, values=True)),
+            _Store(row_quantizer(self.kv_config, *shape, values=False)),
+            _Store(row_quantizer(self.kv_config, *shape, values=True)),
         )
         self.is_initialized = True
 
@@ -114,16 +116,17 @@ class QuantLayer(DynamicLayer):
 class QuantCache(Cache):
     """Cache of integer codes: packed nibbles up to 4 bits, bytes up to 8, with the scales beside them.
 
-    Pass it as `past_key_values` to a model or to `generate`. Raises UsageError for widths above 8 bits, and for
-    pre_rope: attention hands its cache the keys after rotation, so those are the ones that a cache can store.
+    model_config: the model's `config`. Pass the cache as `past_key_values` to the model or to `generate`. Raises
+    UsageError for widths above 8 bits, and for pre_rope: attention hands its cache the keys after rotation, so those are
+    the ones that a cache can store.
     """
 
-    def __init__(self, config: KVConfig) -> None:
+    def __init__(self, model_config: PreTrainedConfig, config: KVConfig) -> None:
         if config.bits > STORED_BITS:
             raise UsageError(f"QuantCache stores 2 to {STORED_BITS} bits, not {config.bits}; use DynamicCache")
         if config.when != "post_rope":
             raise UsageError("QuantCache stores keys after the rotary embedding: use KVConfig(..., when='post_rope')")
-        super().__init__(layer_class_to_replicate=partial(QuantLayer, config))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=partial(QuantLayer, model_config.model_type, config))  # type: ignore[arg-type]
         self.kv_config = config
 
     def nbytes(self) -> int:
