@@ -107,7 +107,9 @@ def test_unknown_layout():
 
 
 def test_the_table_groups_what_is_alike():
-    rows = [plan_packed(f"blk.{i}.attn_{part}.weight", random_packed("int4", 2, 64, 32)) for i in range(3) for part in "qk"]
+    rows = [
+        plan_packed(f"blk.{i}.attn_{part}.weight", random_packed("int4", 2, 64, 32)) for i in range(3) for part in "qk"
+    ]
     assert [len(members) for members in alike(rows)] == [6]
     for every, lines in ((False, 1), (True, 6)):
         out = io.StringIO()

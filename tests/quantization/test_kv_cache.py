@@ -179,7 +179,8 @@ def test_stored_codes_give_the_fake_quantised_logits(tiny_llama, config):
     model = attach_kv_quantization(copy.deepcopy(tiny_llama), config)
     full = model(tokens()).logits
     assert torch.equal(tiny_llama(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits, full)
-    assert torch.equal(model(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits, full)  # not quantised twice
+    again = model(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits
+    assert torch.equal(again, full)  # quantised once, not twice
     torch.testing.assert_close(stepwise(tiny_llama, tokens(), QuantCache(tiny_llama.config, config)), full, **STEPWISE)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
     stored = tiny_llama.generate(tokens(), past_key_values=QuantCache(tiny_llama.config, config), **settings)

@@ -146,7 +146,7 @@ class Compression:
             self.model,
             blocks,
             steps=steps,
-            learning_rate=self.settings.learning_rate,
+            learning_rate=self.settings.rate,
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
             output=self.output / "training",

@@ -35,7 +35,7 @@ class CompressSettings:
 
     method: the way to the shipped file. baselines: other methods shown beside it. data: text to train and calibrate on
     (None: the model trains on what it writes itself and calibrates on the built-in text). kv: width of the runtime's
-    key-value cache, 4, 8 or None for float16. Lengths and blocks are in tokens and blocks of tokens.
+    key-value cache, 4, 8 or None for float16. learning_rate None: by width, see `rate`. Lengths and blocks are in tokens and blocks of tokens.
     """
 
     model: str
@@ -46,7 +46,7 @@ class CompressSettings:
     data: str | None = None
     kv: int | None = None
     layout: str = "auto"
-    learning_rate: float = 5e-5
+    learning_rate: float | None = None
     block_length: int = 256
     batch_size: int = 2
     calibration_blocks: int = 48
@@ -66,11 +66,16 @@ class CompressSettings:
         for name in ("block_length", "batch_size", "calibration_blocks", "evaluation_blocks"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}; it must be at least 1")
-        if not self.learning_rate > 0:
-            raise UsageError(f"learning_rate={self.learning_rate}; it must be positive, for example 5e-5")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise UsageError(f"learning_rate={self.learning_rate}; it must be positive, for example 2e-5")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: the given one, or what short runs at this width did best with (docs/log.md)."""
+        return self.learning_rate or (2e-5 if self.bits >= 3 else 1e-4)
 
     @property
     def wanted(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from edgewright.quantization.fake_quantize import Quantizer
 from edgewright.quantization.layers import QuantLinear
 from edgewright.quantization.scales import grouped, mse_alpha
 
+TOKENS_AT_ONCE = 1024  # of calibration text in one call of a block
 COLUMNS_AT_ONCE = 128  # updates inside such a slice are eager, beyond it they are one matrix product
 
 
@@ -71,8 +72,8 @@ def gptq_(
         for index, layer in enumerate(layers):
             report += _calibrate_block(layer, f"{index}", states, arguments, damping)
             if index + 1 < len(layers):
-                for sample in range(states.samples):
-                    states.write(sample, _hidden(layer(states.read(sample), **arguments)))
+                for samples in states.slices:
+                    states.write(samples, _hidden(layer(states.read(samples), **arguments)))
             if on_layer is not None:
                 on_layer(index + 1, len(layers))
     model.train(was_training)
@@ -99,21 +100,23 @@ def _with_stored_scales(config: QuantConfig) -> QuantConfig:
 
 
 class _States:
-    """Hidden states [samples, length, width] in a file, one sample in memory at a time."""
+    """Hidden states [samples, length, width] in a file, a few samples in memory at a time."""
 
     def __init__(self, path: Path, samples: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-        self.samples, self.shape, self.dtype, self.device = samples, shape, dtype, device
+        self.shape, self.dtype, self.device = shape[1:], dtype, device  # one sample: [length, width]
         self._file = path.open("w+b", buffering=0)
-        self._bytes = shape.numel() * 4
+        self._bytes = self.shape.numel() * 4
+        together = max(1, TOKENS_AT_ONCE // shape[1])
+        self.slices = [range(start, min(start + together, samples)) for start in range(0, samples, together)]
 
-    def write(self, sample: int, states: Tensor) -> None:
-        self._file.seek(sample * self._bytes)
+    def write(self, samples: range, states: Tensor) -> None:
+        self._file.seek(samples.start * self._bytes)
         self._file.write(states.to(torch.float32).cpu().contiguous().numpy().data)
 
-    def read(self, sample: int) -> Tensor:
-        self._file.seek(sample * self._bytes)
-        values = np.frombuffer(bytearray(self._file.read(self._bytes)), dtype=np.float32)
-        return torch.from_numpy(values).reshape(self.shape).to(self.device, self.dtype)
+    def read(self, samples: range) -> Tensor:
+        self._file.seek(samples.start * self._bytes)
+        values = np.frombuffer(bytearray(self._file.read(len(samples) * self._bytes)), dtype=np.float32)
+        return torch.from_numpy(values).reshape(len(samples), *self.shape).to(self.device, self.dtype)
 
 
 class _Stop(Exception):
@@ -132,7 +135,7 @@ def _first_inputs(model: nn.Module, first: nn.Module, blocks: Tensor, path: Path
         if states is None:
             states = _States(path, len(blocks), hidden.shape, hidden.dtype, hidden.device)
             arguments = {name: value for name, value in keywords.items() if name != "hidden_states"}
-        states.write(current, hidden)
+        states.write(range(current, current + 1), hidden)
         raise _Stop
 
     handle = first.register_forward_pre_hook(catch, with_kwargs=True)
@@ -202,9 +205,9 @@ def _calibrate_block(
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in named]
     try:
         with _unquantized([module for _, module in named]):
-            for sample in range(states.samples):
+            for samples in states.slices:
                 seen.clear()
-                block(states.read(sample), **arguments)
+                block(states.read(samples), **arguments)
     finally:
         for handle in handles:
             handle.remove()

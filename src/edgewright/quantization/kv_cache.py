@@ -76,7 +76,7 @@ class RowQuantizer:
 def row_quantizer(config: KVConfig, family: str, heads: int, head_dim: int, *, values: bool) -> RowQuantizer:
     """The quantiser of one attention layer's keys or values. Raises UsageError when blocks do not divide a head.
 
-    family: transformers' model type. It matters for llama.cpp's codecs, whose blocks follow llama.cpp's order of entries.
+    family: transformers' model type; it decides in which order llama.cpp's codecs meet the entries of a key.
     """
     block = {"token": heads * head_dim, "head": head_dim}.get(str(config.granularity), config.granularity)
     assert isinstance(block, int)

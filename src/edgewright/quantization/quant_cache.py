@@ -117,8 +117,8 @@ class QuantCache(Cache):
     """Cache of integer codes: packed nibbles up to 4 bits, bytes up to 8, with the scales beside them.
 
     model_config: the model's `config`. Pass the cache as `past_key_values` to the model or to `generate`. Raises
-    UsageError for widths above 8 bits, and for pre_rope: attention hands its cache the keys after rotation, so those are
-    the ones that a cache can store.
+    UsageError for widths above 8 bits, and for pre_rope: attention hands its cache the keys after rotation, so those
+    are what a cache can store.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: KVConfig) -> None:

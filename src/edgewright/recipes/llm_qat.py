@@ -192,7 +192,7 @@ class _Bench:
             "q4_0": KVConfig.llama_cpp(4),
         }
         for name, kind in kinds.items():
-            cache = QuantCache(kind)
+            cache = QuantCache(config, kind)
             with torch.no_grad():
                 self.teacher(self.held_out[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             value = float(cache.bytes_per_token())

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes"
     )
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, help="default: 2e-5, or 1e-4 at 2 bits and below")
     parser.add_argument("--blocks", type=int, default=16, help="evaluation blocks (default 16)")
     parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
     parser.add_argument(
