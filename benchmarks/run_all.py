@@ -1,6 +1,6 @@
 """Measure the figures in results/: `python benchmarks/run_all.py` runs every comparison, names pick some of them.
 
-Each comparison is a module of this folder with a function main(); heavy ones take minutes, all of them about an hour.
+Each comparison is a module of this folder with a function main(); heavy ones take minutes, all of them about two hours.
 """
 
 from __future__ import annotations
@@ -9,7 +9,17 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-COMPARISONS = ("end_to_end", "decode_speed", "qat_step", "tables")
+COMPARISONS = (
+    "demo",
+    "two_bits",
+    "end_to_end",
+    "decode_speed",
+    "qat_step",
+    "recipes",
+    "figures",
+    "headlines",
+    "tables",
+)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Slow readers of GGUF blocks, one number at a time, written from the layout table and sharing no code with the packers."""
+"""Slow readers of GGUF blocks, one number at a time, written from the layout table without the packers' code."""
 
 from __future__ import annotations
 

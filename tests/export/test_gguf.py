@@ -278,10 +278,11 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 def test_smollm2_in_mixed_layouts(smollm2, tmp_path):
     """Rows of 576 take no K-quant, rows of 1536 do; the real tokenizer and chat template come along."""
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
-    for layer in model.model.layers:
+    for index, layer in enumerate(model.model.layers):
+        gate = "ternary" if index == 7 else "int4"  # only one: its kernel is slow on x86
         for part, grids in (
             (layer.self_attn, {"q_proj": "int4", "k_proj": "int4", "v_proj": "int4", "o_proj": "int4"}),
-            (layer.mlp, {"gate_proj": "ternary", "up_proj": "int3", "down_proj": "seq2"}),
+            (layer.mlp, {"gate_proj": gate, "up_proj": "int3", "down_proj": "seq2"}),
         ):
             for name, grid in grids.items():
                 group = {"int4": 32, "ternary": 64, "int3": 32, "seq2": None}[grid]
@@ -296,7 +297,7 @@ def test_smollm2_in_mixed_layouts(smollm2, tmp_path):
     assert types["token_embd.weight"] == "Q8_0" and "output.weight" not in types
     why = next(row.why for row in export.table if row.tensor == "blk.7.ffn_gate.weight")
     assert "TQ1_0 needs rows divisible by 256, this one has 576" in why
-    assert export.checks["tensors_equal"] == {"edgewright": 272, "gguf": 181, "llama.cpp": 211}
+    assert export.checks["tensors_equal"] == {"edgewright": 272, "gguf": 210, "llama.cpp": 211}
     metadata = GGUFFile(export.path).metadata
     assert metadata["tokenizer.ggml.pre"] == "smollm"
     assert metadata["tokenizer.chat_template"] == tokenizer.chat_template
@@ -333,7 +334,7 @@ def test_the_peer_refuses_packed_models(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("hidden", [256, 192], ids=["256", "rows without Q6_K"])
 def test_the_peer_file_equals_llama_cpps_tool(hidden, tokenizer, tmp_path):
-    """Against llama.cpp's complete quantiser, where a build with it is installed: the same type and bytes everywhere."""
+    """Against llama.cpp's complete quantiser, where a build with it is installed: same types, same bytes."""
     llama_cpp = pytest.importorskip("llama_cpp")
     model = make_llama(hidden_size=hidden, num_attention_heads=hidden // 64, num_key_value_heads=1)
     source = export_gguf(model, tokenizer, tmp_path / "f.gguf", float_type="F32", embedding="F32", **QUIET).path

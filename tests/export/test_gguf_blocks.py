@@ -1,4 +1,4 @@
-"""Every (grid, block type, group) pair decodes to the packed values, by three decoders and by a slow reading of the layout."""
+"""Every (grid, block type, group) decodes to the packed values: three decoders and a slow reading of the layout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """`compress`: calibrate, train, export, verify, evaluate and time; one table at the end.
 
 Every stage leaves a file in the output folder and is skipped when that file is there already, so an interrupted run
-goes on where it stopped: reference.gguf, rtn.gguf, mse.gguf, gptq.gguf, data/, training/, qat.gguf, report.json.
+goes on where it stopped: reference.gguf, rtn.gguf, mse.gguf, gptq.gguf, data/, training/, huggingface/, qat.gguf,
+report.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgewright.distillation.self_generation import self_generate
 from edgewright.errors import UsageError
 from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
+from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
 from edgewright.io.models import load
 from edgewright.io.text import load_texts, token_blocks
@@ -66,8 +68,10 @@ class Compression:
             kv=settings.kv,
             progress=self.progress,
         )
-        if self.progress and name.startswith(settings.method):
-            result.print(Console(stderr=True))
+        if name == settings.method:
+            save_quantized(model, self.tokenizer, self.output / "huggingface")
+            if self.progress:
+                result.print(Console(stderr=True))
 
     def references(self) -> None:
         """The float16 file, and llama.cpp's own 4-bit (or 8-bit) file as the peer."""

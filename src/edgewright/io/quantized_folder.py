@@ -168,9 +168,9 @@ def _check_description(
     """Every described module is in the model with that shape, and its codes and steps are in the file."""
     known: dict[str, Any] = dict(model.named_modules())
     for name, fields in modules.items():
-        module: Any = known.get(name)
+        module = known.get(name)
         rows, columns = fields["shape"]
-        if type(module) is not KINDS[fields["kind"]] or tuple(module.weight.shape) != (rows, columns):
+        if type(module) is not KINDS[fields["kind"]] or tuple(known[name].weight.shape) != (rows, columns):
             raise FormatError(
                 f"{folder}: the model has no {fields['kind']} layer {name[:80]!r} of shape {[rows, columns]}"
             )

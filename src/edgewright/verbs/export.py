@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def _print_gguf(export: Any, every: bool) -> None:
 
     from edgewright.export.gguf import command_lines
 
-    console = Console()
+    # a pipe has no width of its own: one line a row, so that grep and awk can read the table
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     export.print(console, every)
     console.print(
         f"{export.path}: {export.bytes / 1e6:.1f} MB, {export.bits_per_weight:.3g} bits per weight", highlight=False
@@ -121,7 +123,7 @@ def _print_gguf(export: Any, every: bool) -> None:
         confirmed = ", ".join(f"{reader} {count}" for reader, count in checks["tensors_equal"].items())
         console.print(
             f"verified: {checks['tensors']} tensors decode to the model (by {confirmed}); llama.cpp chooses "
-            f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places (KL {checks['kl']:.2g})",
+            f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places, KL {checks['kl']:.2g}",
             highlight=False,
         )
     console.print(f"run it: {command_lines(export.path, None)['chat']}", highlight=False)
