@@ -87,7 +87,9 @@ def test_the_model_can_write_its_own_training_text(toy, tmp_path):
     assert (tmp_path / "run" / "data" / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("bits, grid", [(1.0, "binary"), (1.58, "ternary"), (2.0, "int2"), (3.0, "int3"), (8.0, "int8")])
+@pytest.mark.parametrize(
+    "bits, grid", [(1.0, "binary"), (1.58, "ternary"), (2.0, "int2"), (3.0, "int3"), (8.0, "int8")]
+)
 def test_other_widths_export_and_decode(toy, text, tmp_path, bits, grid):
     chosen = settings(toy, text, bits=bits, method="rtn", baselines=())
     report = compress(chosen, tmp_path, say=lambda _: None, progress=False)

@@ -94,6 +94,15 @@ def test_first_matching_rule_wins_and_activations_alone_are_possible(tiny_llama)
     assert torch.equal(logits(convert_(tiny_llama)), before)
 
 
+def test_activations_that_are_not_finite_name_their_layer(tiny_llama):
+    rule = Rule("*.down_proj", activation=ActivationConfig(8, check_finite=True))
+    quantize_(tiny_llama, QuantConfig((rule,)))
+    with torch.no_grad():
+        tiny_llama.model.layers[1].mlp.up_proj.weight.fill_(float("inf"))
+    with pytest.raises(FormatError, match="model.layers.1.mlp.down_proj"):
+        tiny_llama(TOKENS)
+
+
 def test_convolutions_and_biases():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))

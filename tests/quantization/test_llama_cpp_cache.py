@@ -1,4 +1,4 @@
-"""The claim behind KVConfig.llama_cpp: training sees what llama.cpp's quantised cache will do. llama.cpp is the oracle."""
+"""The claim behind KVConfig.llama_cpp: training sees what llama.cpp's quantised cache will do (oracle: llama.cpp)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
     quantizers = _quantizers(model, selected, config)
     for name, rule in selected.items():
         module = model.get_submodule(name)
-        _replace(model, name, _twin(module, quantizers.get(name), rule))
+        _replace(model, name, _twin(module, quantizers.get(name), rule, name))
     if config.kv is not None:
         attach_kv_quantization(model, config.kv)
     return model
@@ -151,11 +151,11 @@ def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig
     return quantizers
 
 
-def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule) -> nn.Module:
+def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule, name: str) -> nn.Module:
     if isinstance(module, nn.Linear):
-        return QuantLinear(module, quantizer, rule.activation)
+        return QuantLinear(module, quantizer, rule.activation, name)
     if isinstance(module, nn.Conv2d):
-        return QuantConv2d(module, quantizer, rule.activation)
+        return QuantConv2d(module, quantizer, rule.activation, name)
     assert isinstance(module, nn.Embedding) and quantizer is not None
     return QuantEmbedding(module, quantizer)
 

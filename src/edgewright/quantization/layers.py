@@ -94,7 +94,11 @@ class QuantLinear(nn.Linear):
     """Linear layer computing with its quantised weight and, if asked, a quantised input. [..., in] -> [..., out]."""
 
     def __init__(
-        self, linear: nn.Linear, quantizer: WeightQuantizer | None, activation: ActivationConfig | None = None
+        self,
+        linear: nn.Linear,
+        quantizer: WeightQuantizer | None,
+        activation: ActivationConfig | None = None,
+        name: str = "",
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -102,11 +106,12 @@ class QuantLinear(nn.Linear):
         self.bias = linear.bias
         self.quantizer = quantizer
         self.activation = activation
+        self.name = name
         self.train(linear.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.activation is not None:
-            inputs = fake_quantize_activation(inputs, self.activation)
+            inputs = fake_quantize_activation(inputs, self.activation, layer=self.name)
         if self.quantizer is None:
             return F.linear(inputs, self.weight, self.bias)
         alpha = self.quantizer.alpha(self.weight)
@@ -151,7 +156,11 @@ class QuantConv2d(nn.Conv2d):
     """2-D convolution with a quantised weight; rows are output channels. [N, C, H, W] -> [N, out, H', W']."""
 
     def __init__(
-        self, conv: nn.Conv2d, quantizer: WeightQuantizer | None, activation: ActivationConfig | None = None
+        self,
+        conv: nn.Conv2d,
+        quantizer: WeightQuantizer | None,
+        activation: ActivationConfig | None = None,
+        name: str = "",
     ) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({k: v for k, v in conv.__dict__.items() if k not in ("_parameters", "_modules")})
@@ -159,10 +168,11 @@ class QuantConv2d(nn.Conv2d):
         self._modules = {}
         self.quantizer = quantizer
         self.activation = activation
+        self.name = name
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.activation is not None:
-            inputs = fake_quantize_activation(inputs, self.activation)
+            inputs = fake_quantize_activation(inputs, self.activation, layer=self.name)
         weight = self.weight if self.quantizer is None else self.quantizer.values(self.weight)
         return self._conv_forward(inputs, weight, self.bias)
 
