@@ -128,8 +128,8 @@ def test_rounding_the_table_twice_changes_nothing(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "text, budget", [("40", Budget(40)), ("4m", Budget(None, 4.0)), ("1.5 min", Budget(None, 1.5)), ("2 minutes", Budget(None, 2.0))]
-)  # fmt: skip
+    "text, budget", [("40", Budget(40)), ("4m", Budget(None, 4.0)), ("1.5 min", Budget(None, 1.5))]
+)
 def test_budgets(text, budget):
     assert Budget.parse(text) == budget
 

@@ -35,7 +35,8 @@ class CompressSettings:
 
     method: the way to the shipped file. baselines: other methods shown beside it. data: text to train and calibrate on
     (None: the model trains on what it writes itself and calibrates on the built-in text). kv: width of the runtime's
-    key-value cache, 4, 8 or None for float16. learning_rate None: by width, see `rate`. Lengths and blocks are in tokens and blocks of tokens.
+    key-value cache, 4, 8 or None for float16. learning_rate None: by width, see `rate`. Lengths and blocks are in
+    tokens and blocks of tokens.
     """
 
     model: str

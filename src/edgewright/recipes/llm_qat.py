@@ -28,9 +28,9 @@ class LLMQAT:
     weight_bits: int = 4
     activation_bits: int = 8
     kv_bits: int = 4
-    sequences: int = 256
+    sequences: int = 160
     generated_tokens: int = 128
-    steps: int = 48
+    steps: int = 40
     batch: int = 2
     tokens: int = 256
     learning_rate: float = 2e-5

@@ -55,7 +55,7 @@ def tiny() -> ParetoQ:
 
 
 def small() -> ParetoQ:
-    return ParetoQ(seeds=3, steps=120, learning_rate=2e-4, end_to_end=(4.0, 2.0))
+    return ParetoQ(steps=60, learning_rate=3e-4)
 
 
 def paper() -> ParetoQ:
