@@ -10,7 +10,7 @@ from edgewright.errors import UsageError
 
 METHODS = ("rtn", "mse", "gptq", "qat")
 WIDTHS = (1.0, 1.58, 2.0, 3.0, 4.0, 8.0)
-DEFAULT_STEPS = 32
+DEFAULT_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class CompressSettings:
     learning_rate: float | None = None
     block_length: int = 256
     batch_size: int = 2
-    calibration_blocks: int = 48
-    evaluation_blocks: int = 16
+    calibration_blocks: int = 32
+    evaluation_blocks: int = 12
     benchmark: bool = True
     seed: int = 0
 

@@ -26,7 +26,8 @@ from edgewright.export.gguf_layout import LayoutRow
 from edgewright.export.gguf_tensors import ModelTensor
 from edgewright.io.gguf import GGUFFile
 from edgewright.io.gguf_types import decode
-from edgewright.io.packed import PackedEmbedding, PackedTensor
+from edgewright.io.packed import PackedEmbedding
+from edgewright.measure.machine import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,13 +73,14 @@ def check_tensors(
         tensor, row = pair
         packed = tensor.packed
         whole = tensor.values() if packed is None else None
+        codes, step = (packed.codes.numpy(), packed.step.numpy()) if packed is not None else (None, None)
         raw = np.asarray(file.raw(row.tensor)).reshape(row.shape[0], -1)
         piece = max(1, PIECE * row.shape[0] // row.weights)  # rows, so that a piece of each reading stays in the cache
         readers: Sequence[str] = ()
         for start in range(0, row.shape[0], piece):
             part = slice(start, start + piece)
             if packed is not None:
-                expected = PackedTensor(packed.codes[part], packed.step[part], packed.grid).dequantize().numpy()
+                expected = _meaning(codes[part], step[part], packed.offset)  # type: ignore[index]
             else:
                 expected = whole[part] if row.lossless else _rounded(whole[part], row)  # type: ignore[index]
             readings = _readings(raw[part], row.written)
@@ -94,6 +96,14 @@ def check_tensors(
             for reader in readers:
                 confirmed[reader] += 1
     return {"tensors": len(rows), "tensors_equal": confirmed}
+
+
+def _meaning(codes: Array, step: Array, offset: float) -> Array:
+    """float32 step * (code + offset), as `PackedTensor.dequantize`; numpy, because two threads check at a time here."""
+    values = codes.astype(np.float32)
+    values += np.float32(offset)
+    values.reshape(*step.shape, -1)[...] *= step[..., None]
+    return values
 
 
 def _readings(raw: Array, name: str) -> dict[str, Array]:
@@ -146,9 +156,12 @@ def check_runs(
     """
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
+    # llama.cpp's threads wait for each other by spinning: with all cores asked for and one of them busy elsewhere, a
+    # second of work becomes a minute.
+    threads = max(1, usable_cores() // 2)
     by_cache: dict[str, Tensor] = {}
     for cache in ("f16",) if cache_type is None else ("f16", cache_type):
-        with LlamaCppEngine(path, context=512, cache_type_k=cache, cache_type_v=cache) as engine:
+        with LlamaCppEngine(path, threads=threads, context=512, cache_type_k=cache, cache_type_v=cache) as engine:
             ids = _same_tokens(engine, tokenizer)[:POSITIONS]
             by_cache[cache] = torch.from_numpy(engine.logits(ids))
             prompt = ids[:PROMPT_TOKENS]

@@ -38,7 +38,7 @@ class ParetoQ:
     training_sentences: int = 3000
     held_out_sentences: int = 256
     end_to_end: tuple[float, ...] = ()
-    end_to_end_budget: str = "32"
+    end_to_end_budget: str = "24"
 
 
 def tiny() -> ParetoQ:

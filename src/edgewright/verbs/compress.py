@@ -26,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-baselines", action="store_true", help="only the chosen method, no other row but the reference"
     )
-    parser.add_argument("--budget", default="32", help="training: optimizer steps such as 40, or minutes such as 4m")
+    parser.add_argument("--budget", default="24", help="training: optimizer steps such as 40, or minutes such as 4m")
     parser.add_argument("--data", help="text or .jsonl file to calibrate, train and evaluate on (split by itself)")
     parser.add_argument("--kv", type=int, help="width of the key-value cache: 8 or 4 (default: float16)")
     parser.add_argument(
         "--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes"
     )
     parser.add_argument("--learning-rate", type=float, help="default: 2e-5, or 1e-4 at 2 bits and below")
-    parser.add_argument("--blocks", type=int, default=16, help="evaluation blocks (default 16)")
+    parser.add_argument("--blocks", type=int, default=12, help="evaluation blocks (default 12)")
     parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
     parser.add_argument(
         "--files-only", action="store_true", help="write and verify the files; no evaluation, no report"
