@@ -48,11 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_process() -> None:
-    """Settings that must stand before torch is imported."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # GNU OpenMP spins between parallel regions: on a machine with other work that costs most of the speed.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # transformers imports torchao where it is installed, which then warns about GPU kernels it does not need here.
+    """What must stand before torch is imported.
+
+    transformers imports torchao where it is installed, which then warns about GPU kernels that are not needed here.
+    """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -97,7 +97,7 @@ def test_a_float_embedding_is_quantised_openly(tokenizer, tmp_path):
     export = export_gguf(model, tokenizer, tmp_path / "m.gguf", **QUIET)
     table = export.table[0]
     assert (table.tensor, table.written, table.lossless) == ("token_embd.weight", "Q8_0", False)
-    assert "quantised to Q8_0" in table.why
+    assert "rounded to Q8_0" in table.why
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     lossless = export_gguf(model, tokenizer, tmp_path / "f.gguf", embedding="F32", **QUIET)
     assert all(row.lossless for row in lossless.table)

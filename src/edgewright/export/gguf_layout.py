@@ -138,7 +138,7 @@ def plan_float(
     name: str, values: np.ndarray[Any, Any], wanted: str, holds: str = "float32", fixed: str | None = None
 ) -> LayoutRow:
     """Decide the type of an unquantised tensor. `fixed` is the reason why it is not the user's choice."""
-    kind, why, departure = wanted, fixed or "not quantised", False
+    kind, why, departure = wanted, fixed or "float in the model", False
     if wanted not in FLOAT_TYPES and values.shape[-1] % ggml_type(wanted).block:
         kind, departure = "F16", True
         why = f"{wanted} needs rows divisible by {ggml_type(wanted).block}, this one has {values.shape[-1]}"
@@ -152,7 +152,7 @@ def plan_float(
             lossless, why = False, why + "; rounded to fp16"
     elif kind != "F32":
         lossless = False
-        why += f"; quantised to {kind} by the exporter"
+        why += f"; rounded to {kind} by the exporter"
     return layout_row(name, values.shape, holds, wanted, kind, why, lossless, departure)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import os
 import struct
 from collections import deque
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_uint8, c_void_p
@@ -29,10 +28,6 @@ CONTEXT_DEFAULTS = {
 }  # fmt: skip
 CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml type ids
 LOG_WARN, LOG_ERROR = 3, 4
-
-# llama.cpp's threads meet some 600 times a token and GNU OpenMP lets the early ones spin for milliseconds each time.
-# Where another program has one of the cores that costs a factor of 5 to 10; on an idle machine 1000 turns are enough.
-SPIN_COUNT = "1000"
 
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 
@@ -156,16 +151,10 @@ class Library:
 
 @cache
 def library() -> Library:
-    """The library, loaded once a process at the first call. Raises MissingPackage without the xllamacpp wheel.
-
-    Sets GOMP_SPINCOUNT for this process unless it or OMP_WAIT_POLICY is set; that has an effect only where no other
-    package has started GNU OpenMP before.
-    """
+    """The library, loaded once a process at the first call. Raises MissingPackage without the xllamacpp wheel."""
     spec = importlib.util.find_spec("xllamacpp")
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     files = [file for folder in folders for file in Path(folder).glob("xllamacpp*") if file.suffix in (".so", ".pyd")]
     if not files:
         raise MissingPackage("running a GGUF file needs the package xllamacpp: pip install xllamacpp")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     return Library(files[0], importlib.metadata.version("xllamacpp"))

@@ -97,7 +97,7 @@ def _write(
             progress=not args.json,
         )
         if not args.json:
-            _print_gguf(export, args.all)
+            _print_gguf(export, args.all, args.kv)
         return {"target": target, **export.to_dict()}
     quantized = target == "hf" and bool(packed_modules(model))
     folder = (save_quantized if quantized else save_dequantized)(model, tokenizer, output / f"{name}-{target}")
@@ -107,7 +107,7 @@ def _write(
     return {"target": target, "path": str(folder), "bytes": size, "quantized": quantized}
 
 
-def _print_gguf(export: Any, every: bool) -> None:
+def _print_gguf(export: Any, every: bool, kv: int | None) -> None:
     from rich.console import Console
 
     from edgewright.export.gguf import command_lines
@@ -126,4 +126,4 @@ def _print_gguf(export: Any, every: bool) -> None:
             f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places, KL {checks['kl']:.2g}",
             highlight=False,
         )
-    console.print(f"run it: {command_lines(export.path, None)['chat']}", highlight=False)
+    console.print(f"run it: {command_lines(export.path, kv)['chat']}", highlight=False)
