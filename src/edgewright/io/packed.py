@@ -48,8 +48,10 @@ class PackedTensor:
     def dequantize(self) -> Tensor:
         """The float32 matrix [out, in] that the codes stand for."""
         rows, columns = self.codes.shape
-        codes = self.codes.to(torch.float32).reshape(rows, self.step.shape[1], -1)
-        return ((codes + self.offset) * self.step.unsqueeze(-1)).reshape(rows, columns)
+        values = self.codes.to(torch.float32).reshape(rows, self.step.shape[1], -1)
+        if self.offset:
+            values.add_(self.offset)
+        return values.mul_(self.step.unsqueeze(-1)).reshape(rows, columns)
 
 
 class _Packed(nn.Module):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,7 +61,13 @@ CLAIMS = (
     Claim("cache_bytes", "4-bit, groups of 64", "<", against="float16", factor=0.2813),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None
+HEADLINE = Headline(
+    "SmolLM2 at W4A8KV4: KL {ours:.2f} after training on its own text, {rtn:.2f} without",
+    {
+        "ours": Cell("llm-qat.csv", {"metric": "kl", "subject": "qat, own text"}),
+        "rtn": Cell("llm-qat.csv", {"metric": "kl", "subject": "rtn"}),
+    },
+)
 
 
 def plan(settings: LLMQAT) -> Plan:
@@ -253,19 +259,12 @@ class _Bench:
 
 
 def _plot(report: Report, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from edgewright.io.atomic import atomic_file
+    from edgewright.measure.plot import plot
 
     rows = [row for row in report.rows if row.metric == "kl"]
-    figure, axes = plt.subplots(figsize=(6.5, 3))
-    axes.barh([row.subject for row in rows], [row.value for row in rows], xerr=[row.se or 0 for row in rows], capsize=3)
-    axes.invert_yaxis()
-    axes.set_xlabel("KL to the full-precision model (nats per token)")
-    axes.grid(True, axis="x", alpha=0.25)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
-    plt.close(figure)
+    names, values, errors = zip(*((row.subject, row.value, row.se or 0) for row in rows), strict=True)
+    with plot(path, (6.5, 3)) as axes:
+        axes.barh(names, values, xerr=errors, capsize=3)
+        axes.invert_yaxis()
+        axes.set_xlabel("KL to the full-precision model (nats per token)")
+        axes.grid(axis="x", alpha=0.25)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgewright.errors import OutputError
 from edgewright.io.atomic import atomic_file
+from edgewright.measure.plot import plot
 
 Row = dict[str, float]
 
@@ -73,25 +74,18 @@ class MetricsLog:
 
 def write_loss_plot(path: Path, rows: list[Row], title: str) -> None:
     """Loss over steps, with a running mean and any evaluation metric that shares its scale, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, marker="." if len(rows) < 50 else "", label="loss")
-    if len(rows) >= 20:
-        smooth = _running_mean(losses, len(rows) // 20 + 1)
-        axes.plot(steps, smooth, color="#1f5a92", linewidth=1.6, label="running mean")
-    evaluated = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), color="#c4572b", marker="o", markersize=3, label="evaluation loss")
-    axes.set(title=title, xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with plot(path, (7, 4)) as axes:
+        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+        axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, marker="." if len(rows) < 50 else "", label="loss")
+        if len(rows) >= 20:
+            smooth = _running_mean(losses, len(rows) // 20 + 1)
+            axes.plot(steps, smooth, color="#1f5a92", linewidth=1.6, label="running mean")
+        evaluated = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        if evaluated:
+            axes.plot(*zip(*evaluated, strict=True), color="#c4572b", marker="o", markersize=3, label="evaluation loss")
+        axes.set(title=title, xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:

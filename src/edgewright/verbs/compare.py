@@ -273,22 +273,18 @@ def _threads(threads: int | None) -> Iterator[None]:
 def plot_kl(results: Mapping[str, LanguageMetrics], path: str | Path) -> None:
     """A PNG of the share of tokens whose KL exceeds x, one line a model: what the mean hides is in the tail."""
     import numpy as np
-    from matplotlib.figure import Figure
 
-    from edgewright.io.atomic import atomic_file
+    from edgewright.measure.plot import plot
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, found in results.items():
-        values = np.sort(found.kl_values)
-        if values.size and values[-1] > 0:  # the reference against itself is no line
-            above = np.arange(values.size, 0, -1) / values.size
-            axes.plot(np.maximum(values, 1e-9), above, label=f"{name}  (mean {found.kl:.3g})")
-    axes.set(
-        xscale="log", yscale="log", xlabel="KL to the reference, nats", ylabel="share of tokens with at least this"
-    )
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize="small")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    with plot(path) as axes:
+        for name, found in results.items():
+            values = np.sort(found.kl_values)
+            if values.size and values[-1] > 0:  # the reference against itself is no line
+                above = np.arange(values.size, 0, -1) / values.size
+                axes.plot(np.maximum(values, 1e-9), above, label=f"{name}  (mean {found.kl:.3g})")
+        axes.set(
+            xscale="log", yscale="log", xlabel="KL to the reference, nats", ylabel="share of tokens with at least this"
+        )
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
