@@ -8,6 +8,7 @@ calibration, or training from there.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,13 @@ from torch import Tensor, nn
 
 from edgewright.distillation.language import LanguageDistillation
 from edgewright.errors import UsageError
-from edgewright.quantization.api import convert_, dequantize_, quantize_, quantized_modules, scale_parameters
+from edgewright.quantization.api import convert_, dequantize_, quantize_
 from edgewright.quantization.config import KVConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.gptq import gptq_
 from edgewright.quantization.grids import grid_for_bits
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, TrainResult, fit
 
-METHODS = ("rtn", "mse", "gptq", "qat")
 TABLE = WeightConfig("int8", 32, scale="absmax")
 TABLE_NAMES = ("*embed_tokens", "*lm_head")
 
@@ -116,7 +116,6 @@ def train(
         LanguageDistillation(teacher),
         BlockBatches(blocks, batch_size, seed=seed),
         config,
-        optimizer=parameter_groups(student, learning_rate),
         output=output,
         progress=progress,
         label="training under quantisation",
@@ -124,18 +123,8 @@ def train(
     )
 
 
-def parameter_groups(student: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    """Latent weights and clip scales apart: the scales never decay."""
-    scales = scale_parameters(student)
-    known = {id(parameter) for parameter in scales}
-    weights = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
-    return [{"params": weights, "lr": learning_rate}, {"params": scales, "lr": learning_rate, "weight_decay": 0.0}]
-
-
 def seconds_per_step(student: nn.Module, teacher: nn.Module, batch: Tensor) -> float:
     """Time of one forward and backward, for turning a budget of minutes into steps. Changes nothing."""
-    import time
-
     loss_function = LanguageDistillation(teacher)
     began = time.perf_counter()
     for attempt in range(2):
@@ -144,7 +133,3 @@ def seconds_per_step(student: nn.Module, teacher: nn.Module, batch: Tensor) -> f
         loss_function(student, batch)[0].backward()
         student.zero_grad(set_to_none=True)
     return (time.perf_counter() - began) * 1.08  # the optimizer's share
-
-
-def count_quantized(model: nn.Module) -> int:
-    return len(quantized_modules(model))

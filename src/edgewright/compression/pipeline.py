@@ -7,8 +7,10 @@ report.json.
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,8 +106,6 @@ class Compression:
         with _counter("calibrating", self.progress) as on_layer:
             student = methods.calibrated(self.model, self.settings.bits, blocks, on_layer)
         if show:
-            import copy
-
             self.export("gptq", methods.packed(copy.deepcopy(student)))
         return student if train else None
 
@@ -161,6 +161,8 @@ class Compression:
         self.export("qat", final)
         if self.settings.bits <= 2 and self.settings.layout == "auto":
             self.export("qat-small", final, "small")
+        # Latent weights and optimizer state are ten times the file; nothing needs them once it is proved.
+        shutil.rmtree(self.output / "training" / "checkpoints", ignore_errors=True)
 
     def report(self) -> Report:
         """Quality of every file in its runtime, then size and speed, alternating between the files."""

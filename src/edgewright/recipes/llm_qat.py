@@ -7,6 +7,7 @@ its full-precision self, on text that it wrote and, for comparison, on documenta
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,6 +232,8 @@ class _Bench:
         )
         part = Report("")
         add_rows(part, result)
+        if source is not None:  # measured: the optimizer's state is no longer needed
+            shutil.rmtree(self.output / f"training-{source}-{seed}" / "checkpoints", ignore_errors=True)
         wanted = ("kl", "perplexity", "top1_agreement")
         return [
             {"metric": r.metric, "value": r.value, "subject": r.subject, "se": r.se, "n": r.n, "unit": r.unit}
