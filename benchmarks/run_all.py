@@ -15,6 +15,7 @@ COMPARISONS = (
     "end_to_end",
     "decode_speed",
     "qat_step",
+    "gptq_memory",
     "recipes",
     "figures",
     "headlines",

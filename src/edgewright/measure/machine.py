@@ -37,6 +37,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def best_device() -> str:
+    """ "cuda" where torch sees such a GPU, else "cpu": what recipes run on."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that a result depends on; nothing is imported for it."""
     found = {"python": platform.python_version()}

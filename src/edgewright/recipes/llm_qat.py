@@ -145,9 +145,10 @@ class _Bench:
     def __init__(self, settings: LLMQAT, output: Path) -> None:
         import edgewright
         from edgewright.io.text import load_texts, token_blocks
+        from edgewright.measure.machine import best_device
 
         self.settings, self.output = settings, output
-        self.teacher, self.tokenizer = edgewright.load("smollm2-135m")
+        self.teacher, self.tokenizer = edgewright.load("smollm2-135m", device=best_device())
         if settings.layers:
             self.teacher.model.layers = self.teacher.model.layers[: settings.layers]
             self.teacher.config.num_hidden_layers = settings.layers
@@ -201,7 +202,9 @@ class _Bench:
         for name, kind in kinds.items():
             cache = QuantCache(config, kind)
             with torch.no_grad():
-                self.teacher(self.held_out[:1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self.teacher(
+                    self.held_out[:1].to(self.teacher.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
             value = float(cache.bytes_per_token())
             rows.append({"metric": "cache_bytes", "value": value, "subject": name, "unit": "bytes/token"})
         return rows

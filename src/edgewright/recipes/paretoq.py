@@ -150,9 +150,10 @@ class _Bench:
 
         import edgewright
         from edgewright.io.text import load_texts
+        from edgewright.measure.machine import best_device
 
         self.settings = settings
-        self.model, self.tokenizer = edgewright.load("minilm-l6")
+        self.model, self.tokenizer = edgewright.load("minilm-l6", device=best_device())
         if settings.layers:
             self.model.encoder.layer = self.model.encoder.layer[: settings.layers]
         self.train = self._encode(_sentences(load_texts(None, "calibration"))[: settings.training_sentences])
@@ -165,7 +166,7 @@ class _Bench:
         encoded = self.tokenizer(
             sentences, padding="max_length", truncation=True, max_length=self.settings.tokens, return_tensors="pt"
         )
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def _embed_all(self, model: nn.Module, data: dict[str, Tensor]) -> Tensor:
         import torch
