@@ -84,7 +84,7 @@ def test_the_model_can_write_its_own_training_text(toy, tmp_path):
     )  # fmt: skip
     report = compress(chosen, tmp_path / "run", say=lambda _: None, progress=False)
     assert report.subjects == ["reference", "qat"]
-    assert (tmp_path / "run" / "data" / "manifest.json").is_file()
+    assert {path.name.split("-")[0] for path in (tmp_path / "run" / "data").iterdir()} == {"plain", "chat"}
 
 
 @pytest.mark.parametrize(

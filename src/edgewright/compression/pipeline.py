@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as functional
 from rich.console import Console
 from torch import Tensor, nn
 
 from edgewright.compression import methods
 from edgewright.compression.picture import save_pareto
-from edgewright.compression.settings import CompressSettings
-from edgewright.distillation.self_generation import self_generate
+from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
+from edgewright.distillation.self_generation import START, self_generate
+from edgewright.distillation.sequences import pack_sequences
 from edgewright.errors import UsageError
 from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
@@ -49,9 +52,8 @@ class Compression:
         self.model: Any
         self.model, self.tokenizer = load(settings.model)
         self.kv = None if settings.kv is None else KVConfig.llama_cpp(settings.kv)
-        texts = load_texts(settings.data, "calibration")
         length = settings.block_length
-        self.calibration = token_blocks(texts, self.tokenizer, length, settings.calibration_blocks, settings.seed)
+        self.text = token_blocks(load_texts(settings.data, "calibration"), self.tokenizer, length, seed=settings.seed)
         self.evaluation = token_blocks(
             load_texts(settings.data, "evaluation"), self.tokenizer, length, settings.evaluation_blocks, settings.seed
         )
@@ -101,7 +103,7 @@ class Compression:
         show = "gptq" in self.settings.wanted and not self.file("gptq").exists()
         if not (train or show):
             return None
-        blocks = self.calibration
+        blocks = self.calibration_blocks()
         self.say(f"calibrating on {blocks.shape[0]} blocks of {blocks.shape[1]} tokens")
         with _counter("calibrating", self.progress) as on_layer:
             student = methods.calibrated(self.model, self.settings.bits, blocks, on_layer)
@@ -109,24 +111,47 @@ class Compression:
             self.export("gptq", methods.packed(copy.deepcopy(student)))
         return student if train else None
 
-    def training_blocks(self, steps: int) -> Tensor:
-        """Blocks to distil on: the user's text, or what the model writes itself."""
+    def calibration_blocks(self) -> Tensor:
+        """The user's text; or half documentation and half what the model writes itself, plain and in answers.
+
+        Documentation alone is not enough: codes fitted to it alone lost the model's manners in a chat (docs/log.md).
+        """
         settings = self.settings
-        needed = steps * settings.batch_size
         if settings.data is not None:
-            return token_blocks(load_texts(settings.data, "calibration"), self.tokenizer, settings.block_length)
-        sequences = -(-needed * settings.block_length // GENERATED_LENGTH)
-        self.say(f"the model writes {sequences} texts of up to {GENERATED_LENGTH} tokens to train on")
-        generated = self_generate(
-            self.model,
-            self.tokenizer,
-            n_sequences=sequences,
-            max_length=GENERATED_LENGTH,
-            seed=settings.seed,
-            output=self.output / "data",
-            progress=self.progress,
-        )
-        return generated.blocks(settings.block_length)
+            return self.text[: settings.calibration_blocks]
+        own = self.own_text(settings.budget.steps or DEFAULT_STEPS)
+        half = settings.calibration_blocks // 2
+        return torch.cat([self.text[: settings.calibration_blocks - half], own[:half]])
+
+    def own_text(self, steps: int) -> Tensor:
+        """Shuffled blocks for so many steps, written by the model: half plain text, half answers in its chat format."""
+        settings = self.settings
+        sequences = -(-steps * settings.batch_size * settings.block_length // GENERATED_LENGTH)
+        template = chat_template(self.tokenizer)
+        kinds: list[tuple[str, str | None, int]] = [("plain", None, sequences)]
+        if template is not None:
+            kinds = [("plain", None, sequences - sequences // 2), ("chat", template, max(1, sequences // 2))]
+        parts = []
+        for name, prompt, count in kinds:
+            folder = self.output / "data" / f"{name}-{count}"
+            if not folder.exists():
+                self.say(f"the model writes {count} texts of up to {GENERATED_LENGTH} tokens ({name})")
+            written = self_generate(
+                self.model,
+                self.tokenizer,
+                n_sequences=count,
+                max_length=GENERATED_LENGTH,
+                seed=settings.seed,
+                prompt_template=prompt,
+                output=folder,
+                progress=self.progress,
+            )
+            parts.append(written)
+        width = max(part.tokens.shape[1] for part in parts)
+        tokens = torch.cat([functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts])
+        lengths = torch.cat([part.lengths for part in parts])
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(settings.seed))
+        return pack_sequences(tokens[order], lengths[order], settings.block_length, self.tokenizer.eos_token_id)
 
     def steps(self, student: nn.Module) -> int:
         budget = self.settings.budget
@@ -135,7 +160,7 @@ class Compression:
         assert budget.minutes is not None
         kept = self.output / "steps.json"
         if not kept.exists():  # a resumed run keeps the number that the first one found
-            batch = self.calibration[: self.settings.batch_size]
+            batch = self.text[: self.settings.batch_size]
             seconds = methods.seconds_per_step(student, self.model, batch)
             write_text(kept, json.dumps({"steps": max(1, round(60 * budget.minutes / seconds)), "seconds": seconds}))
         return int(json.loads(kept.read_text())["steps"])
@@ -144,7 +169,7 @@ class Compression:
         if self.kv is not None:
             attach_kv_quantization(student, self.kv)
         steps = self.steps(student)
-        blocks = self.training_blocks(steps)
+        blocks = self.text if self.settings.data is not None else self.own_text(steps)
         methods.train(
             student,
             self.model,
@@ -217,6 +242,15 @@ class Compression:
 
 
 GENERATED_LENGTH = 128
+
+
+def chat_template(tokenizer: Any) -> str | None:
+    """A question about the start token in the model's chat format, up to where the answer begins; None without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    messages = [{"role": "user", "content": f"Tell me about {START}."}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return text if text.count(START) == 1 else None
 
 
 def compress(
