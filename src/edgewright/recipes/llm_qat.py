@@ -29,9 +29,9 @@ class LLMQAT:
     weight_bits: int = 4
     activation_bits: int = 8
     kv_bits: int = 4
-    sequences: int = 160
+    sequences: int = 96
     generated_tokens: int = 128
-    steps: int = 40
+    steps: int = 24
     batch: int = 2
     tokens: int = 256
     learning_rate: float = 2e-5

@@ -55,7 +55,7 @@ def tiny() -> ParetoQ:
 
 
 def small() -> ParetoQ:
-    return ParetoQ(steps=60, learning_rate=3e-4)
+    return ParetoQ(steps=40, learning_rate=3e-4)
 
 
 def paper() -> ParetoQ:
