@@ -29,7 +29,7 @@ def main() -> None:
     report = Report("End-to-end wall time, SmolLM2-135M")
     loads = sorted(load_seconds() for _ in range(3))
     report.add("wall_time", loads[1], n=3, unit="s", subject="load")
-    for method in ("rtn", "mse", "gptq"):
+    for method in ("rtn", "gptq"):
         with tempfile.TemporaryDirectory() as folder:
             arguments = ["-m", "edgewright", "compress", "smollm2-135m", "--bits", "4", "--method", method]
             time_taken = seconds(*arguments, "--files-only", "--output", str(Path(folder) / "run"))

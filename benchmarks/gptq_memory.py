@@ -31,7 +31,7 @@ def main() -> None:
     report.add("peak_memory", loaded.peak / 1e6, subject="load only", unit="MB")
     report.add("weights", loaded.result / 1e6, subject="load only", unit="MB")
     report.add("bound", (1.5 * loaded.result + 300e6) / 1e6, subject="load only", unit="MB")
-    for samples in (16, 128):
+    for samples in (8, 64):
         peak = peak_memory(calibrate, samples)
         report.add("peak_memory", peak.peak / 1e6, subject=f"{samples} x {LENGTH} tokens", unit="MB")
     report.print_table()
