@@ -26,7 +26,8 @@ def main(repeats: int = 9) -> None:
         measured = benchmark_files(files, prompt_tokens=128, decode_tokens=64, repeats=repeats)
     report = Report("Decoding speed, ours and llama.cpp's own file of the same type")
     for row in measured.rows:
-        report.add(row.metric, row.value, subject=row.subject, se=row.se, n=row.n, unit=row.unit)
+        subject = row.subject.removesuffix(".gguf")
+        report.add(row.metric, row.value, subject=subject, se=row.se, n=row.n, unit=row.unit)
     for kind in ("Q4_0", "Q8_0"):
         ratio = report.value("decode", f"edgewright-{kind}") / report.value("decode", f"llama.cpp-{kind}")
         report.add("decode_ratio", ratio, subject=f"edgewright-{kind}")
