@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from results import ROOT, save
-
 from edgewright.compression.pipeline import compress
 from edgewright.compression.settings import CompressSettings
 from edgewright.io.atomic import atomic_file
+from results import ROOT, save
 
 
 def record(settings: CompressSettings, name: str) -> None:

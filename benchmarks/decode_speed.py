@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from results import save
-
 import edgewright
 from edgewright.compression.methods import round_to_nearest
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
 from edgewright.measure.report import Report
 from edgewright.runtime.benchmark import benchmark_files
+from results import save
 
 
 def main(repeats: int = 9) -> None:

@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from results import save
-
 from edgewright.measure.report import Report
+from results import save
 
 
 def seconds(*command: str) -> float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from results import load, save
-
 from edgewright.measure.report import Report
+from results import load, save
 
 
 def main() -> None:

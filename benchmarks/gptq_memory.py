@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from results import save
 
 import edgewright
 from edgewright.compression.methods import linear_config
 from edgewright.measure.memory import peak_memory
 from edgewright.measure.report import Report
 from edgewright.quantization.gptq import gptq_
+from results import save
 
 LENGTH = 64
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 
 import torch
-from results import save
 from torch import nn
 
 import edgewright
@@ -18,6 +17,7 @@ from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import QuantConfig
+from results import save
 
 GROUP = 32
 TOKENS = (2, 256)

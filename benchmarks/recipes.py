@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from results import ROOT, save
-
 from edgewright.recipes.recipe import run_recipe, runnable
+from results import ROOT, save
 
 
 def main() -> None:

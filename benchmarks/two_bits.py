@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from compression_run import record
-
 from edgewright.compression.settings import CompressSettings
 
 
