@@ -28,7 +28,7 @@ def test_json_and_folder(toy_file, tmp_path, capfd):
 def test_table(toy_file, capsys):
     assert main(["bench", str(toy_file), *QUICK]) == 0
     shown = capsys.readouterr().out
-    assert "toy.gguf" in shown and "decode" in shown and "bandwidth" in shown
+    assert "toy.gguf" in shown and "decode" in shown and "roofline" in shown
 
 
 def test_a_missing_file_is_one_sentence(tmp_path, capsys):
