@@ -89,7 +89,7 @@ HEADLINE: Headline | None = None  # the row stays planned until all claims hold 
 
 def plan(settings: ParetoQ) -> Plan:
     layers = settings.layers or 6
-    per_step = 0.016 * layers / 6 * settings.batch * settings.tokens / 16  # measured on 2 cores: 0.5 s at 16 x 32
+    per_step = 0.016 * layers / 6 * settings.batch * settings.tokens / 16  # estimate, uncalibrated: 0.5 s at 16 x 32
     trainings = len(GRIDS) * settings.seeds
     steps = (
         f"embed {settings.held_out_sentences} held-out sentences with MiniLM-L6 in full precision",
