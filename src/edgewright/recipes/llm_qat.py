@@ -68,7 +68,7 @@ HEADLINE: Headline | None = None  # the row stays planned until all claims hold 
 def plan(settings: LLMQAT) -> Plan:
     layers = settings.layers or 30
     tokens = settings.batch * settings.tokens
-    per_step = tokens * (0.0035 + 0.0004 * layers)  # 8 s for 512 tokens and 30 layers: between an idle and a busy pair of cores
+    per_step = tokens * (0.0035 + 0.0004 * layers)  # an estimate: 8 s for 512 tokens and 30 layers
     generated = settings.sequences * settings.generated_tokens
     return Plan(
         steps=(
