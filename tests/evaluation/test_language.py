@@ -295,7 +295,8 @@ def test_engine_logits_copies_each_row() -> None:
 
 
 def test_report_rows() -> None:
-    measure = pytest.importorskip("edgewright.measure.report")
+    from edgewright.measure import report as measure
+
     p = hashed(24)
     report = measure.Report("test")
     add_rows(report, evaluate_language({"q": near(p, 25, 0.3)}, random_blocks(), reference=p, progress=False))

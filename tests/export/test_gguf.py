@@ -21,8 +21,6 @@ from edgewright.export.gguf_tensors import model_tensors
 from edgewright.io.gguf import GGUFFile
 from edgewright.io.packed import PackedEmbedding, PackedLinear
 
-pytest.importorskip("xllamacpp")
-
 GRIDS = ("binary", "ternary", "seq2", "int2", "int3", "int4", "int8")
 QUIET = {"progress": False}
 

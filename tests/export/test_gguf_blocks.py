@@ -36,7 +36,6 @@ def test_pack_is_exact(grid, name, group):
 
 @pytest.mark.parametrize("grid, name, group", PAIRS)
 def test_llama_cpp_decodes_the_same(grid, name, group):
-    pytest.importorskip("xllamacpp")
     packed = random_packed(grid, ROWS, COLUMNS, group, seed=group + 1)
     values = ggml.dequantize(pack(packed, name), name).reshape(ROWS, COLUMNS)
     assert np.array_equal(values, packed.dequantize().numpy())

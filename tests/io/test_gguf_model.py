@@ -34,7 +34,6 @@ def test_model_equals_the_one_written(tiny, write_gguf, architecture, tied):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_logits_agree_with_llama_cpp(tiny, write_gguf, architecture):
-    pytest.importorskip("xllamacpp")
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
     path = write_gguf(tiny(architecture))
@@ -129,7 +128,6 @@ def test_smollm2_weights_are_the_reference_decoders(smollm2, smollm2_path):
 
 
 def test_smollm2_agrees_with_llama_cpp(smollm2, smollm2_path):
-    pytest.importorskip("xllamacpp")
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
     model, tokenizer = smollm2

@@ -73,7 +73,6 @@ def smollm2_tokenizer(smollm2_path):
 
 
 def test_smollm2_equals_llama_cpp(smollm2_tokenizer, smollm2_path):
-    pytest.importorskip("xllamacpp")
     from pydoc_data.topics import topics
 
     from edgewright.runtime.llamacpp import LlamaCppEngine
@@ -88,7 +87,6 @@ def test_smollm2_equals_llama_cpp(smollm2_tokenizer, smollm2_path):
 
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2", "starcoder"])
 def test_every_splitter_equals_llama_cpp(tiny, write_gguf, smollm2_path, pre):
-    pytest.importorskip("xllamacpp")
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
     # The real vocabulary, so that merges reach across whatever a wrong splitter would leave together.

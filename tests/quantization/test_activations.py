@@ -50,7 +50,6 @@ def test_symmetric_equals_the_formula(bits, granularity):
 
 
 def test_asymmetric_per_token_int8_equals_torchao():
-    pytest.importorskip("torchao")
     from torchao.quantization.qat import IntxFakeQuantizeConfig
     from torchao.quantization.qat.fake_quantizer import IntxFakeQuantizer
 

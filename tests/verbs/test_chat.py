@@ -8,8 +8,6 @@ import pytest
 from toy_gguf import write_toy
 
 from edgewright.cli import main
-
-pytest.importorskip("xllamacpp")
 from edgewright.runtime.llamacpp import LlamaCppEngine  # noqa: E402  (after the package is known to be there)
 
 QUICK = ["--max-tokens", "4", "--threads", "1", "--context", "256"]

@@ -269,7 +269,6 @@ def test_subjects_are_short_and_different() -> None:
 
 def test_bundled_model_and_its_file_in_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
     """The same Q4_1 weights in PyTorch and in llama.cpp, which rounds activations to 8 bits: close, but not equal."""
-    pytest.importorskip("xllamacpp")
     from edgewright.io.bundled import bundled_path
 
     try:

@@ -42,7 +42,6 @@ def run(*arguments: str) -> int:
 
 
 def test_a_quantised_folder_to_gguf_with_the_same_codes(quantized, tmp_path, capsys):
-    pytest.importorskip("xllamacpp")
     assert run(str(quantized), "--to", "gguf", "--output", str(tmp_path / "out"), "--float-type", "F32") == 0
     out = capsys.readouterr().out
     assert "int4, groups of 32" in out and "Q4_0" in out and "verified: 20 tensors decode" in " ".join(out.split())
