@@ -88,7 +88,7 @@ def test_first_matching_rule_wins_and_activations_alone_are_possible(tiny_llama)
     quantize_(tiny_llama, QuantConfig(rules))
     layer = tiny_llama.model.layers[0]
     assert layer.mlp.up_proj.quantizer.config.grid == "seq2"
-    assert layer.self_attn.q_proj.quantizer is None and layer.self_attn.q_proj.activation.bits == 8
+    assert layer.self_attn.q_proj.quantizer is None and layer.self_attn.q_proj.input_quantizer.config.bits == 8
     assert layer.self_attn.k_proj.quantizer.config.grid == "int4"
     before = logits(tiny_llama)
     assert torch.equal(logits(convert_(tiny_llama)), before)

@@ -55,14 +55,18 @@ class PackedTensor:
 
 
 class _Packed(nn.Module):
-    """Codes and steps as buffers; the float matrix exists only inside `forward`."""
+    """Codes and steps as buffers; the float matrix exists only inside `forward`.
+
+    input_quantizer: module in front of the layer where its input is quantised too.
+    """
 
     codes: Tensor
     step: Tensor
 
-    def __init__(self, packed: PackedTensor) -> None:
+    def __init__(self, packed: PackedTensor, input_quantizer: nn.Module | None = None) -> None:
         super().__init__()
         self.grid = packed.grid
+        self.input_quantizer = input_quantizer
         self.register_buffer("codes", packed.codes)
         self.register_buffer("step", packed.step)
 
@@ -83,12 +87,16 @@ class _Packed(nn.Module):
 class PackedLinear(_Packed):
     """A linear layer whose weight is stored as a PackedTensor. Input [..., in], output [..., out]."""
 
-    def __init__(self, packed: PackedTensor, bias: Tensor | None = None) -> None:
-        super().__init__(packed)
+    def __init__(
+        self, packed: PackedTensor, bias: Tensor | None = None, input_quantizer: nn.Module | None = None
+    ) -> None:
+        super().__init__(packed, input_quantizer)
         self.out_features, self.in_features = packed.codes.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            inputs = self.input_quantizer(inputs)
         return F.linear(inputs, self.weight.to(inputs.dtype), self.bias)
 
 
@@ -111,8 +119,8 @@ class PackedEmbedding(_Packed):
 class PackedConv2d(_Packed):
     """Convolution, its weight a PackedTensor [out, in / groups * height * width]. [N, C, H, W] -> [N, out, H', W']."""
 
-    def __init__(self, packed: PackedTensor, conv: nn.Conv2d) -> None:
-        super().__init__(packed)
+    def __init__(self, packed: PackedTensor, conv: nn.Conv2d, input_quantizer: nn.Module | None = None) -> None:
+        super().__init__(packed, input_quantizer)
         self.kernel_shape = tuple(conv.weight.shape)
         self.stride, self.padding, self.dilation, self.conv_groups = (
             conv.stride,
@@ -125,5 +133,7 @@ class PackedConv2d(_Packed):
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            inputs = self.input_quantizer(inputs)
         weight = self.weight.reshape(self.kernel_shape).to(inputs.dtype)
         return F.conv2d(inputs, weight, self.bias, self.stride, self.padding, self.dilation, self.conv_groups)

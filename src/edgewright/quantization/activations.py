@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgewright.errors import FormatError
 from edgewright.quantization.config import ActivationConfig
@@ -79,3 +79,19 @@ def fake_quantize_activation(
         return x
     clip = config.official_clip_grad if official_clip_grad is None else official_clip_grad
     return _StraightThrough.apply(x, config, clip)
+
+
+class DynamicActivation(nn.Module):
+    """`fake_quantize_activation` as a module without state, in front of a layer. [..., features] -> the same."""
+
+    def __init__(self, config: ActivationConfig, layer: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize_activation(x, self.config, layer=self.layer)
+
+    def extra_repr(self) -> str:
+        kind = "symmetric" if self.config.symmetric else "asymmetric"
+        return f"bits={self.config.bits}, per {self.config.granularity}, {kind}"

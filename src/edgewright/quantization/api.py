@@ -153,9 +153,11 @@ def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig
 
 def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule, name: str) -> nn.Module:
     if isinstance(module, nn.Linear):
-        return QuantLinear(module, quantizer, rule.activation, name)
+        inputs = rule.activation.build(name, module.in_features) if rule.activation else None
+        return QuantLinear(module, quantizer, inputs)
     if isinstance(module, nn.Conv2d):
-        return QuantConv2d(module, quantizer, rule.activation, name)
+        inputs = rule.activation.build(name, module.in_channels) if rule.activation else None
+        return QuantConv2d(module, quantizer, inputs)
     assert isinstance(module, nn.Embedding) and quantizer is not None
     return QuantEmbedding(module, quantizer)
 

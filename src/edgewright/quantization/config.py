@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import nn
 
 from edgewright.errors import UsageError
 from edgewright.quantization.grids import Grid, grid_for_bits, grid_named
-from edgewright.quantization.scales import SCALE_RULES
+from edgewright.quantization.scales import DYNAMIC_RULES, SCALE_RULES
 
 SCALE_DTYPES: dict[str, torch.dtype | None] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 
@@ -21,9 +22,11 @@ class WeightConfig:
 
     grid: "binary" | "ternary" | "seq2" | "int2" | "int3" | "int4" | "int8".
     granularity: one step per "tensor", per "row" (output channel) or per group of that many consecutive inputs.
-    scale: "learned" (a trained parameter), "absmax" or "absmean" (recomputed from the weight at each forward; without
-        training this is round-to-nearest) or "mse" (searched once, then fixed).
-    initial: where a learned scale starts: "paper", "absmax", "absmean" or "mse".
+    scale: "learned" (trained), "absmax", "absmean" or "entropy" (recomputed from the weight at each forward;
+        without training this is round-to-nearest) or "mse" (searched once, then fixed).
+    initial: where a learned scale starts: "paper", or one of the rules above.
+    center: take the sign or the code from the weight minus the mean of its whole matrix, while the step comes from the
+        weight itself (BiT, arXiv 2205.13016); only for scales recomputed at each forward.
     scale_dtype: steps are rounded to this type in every forward. bfloat16 is exact in GGUF and in XNNPACK alike.
     """
 
@@ -33,6 +36,7 @@ class WeightConfig:
     initial: str = "paper"
     scale_dtype: str = "bfloat16"
     official_ternary_grad: bool = False
+    center: bool = False
 
     def __post_init__(self) -> None:
         grid_named(self.grid)
@@ -40,6 +44,8 @@ class WeightConfig:
             raise UsageError(f"unknown scale rule {self.scale!r}; the rules are {', '.join(SCALE_RULES)}, learned")
         if self.initial not in (*SCALE_RULES, "paper"):
             raise UsageError(f"unknown initial scale {self.initial!r}; choose paper, {', '.join(SCALE_RULES)}")
+        if self.center and self.scale not in DYNAMIC_RULES:
+            raise UsageError(f"center=True needs a scale recomputed at each forward: {', '.join(DYNAMIC_RULES)}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise UsageError(f"unknown scale_dtype {self.scale_dtype!r}; choose one of {', '.join(SCALE_DTYPES)}")
         if isinstance(self.granularity, str):
@@ -69,6 +75,13 @@ class WeightConfig:
         return grid_named(self.grid)
 
 
+class InputConfig(Protocol):
+    """How the input of a layer is quantised: frozen data that can build the module which does it."""
+
+    def build(self, layer: str, features: int) -> nn.Module:
+        """A module from [..., features] to the same shape, for the layer of that name."""
+
+
 @dataclass(frozen=True)
 class ActivationConfig:
     """Quantisation of a layer's input: min-max over each token (or the tensor), recomputed at every forward (LLM-QAT).
@@ -88,6 +101,12 @@ class ActivationConfig:
             raise UsageError(f"activation bits={self.bits}; choose an integer from 2 to 16 (16 switches it off)")
         if self.granularity not in ("token", "tensor"):
             raise UsageError(f"activation granularity={self.granularity!r}; choose 'token' or 'tensor'")
+
+    def build(self, layer: str, features: int) -> nn.Module:
+        """A module without state; see `InputConfig`."""
+        from edgewright.quantization.activations import DynamicActivation
+
+        return DynamicActivation(self, layer)
 
 
 @dataclass(frozen=True)
@@ -153,7 +172,7 @@ class Rule:
 
     pattern: str
     weight: WeightConfig | None = None
-    activation: ActivationConfig | None = None
+    activation: InputConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
-from edgewright.quantization.activations import fake_quantize_activation
-from edgewright.quantization.config import SCALE_DTYPES, ActivationConfig, WeightConfig
+from edgewright.quantization.config import SCALE_DTYPES, WeightConfig
 from edgewright.quantization.fake_quantize import Quantizer, fake_quantize, fake_quantized_linear
-from edgewright.quantization.scales import grouped, initial_alpha
+from edgewright.quantization.scales import DYNAMIC_RULES, grouped, initial_alpha
 
 
 class WeightQuantizer(nn.Module):
@@ -34,7 +33,7 @@ class WeightQuantizer(nn.Module):
         if not torch.isfinite(matrix).all():
             raise FormatError(f"weight of layer {layer} holds NaN or infinity; it cannot be quantised")
         self.groups = config.groups(matrix.shape[1], layer)
-        dynamic = config.scale in ("absmax", "absmean")
+        dynamic = config.scale in DYNAMIC_RULES
         self.quantizer = Quantizer(
             config.grid_object, SCALE_DTYPES[config.scale_dtype], dynamic, config.official_ternary_grad
         )
@@ -66,18 +65,23 @@ class WeightQuantizer(nn.Module):
             return self.weight_scale.mean().expand_as(self.weight_scale)
         return self.weight_scale
 
+    def operands(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(matrix [out, in] whose codes are taken, clip scales [out, groups]) of a weight, for any fake quantiser."""
+        matrix = weight.reshape(weight.shape[0], -1)
+        alpha = self.alpha(weight)
+        return (matrix - matrix.detach().mean() if self.config.center else matrix), alpha
+
     def values(self, weight: Tensor) -> Tensor:
         """The weight as it will ship, in its own shape and dtype, with straight-through gradients."""
-        matrix = weight.reshape(weight.shape[0], -1)
-        return fake_quantize(matrix, self.alpha(weight), self.quantizer).reshape(weight.shape)
+        matrix, alpha = self.operands(weight)
+        return fake_quantize(matrix, alpha, self.quantizer).reshape(weight.shape)
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTensor:
         """Integer codes and snapped steps of the weight."""
-        matrix = weight.detach().reshape(weight.shape[0], -1)
-        if not torch.isfinite(matrix).all():
+        if not torch.isfinite(weight).all():
             raise FormatError(f"weight of layer {self.layer} holds NaN or infinity; it cannot be converted")
-        codes, step = self.quantizer.encode(matrix, self.alpha(weight))
+        codes, step = self.quantizer.encode(*self.operands(weight.detach()))
         return PackedTensor(codes.to(torch.int8), step, self.quantizer.grid.name)
 
 
@@ -97,31 +101,29 @@ class QuantLinear(nn.Linear):
         self,
         linear: nn.Linear,
         quantizer: WeightQuantizer | None,
-        activation: ActivationConfig | None = None,
-        name: str = "",
+        input_quantizer: nn.Module | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own constructor would allocate a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
         self.quantizer = quantizer
-        self.activation = activation
-        self.name = name
+        self.input_quantizer = input_quantizer
         self.train(linear.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.activation is not None:
-            inputs = fake_quantize_activation(inputs, self.activation, layer=self.name)
+        if self.input_quantizer is not None:
+            inputs = self.input_quantizer(inputs)
         if self.quantizer is None:
             return F.linear(inputs, self.weight, self.bias)
-        alpha = self.quantizer.alpha(self.weight)
-        return fake_quantized_linear(inputs, self.weight, alpha, self.bias, self.quantizer.quantizer)
+        matrix, alpha = self.quantizer.operands(self.weight)
+        return fake_quantized_linear(inputs, matrix, alpha, self.bias, self.quantizer.quantizer)
 
     def packed(self) -> nn.Module:
         """The converted layer: codes instead of floats; the plain layer where only the input was quantised."""
         if self.quantizer is None:
             return self
-        return PackedLinear(self.quantizer.pack(self.weight), self.bias)
+        return PackedLinear(self.quantizer.pack(self.weight), self.bias, self.input_quantizer)
 
 
 class QuantEmbedding(nn.Embedding):
@@ -145,6 +147,8 @@ class QuantEmbedding(nn.Embedding):
             alpha = self.quantizer.alpha(rows)  # a row's own scale needs only that row
         else:
             alpha = F.embedding(flat, self.quantizer.alpha(self.weight))
+        if self.quantizer.config.center:
+            rows = rows - self.weight.detach().mean()
         values = fake_quantize(rows, alpha, self.quantizer.quantizer, self.weight.numel())
         return values.reshape(*tokens.shape, self.embedding_dim)
 
@@ -159,24 +163,22 @@ class QuantConv2d(nn.Conv2d):
         self,
         conv: nn.Conv2d,
         quantizer: WeightQuantizer | None,
-        activation: ActivationConfig | None = None,
-        name: str = "",
+        input_quantizer: nn.Module | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.__dict__.update({k: v for k, v in conv.__dict__.items() if k not in ("_parameters", "_modules")})
         self._parameters = dict(conv._parameters)
         self._modules = {}
         self.quantizer = quantizer
-        self.activation = activation
-        self.name = name
+        self.input_quantizer = input_quantizer
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.activation is not None:
-            inputs = fake_quantize_activation(inputs, self.activation, layer=self.name)
+        if self.input_quantizer is not None:
+            inputs = self.input_quantizer(inputs)
         weight = self.weight if self.quantizer is None else self.quantizer.values(self.weight)
         return self._conv_forward(inputs, weight, self.bias)
 
     def packed(self) -> nn.Module:
         if self.quantizer is None:
             return self
-        return PackedConv2d(self.quantizer.pack(self.weight), self)
+        return PackedConv2d(self.quantizer.pack(self.weight), self, self.input_quantizer)

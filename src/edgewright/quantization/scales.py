@@ -15,7 +15,8 @@ from edgewright.quantization.grids import Grid
 
 # Smallest clip scale: keeps an all-zero row valid (ParetoQ clamps there too).
 SMALLEST_ALPHA = 1e-5
-SCALE_RULES = ("absmax", "absmean", "mse")
+DYNAMIC_RULES = ("absmax", "absmean", "entropy")  # cheap enough to be recomputed at each forward
+SCALE_RULES = (*DYNAMIC_RULES, "mse")
 
 # Clip ranges tried by the search, as fractions of the range that clips nothing: coarse grids gain from clipping more.
 CLIP_FRACTIONS: dict[str, tuple[float, ...]] = {
@@ -59,6 +60,17 @@ def absmean_alpha(weights: Tensor, grid: Grid) -> Tensor:
     mean = weights.abs().mean(-1)
     factor = {"binary": 1.0, "ternary": 1.5, "seq2": 2.0}.get(grid.name, 2.0 / math.sqrt(grid.high))
     return clamp_alpha(mean * factor)
+
+
+def entropy_alpha(weights: Tensor, grid: Grid) -> Tensor:
+    """Equally probable levels for a row uniform around zero, each at the mean of its weights (TBT, arXiv 2306.01841).
+
+    With m = mean|w|: binary step m, ternary step 4m/3, so that its thresholds lie at 2m/3.
+    """
+    if grid.name not in ("binary", "ternary"):
+        raise UsageError(f"scale='entropy' is for the grids binary and ternary, not {grid.name}; use absmean or mse")
+    step = weights.abs().mean(-1) * (1.0 if grid.name == "binary" else 4.0 / 3.0)
+    return clamp_alpha(step * grid.steps_per_alpha)
 
 
 def mse_alpha(
@@ -115,6 +127,8 @@ def initial_alpha(weights: Tensor, grid: Grid, rule: str, scale_dtype: torch.dty
         return absmax_alpha(weights, grid)
     if rule == "absmean":
         return absmean_alpha(weights, grid)
+    if rule == "entropy":
+        return entropy_alpha(weights, grid)
     if rule == "mse":
         return mse_alpha(weights, grid, scale_dtype=scale_dtype)
     raise UsageError(f"unknown scale rule {rule!r}; the rules are {', '.join(SCALE_RULES)} and learned")

@@ -1,0 +1,139 @@
+"""Elastic activations: a learned scale, and where wanted a learned shift, for inputs of 1 bit, three levels or b bits.
+
+BiT (arXiv 2205.13016, section 3.3) with X the input, alpha > 0 the scale, beta the shift, y = (X - beta) / alpha:
+    signed binary    alpha * sign(X - beta)                  for tensors of both signs
+    unsigned binary  alpha * round(clip(y, 0, 1))            for tensors that are never negative
+The sign of a non-negative tensor would be all ones, which is why both sets are needed. With more levels (TBT, arXiv
+2306.01841, and BiT's teachers) y is rounded and clipped to low..high; unsigned inputs then lose their minimum first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import CheckFailed, UsageError
+
+SMALLEST_ALPHA = 1e-5
+
+
+@dataclass(frozen=True)
+class ElasticConfig:
+    """levels: "binary", "ternary" or an integer width of 2 to 8 bits. signed: which of the two sets.
+
+    shift: learn beta, one value per input feature. check: refuse negative inputs of the unsigned binary set by name
+    instead of clipping them.
+    """
+
+    levels: Literal["binary", "ternary"] | int = "binary"
+    signed: bool = True
+    shift: bool = True
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.levels, int) and not isinstance(self.levels, bool) and 2 <= self.levels <= 8
+        if self.levels not in ("binary", "ternary") and not whole:
+            raise UsageError(f"elastic levels={self.levels!r}; choose 'binary', 'ternary' or a width of 2 to 8 bits")
+
+    def build(self, layer: str, features: int) -> nn.Module:
+        return ElasticQuantizer(self, layer, features)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Lowest and highest code; a signed binary tensor has only these two."""
+        if self.levels == "binary":
+            return (-1, 1) if self.signed else (0, 1)
+        if self.levels == "ternary":
+            return (-1, 1) if self.signed else (0, 2)
+        assert isinstance(self.levels, int)
+        return (-(2 ** (self.levels - 1)), 2 ** (self.levels - 1) - 1) if self.signed else (0, 2**self.levels - 1)
+
+    def initial_alpha(self, x: Tensor) -> Tensor:
+        """Scale from a first batch: 2 mean|X| / sqrt(Qp) for both signs, 4 mean|X| / sqrt(Qp) for one."""
+        bits = {"binary": 1, "ternary": 2}.get(str(self.levels)) or int(self.levels)
+        top = max(2 ** (bits - 1) - 1, 1) if self.signed else 2**bits - 1
+        return (x.detach().float().abs().mean() * (2.0 if self.signed else 4.0) / math.sqrt(top)).clamp(
+            min=SMALLEST_ALPHA
+        )
+
+
+class _Elastic(torch.autograd.Function):
+    """x, alpha (scalar) -> quantised x; gradients of LSQ with g = 1 / sqrt(numel * Qp)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, low: int, high: int, binary: bool) -> Tensor:
+        alpha = alpha.clamp(min=SMALLEST_ALPHA)
+        ctx.save_for_backward(x, alpha)
+        ctx.bounds, ctx.binary = (low, high), binary
+        y = x / alpha
+        # deviation: torch.sign(0) = 0 is not among the two values, so zero counts as +1.
+        codes = torch.where(y >= 0, 1.0, -1.0).to(x.dtype) if binary else y.round_().clamp_(low, high)
+        return codes.mul_(alpha)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, alpha = ctx.saved_tensors
+        low, high = ctx.bounds
+        y = x / alpha
+        inside = (y >= low) & (y <= high)
+        if ctx.binary:
+            slope = torch.where(y >= 0, 1.0, -1.0).to(y.dtype)
+        else:
+            slope = torch.where(inside, y.round() - y, y.clamp(low, high))
+        g = 1.0 / math.sqrt(x.numel() * high)
+        return upstream * inside, (upstream * slope).sum().mul(g).to(alpha.dtype), None, None, None
+
+
+class ElasticQuantizer(nn.Module):
+    """A tensor in front of a layer on its two sets, with trained scale and shift. [..., features] -> the same.
+
+    The scale starts from the first batch that comes through (give it 16 sentences or more), or from `calibrate`.
+    `alpha` takes its own learning rate and no weight decay, `shift` (which is -beta) no weight decay.
+    """
+
+    calibrated: Tensor
+
+    def __init__(self, config: ElasticConfig, layer: str = "", features: int = 0) -> None:
+        super().__init__()
+        if config.shift and features < 1:
+            raise UsageError(f"layer {layer}: a learned shift needs the number of features; give it, or shift=False")
+        self.config = config
+        self.layer = layer
+        self.alpha = nn.Parameter(torch.ones(()))
+        self.shift = nn.Parameter(torch.zeros(features)) if config.shift else None
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+        self._ready = False  # what the buffer says, without reading it from a device in every forward
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the scale from x, any shape."""
+        self.alpha.copy_(self.config.initial_alpha(x))
+        self.calibrated.fill_(True)
+        self._ready = True
+
+    def is_calibrated(self) -> bool:
+        """The scale was set by data or by a loaded state."""
+        self._ready = self._ready or bool(self.calibrated)
+        return self._ready
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shift is not None:
+            x = x + self.shift
+        if not self.is_calibrated():
+            self.calibrate(x)
+        low, high = self.config.bounds
+        if self.config.signed:
+            return _Elastic.apply(x, self.alpha, low, high, self.config.levels == "binary")
+        if self.config.levels == "binary":
+            if self.config.check and bool((x < 0).any()):
+                raise CheckFailed(f"the input of {self.layer or 'an unsigned quantiser'} has negative values")
+            return _Elastic.apply(x, self.alpha, low, high, False)
+        floor = x.detach().amin()
+        return _Elastic.apply(x - floor, self.alpha, low, high, False) + floor
+
+    def extra_repr(self) -> str:
+        return f"levels={self.config.levels}, {'signed' if self.config.signed else 'unsigned'}"
