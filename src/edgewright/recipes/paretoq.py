@@ -18,10 +18,9 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.sentences import SentenceBench, SentenceSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from edgewright.measure.report import Report
 
 GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "2 (LSQ)": "int2", "3": "int3", "4": "int4"}
@@ -122,7 +121,9 @@ def run(settings: ParetoQ, output: Path) -> Report:
 
     store = output / "points.json"
     points: dict[str, float] = json.loads(store.read_text()) if store.exists() else {}
-    bench = _Bench(settings)
+    bench = SentenceBench(
+        SentenceSettings(settings.layers, settings.tokens, settings.training_sentences, settings.held_out_sentences)
+    )
     for width, grid in GRIDS.items():
         for method in ("rtn", "mse", "qat", "qat, published start"):
             if method == "qat, published start" and width not in PUBLISHED_START:
@@ -130,7 +131,7 @@ def run(settings: ParetoQ, output: Path) -> Report:
             for seed in range(settings.seeds if method.startswith("qat") else 1):
                 key = f"{method} {width} bit/{seed}"
                 if key not in points:
-                    points[key] = bench.error(grid, method, settings.seed + seed)
+                    points[key] = _error(bench, settings, grid, method, settings.seed + seed)
                     write_text(store, json.dumps(points, indent=1) + "\n")
     report = Report("ParetoQ: MiniLM-L6 distilled to itself, by width and method")
     for subject in dict.fromkeys(key.rpartition("/")[0] for key in points):
@@ -144,91 +145,27 @@ def run(settings: ParetoQ, output: Path) -> Report:
     return report
 
 
-class _Bench:
-    """The encoder, its sentences, and its full-precision embeddings."""
+def _error(bench: SentenceBench, settings: ParetoQ, grid: str, method: str, seed: int) -> float:
+    """Mean of 1 - cosine to the full-precision embeddings, on held-out sentences, after conversion."""
+    import copy
 
-    def __init__(self, settings: ParetoQ) -> None:
-        import torch
+    from edgewright.quantization.api import convert_, quantize_
+    from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 
-        import edgewright
-        from edgewright.io.text import load_texts
-        from edgewright.measure.machine import best_device
-
-        self.settings = settings
-        self.model, self.tokenizer = edgewright.load("minilm-l6", device=best_device())
-        if settings.layers:
-            self.model.encoder.layer = self.model.encoder.layer[: settings.layers]
-        self.train = self._encode(_sentences(load_texts(None, "calibration"))[: settings.training_sentences])
-        self.held_out = self._encode(_sentences(load_texts(None, "evaluation"))[: settings.held_out_sentences])
-        with torch.no_grad():
-            self.train["target"] = self._embed_all(self.model, self.train)
-            self.held_out["target"] = self._embed_all(self.model, self.held_out)
-
-    def _encode(self, sentences: list[str]) -> dict[str, Tensor]:
-        encoded = self.tokenizer(
-            sentences, padding="max_length", truncation=True, max_length=self.settings.tokens, return_tensors="pt"
+    nearest = "absmean" if grid == "binary" else "absmax"  # absmax would make every weight of a binary row huge
+    weight = {
+        "rtn": WeightConfig(grid, scale=nearest),
+        "mse": WeightConfig(grid, scale="mse"),
+        "qat": WeightConfig(grid, initial="mse"),
+        "qat, published start": WeightConfig(grid, initial="paper"),
+    }[method]
+    student = copy.deepcopy(bench.model)
+    quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", weight),)))
+    if method.startswith("qat"):
+        bench.distil(
+            student, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, seed=seed
         )
-        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-
-    def _embed_all(self, model: nn.Module, data: dict[str, Tensor]) -> Tensor:
-        import torch
-
-        rows = range(0, len(data["input_ids"]), 64)
-        return torch.cat([embed(model, {name: data[name][i : i + 64] for name in data}) for i in rows])
-
-    def error(self, grid: str, method: str, seed: int) -> float:
-        """Mean of 1 - cosine to the full-precision embeddings, on held-out sentences, after conversion."""
-        import copy
-
-        import torch
-
-        from edgewright.quantization.api import convert_, quantize_
-        from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
-
-        nearest = "absmean" if grid == "binary" else "absmax"  # absmax would make every weight of a binary row huge
-        weight = {
-            "rtn": WeightConfig(grid, scale=nearest),
-            "mse": WeightConfig(grid, scale="mse"),
-            "qat": WeightConfig(grid, initial="mse"),
-            "qat, published start": WeightConfig(grid, initial="paper"),
-        }[method]
-        student = copy.deepcopy(self.model)
-        quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", weight),)))
-        if method.startswith("qat"):
-            self._train(student, seed)
-        convert_(student)
-        with torch.no_grad():
-            return float((1 - (self._embed_all(student, self.held_out) * self.held_out["target"]).sum(-1)).mean())
-
-    def _train(self, student: nn.Module, seed: int) -> None:
-        from edgewright.training.batches import BlockBatches
-        from edgewright.training.loop import TrainConfig, fit
-
-        settings = self.settings
-        fit(
-            student,
-            lambda model, batch: (1 - (embed(model, batch) * batch["target"]).sum(-1)).mean(),
-            BlockBatches(self.train, settings.batch, seed=seed),
-            TrainConfig(steps=settings.steps, learning_rate=settings.learning_rate, seed=seed, log_every=10),
-            progress=False,
-        )
-
-
-def embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Unit sentence embeddings [B, hidden]: mean over real tokens, as the encoder was trained to be read."""
-    import torch.nn.functional as F
-
-    states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)  # [B, T, 1]
-    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def _sentences(texts: list[str]) -> list[str]:
-    """Sentences of 40 to 200 characters, in the order of the text."""
-    import re
-
-    found = [" ".join(part.split()) for text in texts for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text)]
-    return [sentence for sentence in dict.fromkeys(found) if 40 <= len(sentence) <= 200]
+    return bench.error(convert_(student))
 
 
 def _plot(report: Report, path: Path) -> None:
