@@ -22,8 +22,8 @@ class WeightConfig:
 
     grid: "binary" | "ternary" | "seq2" | "int2" | "int3" | "int4" | "int8".
     granularity: one step per "tensor", per "row" (output channel) or per group of that many consecutive inputs.
-    scale: "learned" (trained), "absmax", "absmean" or "entropy" (recomputed from the weight at each forward;
-        without training this is round-to-nearest) or "mse" (searched once, then fixed).
+    scale: "learned" (trained), "absmax", "full_range", "absmean" or "entropy" (recomputed from the weight at each
+        forward; without training this is round-to-nearest) or "mse" (searched once, then fixed).
     initial: where a learned scale starts: "paper", or one of the rules above.
     center: take the sign or the code from the weight minus the mean of its whole matrix, while the step comes from the
         weight itself (BiT, arXiv 2205.13016); only for scales recomputed at each forward.

@@ -4,6 +4,8 @@ Backward rules of ParetoQ (arXiv 2502.02631) with G = dL/dW_q and u = W / step:
     dL/dW     = G where u lies in the grid's clip range, else 0
     dL/dalpha = g * sum over the group of G * phi,  g = 1 / sqrt(numel(W) * Qp)
 Scales recomputed from the weight at each forward (absmax, absmean; LLM-QAT) pass G through unchanged.
+Under noise (WinQ, arXiv 2605.17471) W and alpha are the perturbed ones in forward and in these rules, and the gradient
+goes to the unperturbed ones.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edgewright.quantization.grids import Grid
+from edgewright.quantization.noise import Noise
 from edgewright.quantization.scales import clamp_alpha, grouped, snap
 
 
@@ -71,18 +74,21 @@ class _FakeQuantize(torch.autograd.Function):
     """weight [rows, columns], alpha [rows, groups] -> quantised weight, recomputing everything in backward."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha: Tensor, quantizer: Quantizer, elements: int | None) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, alpha: Tensor, quantizer: Quantizer, elements: int | None, noise: Noise | None
+    ) -> Tensor:
         ctx.save_for_backward(weight, alpha)
-        ctx.quantizer, ctx.elements = quantizer, elements
-        return quantizer.values(weight, alpha).to(weight.dtype)
+        ctx.quantizer, ctx.elements, ctx.noise = quantizer, elements, noise
+        return quantizer.values(*_perturbed(weight, alpha, noise)).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.quantizer.identity_gradient:
-            return upstream, None, None, None
+            return upstream, None, None, None, None
         weight, alpha = ctx.saved_tensors
-        weight_gradient, alpha_gradient = ctx.quantizer.gradients(weight, alpha, upstream.float().clone(), ctx.elements)
-        return weight_gradient.to(weight.dtype), alpha_gradient.to(alpha.dtype), None, None
+        operands = _perturbed(weight, alpha, ctx.noise)
+        weight_gradient, alpha_gradient = ctx.quantizer.gradients(*operands, upstream.float().clone(), ctx.elements)
+        return weight_gradient.to(weight.dtype), alpha_gradient.to(alpha.dtype), None, None, None
 
 
 class _FakeQuantizedLinear(torch.autograd.Function):
@@ -94,45 +100,68 @@ class _FakeQuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, quantizer: Quantizer
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        alpha: Tensor,
+        bias: Tensor | None,
+        quantizer: Quantizer,
+        noise: Noise | None,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight, alpha)
-        ctx.quantizer = quantizer
+        ctx.quantizer, ctx.noise = quantizer, noise
         ctx.has_bias = bias is not None
-        return torch.nn.functional.linear(inputs, quantizer.values(weight, alpha).to(inputs.dtype), bias)
+        values = quantizer.values(*_perturbed(weight, alpha, noise))
+        return torch.nn.functional.linear(inputs, values.to(inputs.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs, weight, alpha = ctx.saved_tensors
         quantizer: Quantizer = ctx.quantizer
+        operands = _perturbed(weight, alpha, ctx.noise)
         input_gradient = weight_gradient = alpha_gradient = bias_gradient = None
         flat = upstream.reshape(-1, upstream.shape[-1])  # [tokens, out]
         if ctx.needs_input_grad[0]:
-            input_gradient = upstream @ quantizer.values(weight, alpha).to(upstream.dtype)
+            input_gradient = upstream @ quantizer.values(*operands).to(upstream.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             product = flat.t() @ inputs.reshape(-1, inputs.shape[-1])  # dL/dW_q [out, in]
             if quantizer.identity_gradient:
                 weight_gradient = product.to(weight.dtype)
             else:
-                weight_gradient, alpha_gradient = quantizer.gradients(weight, alpha, product.float())
+                weight_gradient, alpha_gradient = quantizer.gradients(*operands, product.float())
                 weight_gradient = weight_gradient.to(weight.dtype)
                 alpha_gradient = alpha_gradient.to(alpha.dtype)
         if ctx.has_bias and ctx.needs_input_grad[3]:
             bias_gradient = flat.sum(0)
-        return input_gradient, weight_gradient, alpha_gradient, bias_gradient, None
+        return input_gradient, weight_gradient, alpha_gradient, bias_gradient, None, None
 
 
-def fake_quantize(weight: Tensor, alpha: Tensor, quantizer: Quantizer, elements: int | None = None) -> Tensor:
+def _perturbed(weight: Tensor, alpha: Tensor, noise: Noise | None) -> tuple[Tensor, Tensor]:
+    return (weight, alpha) if noise is None else noise.perturb(weight, alpha)
+
+
+def fake_quantize(
+    weight: Tensor,
+    alpha: Tensor,
+    quantizer: Quantizer,
+    elements: int | None = None,
+    noise: Noise | None = None,
+) -> Tensor:
     """Quantised matrix with straight-through gradients.
 
     weight: [rows, columns], any float dtype. alpha: [rows, groups], groups divides columns. Result: as `weight`.
     elements: size of the whole matrix where `weight` is a part of it (it sets the gradient factor g).
     """
-    return _FakeQuantize.apply(weight, alpha, quantizer, elements)
+    return _FakeQuantize.apply(weight, alpha, quantizer, elements, noise)
 
 
 def fake_quantized_linear(
-    inputs: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, quantizer: Quantizer
+    inputs: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None,
+    quantizer: Quantizer,
+    noise: Noise | None = None,
 ) -> Tensor:
     """`linear(inputs, fake_quantize(weight, alpha), bias)` without keeping the quantised weight for backward."""
-    return _FakeQuantizedLinear.apply(inputs, weight, alpha, bias, quantizer)
+    return _FakeQuantizedLinear.apply(inputs, weight, alpha, bias, quantizer, noise)

@@ -17,16 +17,21 @@ from edgewright.errors import FormatError
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.quantization.config import SCALE_DTYPES, WeightConfig
 from edgewright.quantization.fake_quantize import Quantizer, fake_quantize, fake_quantized_linear
+from edgewright.quantization.noise import Noise
 from edgewright.quantization.scales import DYNAMIC_RULES, grouped, initial_alpha
 
 
 class WeightQuantizer(nn.Module):
-    """The clip scales of one weight matrix and the rule that gives them. Shared by modules that share the weight."""
+    """The clip scales of one weight matrix and the rule that gives them. Shared by modules that share the weight.
+
+    noise: what linear and convolution layers add to both while they train, or None (see `quantization.winq`).
+    """
 
     def __init__(self, weight: Tensor, config: WeightConfig, layer: str) -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+        self.noise: Noise | None = None
         matrix = weight.detach().reshape(
             weight.shape[0], -1
         )  # [out, in] ; convolutions: in = channels * height * width
@@ -71,10 +76,10 @@ class WeightQuantizer(nn.Module):
         alpha = self.alpha(weight)
         return (matrix - matrix.detach().mean() if self.config.center else matrix), alpha
 
-    def values(self, weight: Tensor) -> Tensor:
-        """The weight as it will ship, in its own shape and dtype, with straight-through gradients."""
+    def values(self, weight: Tensor, noise: Noise | None = None) -> Tensor:
+        """The weight as it will ship, in its own shape and dtype, with straight-through gradients; or a noisy one."""
         matrix, alpha = self.operands(weight)
-        return fake_quantize(matrix, alpha, self.quantizer).reshape(weight.shape)
+        return fake_quantize(matrix, alpha, self.quantizer, noise=noise).reshape(weight.shape)
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTensor:
@@ -117,7 +122,8 @@ class QuantLinear(nn.Linear):
         if self.quantizer is None:
             return F.linear(inputs, self.weight, self.bias)
         matrix, alpha = self.quantizer.operands(self.weight)
-        return fake_quantized_linear(inputs, matrix, alpha, self.bias, self.quantizer.quantizer)
+        noise = self.quantizer.noise if self.training else None
+        return fake_quantized_linear(inputs, matrix, alpha, self.bias, self.quantizer.quantizer, noise)
 
     def packed(self) -> nn.Module:
         """The converted layer: codes instead of floats; the plain layer where only the input was quantised."""
@@ -175,7 +181,9 @@ class QuantConv2d(nn.Conv2d):
     def forward(self, inputs: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             inputs = self.input_quantizer(inputs)
-        weight = self.weight if self.quantizer is None else self.quantizer.values(self.weight)
+        weight = self.weight
+        if self.quantizer is not None:
+            weight = self.quantizer.values(weight, self.quantizer.noise if self.training else None)
         return self._conv_forward(inputs, weight, self.bias)
 
     def packed(self) -> nn.Module:

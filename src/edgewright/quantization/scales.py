@@ -15,7 +15,7 @@ from edgewright.quantization.grids import Grid
 
 # Smallest clip scale: keeps an all-zero row valid (ParetoQ clamps there too).
 SMALLEST_ALPHA = 1e-5
-DYNAMIC_RULES = ("absmax", "absmean", "entropy")  # cheap enough to be recomputed at each forward
+DYNAMIC_RULES = ("absmax", "full_range", "absmean", "entropy")  # cheap enough to be recomputed at each forward
 SCALE_RULES = (*DYNAMIC_RULES, "mse")
 
 # Clip ranges tried by the search, as fractions of the range that clips nothing: coarse grids gain from clipping more.
@@ -53,6 +53,16 @@ def absmax_alpha(weights: Tensor, grid: Grid) -> Tensor:
     """Smallest range that clips nothing: max|w|, for LSQ grids over the largest positive code (the paper's start)."""
     peak = weights.abs().amax(-1)
     return clamp_alpha(peak / grid.high if grid.kind == "integer" else peak)
+
+
+def full_range_alpha(weights: Tensor, grid: Grid) -> Tensor:
+    """Full-range symmetric: max|w| over half the number of steps, 7.5 at 4 bits, torchao's rule. Uses the lowest code.
+
+    A largest weight of 7.5 steps is clipped to 7 when positive and reaches -8 when negative.
+    """
+    if grid.kind != "integer":
+        raise UsageError(f"scale='full_range' is for integer grids such as int4, not {grid.name}; use absmax")
+    return clamp_alpha(weights.abs().amax(-1) / ((grid.high - grid.low) / 2))
 
 
 def absmean_alpha(weights: Tensor, grid: Grid) -> Tensor:
@@ -125,6 +135,8 @@ def initial_alpha(weights: Tensor, grid: Grid, rule: str, scale_dtype: torch.dty
         rule = "absmean" if grid.kind == "binary" else "absmax"
     if rule == "absmax":
         return absmax_alpha(weights, grid)
+    if rule == "full_range":
+        return full_range_alpha(weights, grid)
     if rule == "absmean":
         return absmean_alpha(weights, grid)
     if rule == "entropy":

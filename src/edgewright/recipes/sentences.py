@@ -72,7 +72,15 @@ class SentenceBench:
             return float((1 - (self.embeddings(student, self.held_out) * self.held_out["target"]).sum(-1)).mean())
 
     def distil(
-        self, student: nn.Module, *, steps: int, batch: int, learning_rate: float, seed: int, **options: Any
+        self,
+        student: nn.Module,
+        *,
+        steps: int,
+        batch: int,
+        learning_rate: float,
+        seed: int,
+        loss_function: Any = None,
+        **options: Any,
     ) -> Any:
         """Train the student in place towards the target embeddings; `options` go to `edgewright.fit`."""
         from edgewright.training.batches import BlockBatches
@@ -80,7 +88,7 @@ class SentenceBench:
 
         return fit(
             student,
-            embedding_loss,
+            loss_function or embedding_loss,
             BlockBatches(self.train, batch, seed=seed),
             TrainConfig(steps=steps, learning_rate=learning_rate, seed=seed, log_every=10),
             progress=False,

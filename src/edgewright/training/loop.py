@@ -77,11 +77,13 @@ def fit(
 ) -> TrainResult:
     """Train `model` in place for `config.steps` updates.
 
-    loss_function(model, batch) gives a scalar, or a scalar and a dict of further numbers to record; it runs in train
-    mode, under autocast where `config.precision` asks for it. batches is any iterator (see training.batches); a batch
-    is any nesting of dicts, lists and tuples of tensors and is moved to the device. optimizer: a ready one, parameter
-    groups for the default AdamW, or None. evaluate(model) runs every `evaluate_every` steps and after the last one, in
-    eval mode, without gradients and without disturbing the random numbers; its results become columns "eval_...".
+    loss_function(model, batch) gives a scalar, or a scalar and a dict of further numbers to record. It runs once for
+    each batch, in train mode, under autocast where `config.precision` asks for it; where it has `state_dict()` and
+    `load_state_dict()` and is no nn.Module, checkpoints keep its state. batches is any iterator (see training.batches);
+    a batch is any nesting of dicts, lists and tuples of tensors and is moved to the device. optimizer: a ready one,
+    parameter groups for the default AdamW, or None. evaluate(model) runs every `evaluate_every` steps and after the
+    last one, in eval mode, without gradients and without disturbing the random numbers; its results become columns
+    "eval_...".
 
     output receives metrics.csv, loss.png and checkpoints/. resume: "auto" goes on from a checkpoint where there is one,
     "never" starts again (and removes it), "must" insists on one. generator: what the loss function draws from, if
@@ -121,7 +123,9 @@ def fit(
         wrapped = wrap(model, optimizer, accelerator, folder)
         work = Work(model, wrapped, loss_function, source, optimizer, scaler, accelerator, device, config)
         snapshot.seed_random_state(device, config.seed + accelerator.process_index)
-        keeper = Keeper(folder, model, optimizer, source, device, generator, scaler, accelerator, shaping)
+        keeper = Keeper(
+            folder, model, optimizer, source, loss_function, device, generator, scaler, accelerator, shaping
+        )
         position = keeper.restore(resume)
         resumed = position.step if keeper.saved else None
         log = stack.enter_context(MetricsLog(folder / "metrics.csv" if folder and main else None, resumed))

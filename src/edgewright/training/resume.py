@@ -31,6 +31,7 @@ class Keeper:
     """Saves and restores one run. `folder` None keeps nothing.
 
     `settings` is everything outside the model that shapes the result; a resume under other settings is refused.
+    A loss function with `state_dict()` and `load_state_dict()` is kept with the run, unless it is an nn.Module.
     In a distributed run every process calls `save` and `restore`; the first one writes, each keeps its random state.
     """
 
@@ -40,6 +41,7 @@ class Keeper:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         batches: Any,
+        loss_function: Any,
         device: torch.device,
         generator: torch.Generator | None,
         scaler: torch.amp.GradScaler | None,
@@ -48,6 +50,8 @@ class Keeper:
     ) -> None:
         self.folder, self.saved = folder, None if folder is None else checkpoint.latest_checkpoint(folder)
         self._model, self._optimizer, self._batches = model, optimizer, batches
+        stateful = hasattr(loss_function, "load_state_dict") and not isinstance(loss_function, nn.Module)
+        self._loss_function = loss_function if stateful else None
         self._device, self._generator, self._scaler = device, generator, scaler
         self._accelerator, self._settings = accelerator, settings
         self._frozen: dict[str, int] = {}
@@ -90,6 +94,12 @@ class Keeper:
         snapshot.restore_gradients(self._model, state["gradients"])
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
+        saved = state.get("loss_function")
+        if (saved is None) != (self._loss_function is None):
+            was, is_now = ("absent", "there") if saved is None else ("there", "absent")
+            raise UsageError(f"cannot resume from {path}: the loss function's own state was {was}, now it is {is_now}")
+        if self._loss_function is not None:
+            self._loss_function.load_state_dict(saved)
         random = state["random"][self._accelerator.process_index]
         snapshot.restore_random_state(self._device, self._generator, random)
         return Position(state["step"], state["micro"], state["losses"], state["metrics"])
@@ -115,6 +125,7 @@ class Keeper:
                 "metrics": [{name: float(value) for name, value in part.items()} for part in position.metrics],
                 "settings": dict(self._settings),
                 "batches": snapshot.batches_state(self._batches),
+                "loss_function": None if self._loss_function is None else self._loss_function.state_dict(),
                 "random": random,
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
