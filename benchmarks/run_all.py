@@ -16,6 +16,7 @@ COMPARISONS = (
     "decode_speed",
     "qat_step",
     "gptq_memory",
+    "binary_linear",
     "recipes",
     "figures",
     "headlines",

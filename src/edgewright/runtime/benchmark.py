@@ -10,15 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from edgewright.errors import UsageError
+from edgewright.errors import Unsupported, UsageError
 from edgewright.io.gguf import GGUFFile
 from edgewright.measure.machine import BandwidthProbe, usable_cores
 from edgewright.measure.memory import PeakMemory, peak_memory
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight, bytes_per_decoded_token
 from edgewright.measure.timing import Measurement, alternate
-from edgewright.runtime.engine import Generation, open_engine
+from edgewright.runtime.engine import SUFFIXES, Generation, open_engine
 from edgewright.runtime.llamacpp import LlamaCppEngine
+from edgewright.runtime.program import PROGRAM_SUFFIXES
+from edgewright.runtime.program_benchmark import PROGRAM_METRICS, add_programs
 
 FILE_METRICS = ("file_size", "bits_per_weight", "prefill", "decode", "time_to_first_token", "peak_memory", "roofline")
 MACHINE = "this machine"
@@ -30,16 +32,21 @@ def benchmark_files(
     *,
     prompt_tokens: int = 256,
     decode_tokens: int = 64,
+    batch: int = 1,
+    length: int = 128,
     repeats: int = 5,
     threads: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Compare exported files: one row of each of `FILE_METRICS` a file, and the read bandwidth of the machine.
+    """Compare exported files: one row of each of `FILE_METRICS` a language model and of each of `PROGRAM_METRICS` a
+    program, and the read bandwidth of the machine where there are language models.
 
-    Every file is opened, then in each of `repeats` rounds (after one for warming up) every file computes the same
-    random prompt and decodes greedily past any end of text, and the bandwidth is taken in between. Values are medians
-    over rounds, `se` half the interquartile range. threads: None uses every core.
+    Every file is opened, then in each of `repeats` rounds (after one for warming up) every language model computes the
+    same random prompt and decodes greedily past any end of text, and the bandwidth is taken in between; programs take
+    turns likewise, on inputs of `batch` rows and, where a length is free, of `length`. Values are medians over rounds,
+    `se` half the interquartile range. threads: None uses every core. What a runtime cannot tell about a file (bits per
+    weight and share of the bandwidth outside GGUF) has no row.
     """
     files = _subjects(paths)
     if min(prompt_tokens, decode_tokens, repeats) < 1:
@@ -47,22 +54,74 @@ def benchmark_files(
             "bench needs at least one prompt token, decoded token and repeat, "
             f"got {prompt_tokens}, {decode_tokens} and {repeats}; e.g. edgewright bench FILE --repeats 5"
         )
+    if min(batch, length) < 1:
+        raise UsageError(f"bench needs a batch and a length of at least 1, got {batch} and {length}; e.g. --batch 1")
     threads = usable_cores() if threads is None else threads
-    context = prompt_tokens + decode_tokens + 1
-    tick, finish = _ticker((len(files) + 1) * (repeats + 1) + len(files), progress)
+    languages = {name: path for name, path in files.items() if _is_language(path)}
+    programs = {name: path for name, path in files.items() if name not in languages}
+    settings: dict[str, Any] = {"files": [str(path) for path in files.values()]}
+    if languages:
+        settings |= {"prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
+    if programs:
+        settings |= {"batch": batch, "length": length}
+    report = Report("bench", {**settings, "repeats": repeats, "threads": threads, "seed": seed})
+    rounds = (repeats + 1) * (len(files) + bool(languages))
+    tick, finish = _ticker(rounds + len(files), progress)
     try:
-        runs, bandwidth, single = _take_turns(
-            files, prompt_tokens, decode_tokens, repeats, threads, context, seed, tick
-        )
-        peaks = {}
-        for name, path in files.items():
-            peaks[name] = peak_memory(_use_file, str(path), context, threads, prompt_tokens, seed)
-            tick(f"{name}: memory")
+        if languages:
+            _add_languages(report, languages, prompt_tokens, decode_tokens, repeats, threads, seed, tick)
+        if programs:
+            baselines = add_programs(
+                report, programs, batch=batch, length=length, repeats=repeats, threads=threads, seed=seed, tick=tick
+            )
     finally:
         finish()
-    paths_used = [str(path) for path in files.values()]
-    settings = {"files": paths_used, "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens}
-    report = Report("bench", {**settings, "repeats": repeats, "threads": threads, "seed": seed})
+    if programs:
+        report.notes += [
+            f"Programs: one inference of batch {batch}, {length} where a length is free; median latency of {repeats} "
+            f"alternating rounds after one of warm-up, ± is half the interquartile range; threads: {threads}.",
+            "Peak memory of a program is that of a fresh process that loads it and runs it once; "
+            f"Python itself is about {max(baselines) / 1e6:.0f} MB of it.",
+        ]
+    return report
+
+
+def report_columns(report: Report) -> list[str]:
+    """The metrics of files that a bench report has, in the order of its table."""
+    order = ("file_size", *FILE_METRICS[1:5], *PROGRAM_METRICS[1:3], *FILE_METRICS[5:])
+    return [metric for metric in order if metric in report.metrics]
+
+
+def _is_language(path: Path) -> bool:
+    """Whether a file is a language model for `open_engine`; a .pte can be either, which only its engine knows."""
+    suffix = path.suffix.lower()
+    if suffix not in PROGRAM_SUFFIXES:
+        return True  # open_engine says what is wrong with the others
+    if suffix not in SUFFIXES or not path.is_file():
+        return False
+    try:
+        open_engine(path).close()
+    except Unsupported:
+        return False
+    return True
+
+
+def _add_languages(
+    report: Report,
+    files: Mapping[str, Path],
+    prompt_tokens: int,
+    decode_tokens: int,
+    repeats: int,
+    threads: int,
+    seed: int,
+    tick: Callable[[str], None],
+) -> None:
+    context = prompt_tokens + decode_tokens + 1
+    runs, bandwidth, single = _take_turns(files, prompt_tokens, decode_tokens, repeats, threads, context, seed, tick)
+    peaks = {}
+    for name, path in files.items():
+        peaks[name] = peak_memory(_use_file, str(path), context, threads, prompt_tokens, seed)
+        tick(f"{name}: memory")
     for name, path in files.items():
         _add_file(report, name, path, runs[name], bandwidth, peaks[name])
     _add(report, f"read bandwidth, threads: {threads}", MACHINE, bandwidth.map(lambda x: x / 1e9), "GB/s")
@@ -78,7 +137,6 @@ def benchmark_files(
         "Peak memory is that of a fresh process that loads the file and writes with it, mapped weights included; "
         f"Python itself is about {baseline:.0f} MB of it.",
     ]
-    return report
 
 
 def _take_turns(
@@ -123,17 +181,19 @@ def _take_turns(
 def _add_file(
     report: Report, name: str, path: Path, runs: list[Generation], bandwidth: Measurement, memory: PeakMemory
 ) -> None:
-    file = GGUFFile(path)
-    read_bytes = bytes_per_decoded_token(file)
     decode = Measurement.of(run.decode_tokens_per_second for run in runs)
-    shares = (100 * rate * read_bytes / limit for rate, limit in zip(decode.samples, bandwidth.samples, strict=True))
+    gguf = GGUFFile(path) if path.suffix.lower() == ".gguf" else None
     report.add("file_size", path.stat().st_size / 1e6, subject=name, unit="MB")
-    report.add("bits_per_weight", bits_per_weight(file), subject=name)
+    if gguf is not None:
+        report.add("bits_per_weight", bits_per_weight(gguf), subject=name)
     _add(report, "prefill", name, Measurement.of(run.prefill_tokens_per_second for run in runs), "tok/s")
     _add(report, "decode", name, decode, "tok/s")
     _add(report, "time_to_first_token", name, Measurement.of(run.time_to_first_token * 1e3 for run in runs), "ms")
     report.add("peak_memory", memory.peak / 1e6, subject=name, unit="MB")
-    _add(report, "roofline", name, Measurement.of(shares), "%")
+    if gguf is not None:
+        read_bytes = bytes_per_decoded_token(gguf)
+        pairs = zip(decode.samples, bandwidth.samples, strict=True)
+        _add(report, "roofline", name, Measurement.of(100 * rate * read_bytes / limit for rate, limit in pairs), "%")
 
 
 def _use_file(path: str, context: int, threads: int, prompt_tokens: int, seed: int) -> None:

@@ -1,0 +1,141 @@
+"""The first run of a foreign file in a process of its own: a file that kills its runtime kills only that process.
+
+Runtimes are written in C++ and trust their files. What a broken or hostile one does to them (a bad address, an endless
+loop, all the memory) happens here in a child, and comes back as one FormatError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from edgewright import errors
+from edgewright.errors import EdgewrightError, FormatError
+
+TIMEOUT = 120.0  # seconds for start, load and one run
+MEMORY_FLOOR = 8 << 30  # address space that imports and thread stacks may take on top of the file
+OUTPUT_LIMIT = 1 << 20  # bytes of the child's own words that are looked at
+REASON_LENGTH = 240
+
+_CHILD = "from edgewright.runtime.child_check import _child; _child()"
+_passed: set[tuple[str, str, str, int, int]] = set()
+
+
+def first_run_in_child(
+    module: str, function: str, path: str | Path, timeout: float = TIMEOUT, *, memory: int | None = None
+) -> Any:
+    """Call `module.function(path)` in a fresh Python process and return its result, which must be JSON.
+
+    module: dotted name, imported in the child only. function: top-level function of one argument, the path as text;
+    it loads the file and runs it once. timeout: seconds in all. memory: bytes of address space that the child may
+    take (where the system keeps such a limit); default: 8 GiB and sixteen times the file.
+
+    Raises FormatError when the child dies, hangs or refuses the file; errors of `edgewright.errors` that the function
+    raises arrive here as they are. A file that passed is not run again in this process while its size and time of
+    change stay the same: then the result is None.
+    """
+    file = Path(path)
+    key = _key(module, function, file)
+    if key in _passed:
+        return None
+    if memory is None:
+        memory = MEMORY_FLOOR + 16 * key[3]
+    with tempfile.TemporaryDirectory() as folder:
+        answer, said = Path(folder, "answer"), Path(folder, "said")
+        command = [sys.executable, "-c", _CHILD, module, function, str(file), str(answer), str(memory)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        with said.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise FormatError(
+                    f"{file} was not loaded and run within {timeout:g} s by {module}; it is broken or far too large"
+                ) from None
+            finally:
+                _end(process)
+        # the child writes its answer last: without one it died, whatever its exit code
+        text = answer.read_text(encoding="utf-8") if answer.exists() else ""
+        words = said.read_bytes()[-OUTPUT_LIMIT:].decode("utf-8", "replace")
+    if not text:
+        raise FormatError(f"{file} ends the process that runs it ({_death(code)}): {_last_line(words)}")
+    value = json.loads(text)
+    if "error" in value:
+        kind = getattr(errors, value["error"], FormatError)
+        raise kind(value["message"])
+    _passed.add(key)
+    return value["result"]
+
+
+def _key(module: str, function: str, file: Path) -> tuple[str, str, str, int, int]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise FormatError(f"cannot read {file}: {error.strerror}") from error
+    return module, function, str(file.resolve()), status.st_size, status.st_mtime_ns
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The child and whatever it started, and nothing else: it leads a process group of its own."""
+    if process.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _death(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:REASON_LENGTH] if lines else "it left no message"
+
+
+def _child() -> None:
+    module, function, path, answer, memory = sys.argv[1:6]
+    _limit(int(memory))
+    value: dict[str, Any]
+    try:
+        value = {"result": getattr(import_module(module), function)(path)}
+    except EdgewrightError as error:
+        value = {"error": type(error).__name__, "message": str(error)}
+    except MemoryError:
+        value = {"error": "FormatError", "message": f"{path} asks for more than {int(memory) >> 20} MiB to run"}
+    except Exception as error:  # a runtime's own exceptions: all say that it cannot use the file
+        value = {"error": "FormatError", "message": f"{path} cannot be run: {_last_line(str(error))}"}
+    finished = Path(answer + ".part")
+    finished.write_text(json.dumps(value), encoding="utf-8")
+    os.replace(finished, answer)
+
+
+def _limit(memory: int) -> None:
+    """No core file, and no more address space than this; systems without such limits go without."""
+    try:
+        import resource
+    except ImportError:
+        return
+    for kind, wanted in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, memory)):
+        with contextlib.suppress(OSError, ValueError):
+            hard = resource.getrlimit(kind)[1]
+            resource.setrlimit(kind, (wanted if hard < 0 else min(wanted, hard), hard))
