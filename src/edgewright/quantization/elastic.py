@@ -26,13 +26,14 @@ class ElasticConfig:
     """levels: "binary", "ternary" or an integer width of 2 to 8 bits. signed: which of the two sets.
 
     shift: learn beta, one value per input feature. check: refuse negative inputs of the unsigned binary set by name
-    instead of clipping them.
+    instead of clipping them. learn_scale: train alpha; False keeps the value of the first batch.
     """
 
     levels: Literal["binary", "ternary"] | int = "binary"
     signed: bool = True
     shift: bool = True
     check: bool = False
+    learn_scale: bool = True
 
     def __post_init__(self) -> None:
         whole = isinstance(self.levels, int) and not isinstance(self.levels, bool) and 2 <= self.levels <= 8
@@ -61,18 +62,22 @@ class ElasticConfig:
         )
 
 
+def elastic_codes(x: Tensor, alpha: Tensor, low: int, high: int, binary: bool) -> Tensor:
+    """Codes of x / alpha, in x's shape and dtype: the sign where `binary`, else rounded and clipped to low..high."""
+    y = x / alpha
+    # deviation: torch.sign(0) = 0 is not among the two values, so zero counts as +1.
+    return torch.where(y >= 0, 1.0, -1.0).to(x.dtype) if binary else y.round_().clamp_(low, high)
+
+
 class _Elastic(torch.autograd.Function):
     """x, alpha (scalar) -> quantised x; gradients of LSQ with g = 1 / sqrt(numel * Qp)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, low: int, high: int, binary: bool) -> Tensor:
-        alpha = alpha.clamp(min=SMALLEST_ALPHA)
+        alpha = alpha.clamp(min=SMALLEST_ALPHA)  # in here, so that a clamped alpha receives a gradient and recovers
         ctx.save_for_backward(x, alpha)
         ctx.bounds, ctx.binary = (low, high), binary
-        y = x / alpha
-        # deviation: torch.sign(0) = 0 is not among the two values, so zero counts as +1.
-        codes = torch.where(y >= 0, 1.0, -1.0).to(x.dtype) if binary else y.round_().clamp_(low, high)
-        return codes.mul_(alpha)
+        return elastic_codes(x, alpha, low, high, binary).mul_(alpha)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -103,7 +108,7 @@ class ElasticQuantizer(nn.Module):
             raise UsageError(f"layer {layer}: a learned shift needs the number of features; give it, or shift=False")
         self.config = config
         self.layer = layer
-        self.alpha = nn.Parameter(torch.ones(()))
+        self.alpha = nn.Parameter(torch.ones(()), requires_grad=config.learn_scale)
         self.shift = nn.Parameter(torch.zeros(features)) if config.shift else None
         self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
         self._ready = False  # what the buffer says, without reading it from a device in every forward
@@ -121,19 +126,29 @@ class ElasticQuantizer(nn.Module):
         return self._ready
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.config.check and self.zero_or_one and bool((x < 0).any()):
+            raise CheckFailed(f"the input of {self.layer or 'an unsigned quantiser'} has negative values")
         if self.shift is not None:
             x = x + self.shift
         if not self.is_calibrated():
             self.calibrate(x)
-        low, high = self.config.bounds
-        if self.config.signed:
-            return _Elastic.apply(x, self.alpha, low, high, self.config.levels == "binary")
-        if self.config.levels == "binary":
-            if self.config.check and bool((x < 0).any()):
-                raise CheckFailed(f"the input of {self.layer or 'an unsigned quantiser'} has negative values")
-            return _Elastic.apply(x, self.alpha, low, high, False)
+        if self.config.signed or self.zero_or_one:
+            return self._quantized(x)
         floor = x.detach().amin()
-        return _Elastic.apply(x - floor, self.alpha, low, high, False) + floor
+        return self._quantized(x - floor) + floor
+
+    @property
+    def zero_or_one(self) -> bool:
+        """The unsigned binary set, which needs inputs without a sign."""
+        return self.config.levels == "binary" and not self.config.signed
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        low, high = self.config.bounds
+        binary = self.config.levels == "binary" and self.config.signed
+        if torch.is_grad_enabled():
+            return _Elastic.apply(x, self.alpha, low, high, binary)
+        alpha = self.alpha.clamp(min=SMALLEST_ALPHA)  # plain operators, which exporters can follow
+        return elastic_codes(x, alpha, low, high, binary) * alpha
 
     def extra_repr(self) -> str:
         return f"levels={self.config.levels}, {'signed' if self.config.signed else 'unsigned'}"

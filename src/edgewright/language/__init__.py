@@ -1,0 +1,1 @@
+"""Language: tasks and model families of text, and what only they need."""
