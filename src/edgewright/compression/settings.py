@@ -11,6 +11,7 @@ from edgewright.errors import UsageError
 METHODS = ("rtn", "mse", "gptq", "qat")
 WIDTHS = (1.0, 1.58, 2.0, 3.0, 4.0, 8.0)
 DEFAULT_STEPS = 24
+VISION_MODELS = ("efficientnet-lite0",)  # bundled image classifiers, which compression/vision.py compresses
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantise a language model, train it under quantisation, export it, verify the file, and report.
+"""Quantise a model, train it under quantisation, export it, verify the file, and report.
 
 The run ends with one table: the reference, every method and llama.cpp's own quantiser, each with file size, distance
 from the reference and speed. It can be interrupted and repeated at any time; finished stages are kept.
@@ -7,6 +7,7 @@ from the reference and speed. It can be interrupted and repeated at any time; fi
   edgewright compress smollm2-135m --bits 1.58 --budget 10m
   edgewright compress MODEL --bits 4 --method rtn
   edgewright compress smollm2-135m --sweep --output runs/sweep
+  edgewright compress efficientnet-lite0 --bits 8             # an image classifier: int8, .onnx
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ COLUMNS = ("file_size", "bits_per_weight", "kl", "perplexity", "top1_agreement",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder, .gguf file, bundled name such as smollm2-135m")
+    parser.add_argument("model", help="folder, .gguf file, bundled name such as smollm2-135m or efficientnet-lite0")
     parser.add_argument("--bits", type=float, default=4.0, help="1, 1.58, 2, 3, 4 or 8 (default 4)")
     parser.add_argument("--method", default="qat", help="rtn, mse, gptq or qat (default): the way to the shipped file")
     parser.add_argument(
@@ -46,6 +47,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from edgewright.compression.settings import VISION_MODELS
+
+    return _run_vision(args) if args.model in VISION_MODELS else _run_language(args)
+
+
+def _run_vision(args: argparse.Namespace) -> int:
+    from edgewright.compression.settings import Budget
+    from edgewright.compression.vision import VisionSettings, compress_bundled
+    from edgewright.errors import UsageError
+
+    def say(sentence: str) -> None:
+        if not args.json:
+            print(sentence, file=sys.stderr, flush=True)
+
+    if args.method not in ("rtn", "qat") or args.sweep or args.kv or args.data or args.files_only:
+        raise UsageError(
+            f"{args.model} is an image classifier: --method is rtn (calibrate) or qat (also train, below 8 bits), and "
+            "--sweep, --kv, --data and --files-only are for language models"
+        )
+    if args.bits != int(args.bits):
+        raise UsageError(f"--bits {args.bits:g}: an image classifier takes whole widths from 2 to 8")
+    budget = Budget.parse(args.budget)
+    if budget.steps is None:
+        raise UsageError(f"--budget {args.budget}: an image classifier is trained for a number of steps, such as 150")
+    settings = VisionSettings(
+        bits=int(args.bits),
+        steps=budget.steps if args.method == "qat" and args.bits < 8 else 0,
+        learning_rate=args.learning_rate or VisionSettings.learning_rate,
+        runs=0 if args.no_bench else VisionSettings.runs,
+        seed=args.seed,
+    )
+    output = Path(args.output or f"runs/{args.model}-{args.bits:g}bit")
+    report = compress_bundled(args.model, output, settings, say=say)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return 0
+    report.print_table()
+    say(f"files, report.md and plots are in {output}")
+    return 0
+
+
+def _run_language(args: argparse.Namespace) -> int:
     from edgewright.compression.pipeline import compress
     from edgewright.compression.settings import Budget, CompressSettings
     from edgewright.compression.sweep import sweep
