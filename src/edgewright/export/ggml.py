@@ -30,6 +30,7 @@ DECODERS = {
     "Q4_K": "q4_K",
     "Q5_K": "q5_K",
     "Q6_K": "q6_K",
+    "IQ4_NL": "iq4_nl",
 }
 
 
