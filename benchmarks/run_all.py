@@ -1,6 +1,6 @@
 """Measure the figures in results/: `python benchmarks/run_all.py` runs every comparison, names pick some of them.
 
-Each comparison is a module of this folder with a function main(); heavy ones take minutes, all of them about two hours.
+Each comparison is a module of this folder with a function main(); heavy ones take minutes, all of them several hours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ COMPARISONS = (
     "decode_speed",
     "qat_step",
     "gptq_memory",
+    "winq_step",
+    "parq_step",
     "binary_linear",
+    "onnx_minilm",
+    "executorch",
+    "ternary_decode",
+    "guard_head",
     "recipes",
     "figures",
     "headlines",

@@ -101,6 +101,16 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000020.0"]
 
 
+def test_a_kill_between_two_checkpoints_leaves_none_too_many(tmp_path: Path, whole, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "remove_checkpoints", lambda *_, **__: None)  # the kill came before it
+    toy_run(tmp_path, checkpoint_every=1)
+    assert len(list((tmp_path / "checkpoints").iterdir())) > 1
+    monkeypatch.undo()
+    state, result = toy_run(tmp_path, checkpoint_every=1)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert_same(state, result, tmp_path, whole)
+
+
 def test_second_ctrl_c_leaves_at_once_and_spoils_nothing(tmp_path: Path, whole, monkeypatch) -> None:
     def twice(call: int) -> None:
         if call == 7:

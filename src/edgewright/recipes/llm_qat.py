@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LLMQAT:
-    """tokens: length of a block; sequences: texts the model writes; layers 0 keeps the whole model."""
+    """tokens: length of a block; sequences: texts the model writes; layers 0 keeps the whole model.
+
+    deviation: learning_rate is five times the published 2e-5, for fifty steps instead of twelve thousand.
+    """
 
     seed: int = 0
     seeds: int = 1
     weight_bits: int = 4
     activation_bits: int = 8
     kv_bits: int = 4
-    sequences: int = 96
+    sequences: int = 240
     generated_tokens: int = 128
-    steps: int = 24
+    steps: int = 48
     batch: int = 2
     tokens: int = 256
-    learning_rate: float = 2e-5
+    learning_rate: float = 1e-4
     held_out_blocks: int = 12
     layers: int = 0
 
@@ -51,7 +54,15 @@ def small() -> LLMQAT:
 
 def paper() -> LLMQAT:
     """The published amounts: three passes over the vocabulary, blocks of 2048, one epoch."""
-    return LLMQAT(sequences=3 * 49152, generated_tokens=2048, steps=12000, batch=8, tokens=2048, held_out_blocks=64)
+    return LLMQAT(
+        sequences=3 * 49152,
+        generated_tokens=2048,
+        steps=12000,
+        batch=8,
+        tokens=2048,
+        learning_rate=2e-5,
+        held_out_blocks=64,
+    )
 
 
 CLAIMS = (

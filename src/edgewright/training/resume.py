@@ -102,6 +102,9 @@ class Keeper:
             self._loss_function.load_state_dict(saved)
         random = state["random"][self._accelerator.process_index]
         snapshot.restore_random_state(self._device, self._generator, random)
+        if self.folder is not None and self._accelerator.is_main_process:
+            # A kill may have come between writing this checkpoint and removing the one before.
+            checkpoint.remove_checkpoints(self.folder, keep=path)
         return Position(state["step"], state["micro"], state["losses"], state["metrics"])
 
     def save(self, position: Position) -> Path | None:
