@@ -1,0 +1,271 @@
+"""Distillation in stages: each student starts from the one before it and takes it as its teacher.
+
+    stages = [Stage(bits=(1, 2), steps=300, learning_rate=2e-4), Stage(bits=(1, 1), steps=300, learning_rate=2e-4)]
+    result = distill_in_stages(teacher, stages, batches, loss, prepare=prepare, output="runs/bit")
+
+A student far from its teacher learns badly; over students in between it gets further with the same number of steps
+(BiT, arXiv 2205.13016, section 3.4: from full precision to 1 bit over 2-bit activations).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.distillation.best import Best
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.atomic import atomic_file, write_text
+from edgewright.training.checkpoint import latest_checkpoint
+from edgewright.training.config import TrainConfig
+from edgewright.training.loop import fit
+
+STUDENT = "student.safetensors"
+RECORD = "stage.json"
+
+StageLoss = Callable[[nn.Module, nn.Module, Any], "Tensor | tuple[Tensor, Mapping[str, Any]]"]
+Groups = Callable[[nn.Module, "Stage"], Iterable[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One student of the chain. bits: of weights and of activations, 32 where they are left alone."""
+
+    bits: tuple[float, float]
+    steps: int
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        if len(self.bits) != 2 or not all(0 < b <= 32 for b in self.bits):
+            raise UsageError(f"bits={self.bits}; a stage has (weight bits, activation bits), each up to 32, as (1, 2)")
+        if self.steps < 1 or not 0 < self.learning_rate < math.inf:
+            raise UsageError(f"{self} needs at least one step and a positive learning rate")
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits[0]:g}a{self.bits[1]:g}"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage came to: `metrics` of the kept student by `evaluate`, `errors` from the loss on the first batch."""
+
+    stage: Stage
+    metrics: dict[str, float]
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StagesResult:
+    """The last student, in eval mode, and the record of every stage."""
+
+    student: nn.Module
+    stages: tuple[StageResult, ...]
+
+    def table(self) -> str:
+        """The errors of every stage side by side as text; with EncoderDistillation they are those of each layer."""
+        names = list(dict.fromkeys(name for result in self.stages for name in result.errors))
+        lines = ["stage  " + "".join(f"{name:>12}" for name in names)]
+        for result in self.stages:
+            cells = (result.errors.get(name, math.nan) for name in names)
+            lines.append(f"{result.stage.name:<7}" + "".join(f"{value:>12.5g}" for value in cells))
+        return "\n".join(lines)
+
+
+def distill_in_stages(
+    teacher: nn.Module,
+    stages: Sequence[Stage],
+    batches: Callable[[int], Any],
+    loss: StageLoss,
+    *,
+    prepare: Callable[[nn.Module, Stage], nn.Module],
+    output: str | Path | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluate_every: int = 0,
+    keep: str | None = None,
+    higher_is_better: bool = True,
+    groups: Groups | None = None,
+    calibration: Any = None,
+    teaches: Literal["previous", "first"] = "previous",
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    checkpoint_every: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> StagesResult:
+    """Train the chain of students; the teacher is left as it is.
+
+    batches(i): an iterator of batches for stage i, the same at every call. loss(student, teacher, batch): a scalar, or
+    a scalar and numbers to record. prepare(model, stage): turns a copy of the student before (at first of the teacher)
+    into the stage's student with its scales started anew. calibration: a batch that sets those scales, by default the
+    first one. evaluate(student): its numbers are measured every `evaluate_every` steps (0: at the end); the student
+    that is best by `keep` (by default the first number) is the one that goes on. groups(student, stage): optimizer
+    groups. teaches: whether a stage learns from the student before it or always from the first teacher. The learning
+    rate warms up over the share `warmup` of a stage and then falls in a line.
+
+    With an output folder every stage leaves its student there, and the same call goes on where an earlier one stopped.
+    Raises UsageError for an empty list and for a folder that holds other stages.
+    """
+    if not stages:
+        raise UsageError(
+            "there are no stages; give one or more, as [Stage(bits=(1, 1), steps=300, learning_rate=2e-4)]"
+        )
+    if teaches not in ("previous", "first"):
+        raise UsageError(f"teaches={teaches!r}; choose 'previous' or 'first'")
+    for before, after in zip(stages, stages[1:], strict=False):
+        if any(b < a for b, a in zip(before.bits, after.bits, strict=True)):
+            warnings.warn(f"stage {after.name} has more bits than {before.name} before it", stacklevel=2)
+    digest = _digest(teacher)
+    was_training = teacher.training
+    teacher.eval()
+    current, results = teacher, []
+    try:
+        for index, stage in enumerate(stages):
+            folder = None if output is None else Path(output) / f"stage-{index + 1}-{stage.name}"
+            record = {
+                "chain": [asdict(s) | {"bits": list(s.bits)} for s in stages[: index + 1]],
+                "seed": seed,
+                "teaches": teaches,
+                "teacher": digest,
+            }
+            guide = teacher if teaches == "first" else current
+            student = prepare(copy.deepcopy(current), stage)
+            done = None if folder is None else _finished(folder, record, student)
+            if done is None:
+                first = calibration if calibration is not None else next(iter(batches(index)))
+                kept = Best(folder, higher_is_better, fresh=folder is None or latest_checkpoint(folder) is None)
+                _call(loss, student.eval(), guide, first)  # sets the scales
+                metrics = _train(
+                    student, guide, stage, batches(index), loss, kept,
+                    folder=folder, evaluate=evaluate, evaluate_every=evaluate_every, keep=keep, groups=groups,
+                    warmup=warmup, weight_decay=weight_decay, checkpoint_every=checkpoint_every, seed=seed,
+                    progress=progress,
+                )  # fmt: skip
+                errors = _call(loss, student.eval(), guide, first)
+                done = {"metrics": metrics, "errors": errors}
+                if folder is not None:
+                    _save(student, folder / STUDENT)
+                    write_text(folder / RECORD, json.dumps(record | done, indent=1) + "\n")
+                    kept.clear()
+            results.append(StageResult(stage, done["metrics"], done["errors"]))
+            current = student.eval()
+    finally:
+        teacher.train(was_training)
+    return StagesResult(current, tuple(results))
+
+
+def _train(
+    student: nn.Module,
+    guide: nn.Module,
+    stage: Stage,
+    batches: Any,
+    loss: StageLoss,
+    kept: Best,
+    *,
+    folder: Path | None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None,
+    evaluate_every: int,
+    keep: str | None,
+    groups: Groups | None,
+    warmup: float,
+    weight_decay: float,
+    checkpoint_every: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, float]:
+    """Fit one student in place and put its best state back; the metrics of that state."""
+
+    def judge(model: nn.Module) -> Mapping[str, float]:
+        assert evaluate is not None
+        found = {name: float(value) for name, value in evaluate(model).items()}
+        name = keep or next(iter(found))
+        if name not in found:
+            raise UsageError(f"keep={name!r} is none of the numbers that evaluate gives: {', '.join(found)}")
+        kept.offer(found[name], found, student)
+        return found
+
+    fit(
+        student,
+        lambda model, batch: loss(model, guide, batch),
+        batches,
+        TrainConfig(
+            steps=stage.steps,
+            learning_rate=stage.learning_rate,
+            schedule="linear",
+            warmup_steps=min(int(warmup * stage.steps), stage.steps - 1),
+            weight_decay=weight_decay,
+            checkpoint_every=checkpoint_every,
+            seed=seed,
+        ),
+        optimizer=None if groups is None else groups(student, stage),
+        output=folder,
+        evaluate=judge if evaluate is not None else None,
+        evaluate_every=(evaluate_every or stage.steps) if evaluate is not None else 0,
+        progress=progress,
+        label=f"stage {stage.name}",
+        settings={"stage": stage.name},
+    )
+    return kept.restore(student)
+
+
+@torch.no_grad()
+def _call(loss: StageLoss, student: nn.Module, guide: nn.Module, batch: Any) -> dict[str, float]:
+    """The numbers of the loss on one batch, "loss" among them."""
+    from accelerate.utils import send_to_device
+
+    result = loss(student, guide, send_to_device(batch, next(student.parameters()).device))
+    value, numbers = result if isinstance(result, tuple) else (result, {})
+    return {"loss": float(value)} | {name: float(number) for name, number in numbers.items()}
+
+
+def _finished(folder: Path, record: dict[str, Any], student: nn.Module) -> dict[str, Any] | None:
+    """The record of a stage that is done, its weights loaded into `student`; None where it is still to do."""
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        same = {name: found[name] for name in record} == record
+        done = {name: found[name] for name in ("metrics", "errors")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{path} is not the record of a stage: {error!r}") from error
+    if not same:
+        raise UsageError(f"{folder} holds a stage of another run; choose another output folder, or remove it")
+    load_state(student, folder / STUDENT)
+    return done
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    with atomic_file(path) as temporary:
+        save_model(model, str(temporary))
+
+
+def load_state(model: nn.Module, path: Path) -> None:
+    """Weights that a stage wrote, into a model of the same make. Raises FormatError when they are of another."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, str(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise FormatError(f"{path} does not fit the student: {str(error).splitlines()[0][:200]}") from error
+
+
+def _digest(model: nn.Module) -> int:
+    """CRC-32 of the teacher's weights: a resume with another teacher must not pass unnoticed."""
+    digest = 0
+    for name, value in model.state_dict().items():
+        digest = zlib.crc32(name.encode(), digest)
+        digest = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest)
+    return digest

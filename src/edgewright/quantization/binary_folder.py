@@ -1,0 +1,131 @@
+"""Packed binary encoders on disk: words, scales and thresholds in safetensors, beside the model's own config.json.
+
+config.json is the model's plus the key "edgewright_bit": {"format": 1, "config": the BitConfig}. A reader builds the
+encoder that config.json describes, applies the BitConfig, packs it, and fills in the stored tensors; every name, shape
+and type must be the one that this gives.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.atomic import atomic_directory
+from edgewright.io.safetensors_header import check_safetensors
+from edgewright.quantization.binary_encoder import FAMILIES, BitConfig, bit_, elastic_quantizers
+from edgewright.quantization.binary_linear import BinaryEmbedding, BinaryLinear, pack_binary_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KEY = "edgewright_bit"
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_LAYERS = 1000
+
+
+def save_binary(
+    model: nn.Module, config: BitConfig, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Path:
+    """Write a model that went through `bit_(model, config)` and `pack_binary_` as a folder; its path.
+
+    Raises UsageError for a model without packed layers, OutputError when the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if not any(isinstance(module, BinaryLinear | BinaryEmbedding) for module in model.modules()):
+        raise UsageError("the model has no packed binary layer; call pack_binary_(model) before save_binary")
+    settings: Any = model.config
+    description = {"architectures": [type(model).__name__], KEY: {"format": FORMAT, "config": config.to_dict()}}
+    with atomic_directory(folder) as temporary:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(json.loads(settings.to_json_string(use_diff=False)) | description, indent=1)
+        (temporary / "config.json").write_text(text + "\n", "utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return Path(folder)
+
+
+def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
+    """The packed model that `save_binary` wrote, in eval mode. path: how binary layers multiply, see `binary_linear`.
+
+    Raises UsageError for a folder that cannot be read, FormatError for one that contradicts itself.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    settings, config = _description(folder)
+    entries = check_safetensors(folder / WEIGHTS)
+    model = _skeleton(folder, settings, len(entries))
+    try:
+        bit_(model, config)
+        for _, quantizer in elastic_quantizers(model):
+            quantizer.calibrate(torch.ones(1))  # a stand-in: the stored scales replace it
+        pack_binary_(model, path)
+    except UsageError as error:
+        raise FormatError(f"{folder}: its settings do not fit its model: {error}") from error
+    wanted = model.state_dict()
+    stored = load_file(folder / WEIGHTS)
+    for name, tensor in wanted.items():
+        found = stored.get(name)
+        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+            what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise FormatError(f"{folder}: {name} should be {tensor.dtype} {list(tensor.shape)}, there is {what}")
+        if found.is_floating_point() and not torch.isfinite(found).all():
+            raise FormatError(f"{folder}: {name} holds NaN or infinity")
+    if extra := sorted(set(stored) - set(wanted)):
+        raise FormatError(f"{folder} has the tensor {extra[0][:80]!r}, which its model has no place for")
+    model.load_state_dict(stored)
+    return model.eval()
+
+
+def _description(folder: Path) -> tuple[dict[str, Any], BitConfig]:
+    """(settings of the model, BitConfig) from config.json, checked."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise FormatError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
+        settings = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, FormatError) else FormatError(f"{path} is not JSON: {error}") from error
+    found = settings.pop(KEY, None) if isinstance(settings, dict) else None
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("config"), dict):
+        raise FormatError(f"{path} has no {KEY!r} of format {FORMAT}; save_binary writes such folders")
+    try:
+        fields = dict(found["config"])
+        fields["sets"] = tuple((str(pattern), str(kind)) for pattern, kind in fields.get("sets", ()))
+        return settings, BitConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: {KEY!r} is not a BitConfig: {error}") from error
+
+
+def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
+    """The float model that config.json describes, with weights that do not matter."""
+    import transformers
+    from transformers import AutoConfig
+
+    names = settings.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    factory = getattr(transformers, name, None)
+    if settings.get("model_type") not in FAMILIES or not (
+        isinstance(factory, type) and issubclass(factory, transformers.PreTrainedModel)
+    ):
+        raise FormatError(f"{folder} describes {name[:60]!r}, which is none of the encoders {', '.join(FAMILIES)}")
+    layers = settings.get("num_hidden_layers", settings.get("n_layers"))
+    if not isinstance(layers, int) or not 0 < layers <= min(MAX_LAYERS, tensors):
+        raise FormatError(f"{folder} claims {layers!r} layers, but its weights are {tensors} tensors")
+    kept = {key: value for key, value in settings.items() if key not in ("auto_map", "dtype", "torch_dtype")}
+    try:
+        return factory(AutoConfig.for_model(**kept))
+    except Exception as error:  # a configuration from outside makes model classes raise whatever they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
