@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import edgewright
-from edgewright.errors import CheckFailed, Unsupported, UsageError
+from edgewright.errors import CheckFailed, UsageError
 from edgewright.io.packed import PackedLinear, PackedTensor
 from edgewright.verbs import export
 
@@ -82,11 +82,21 @@ def test_strict_unless_lenient(quantized, tmp_path):
     assert run(*arguments, "--lenient") == 0
 
 
+def test_a_quantised_folder_to_pte_that_writes_text(quantized, tmp_path, capsys):
+    from edgewright.runtime.engine import open_engine
+
+    assert run(str(quantized), "--to", "pte", "--output", str(tmp_path), "--name", "m", "--context", "128") == 0
+    out = capsys.readouterr().out
+    assert "delegated to XNNPACK" in out and "verified: " in out and "edgewright chat" in out
+    with open_engine(tmp_path / "m.pte", threads=1) as engine:
+        assert engine.context == 128 and len(engine.generate("abc", 3, ignore_end=True).ids) == 3
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        (["--to", "pte"], Unsupported, "--to pte is not written yet; there are gguf, hf, hf-float"),
-        (["--to", "gguf,onnx"], Unsupported, "onnx"),
+        (["--to", "pte", "--min-delegated", "2"], UsageError, "share from 0 to 1"),
+        (["--to", "gguf,pte", "--table", "int5"], UsageError, "auto, exact, int8, float"),
         (["--to", "exe"], UsageError, "unknown target 'exe'"),
         (["--to", ","], UsageError, "names no target"),
         (["--layout", "tiny"], UsageError, "auto, portable, small, fast"),
