@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SUFFIXES = (".gguf",)
-PLANNED_SUFFIXES = (".pte", ".onnx")
+SUFFIXES = (".gguf", ".pte")
+PROGRAMS = (".onnx",)  # arrays in, arrays out: `runtime.program` opens them
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,32 @@ def open_engine(
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
 ) -> Engine:
-    """Open an exported file in the runtime of its suffix (.gguf: llama.cpp).
+    """Open a language model in the runtime of its suffix (.gguf: llama.cpp, .pte: ExecuTorch).
 
-    threads: None uses every core. context: tokens of prompt and answer together. cache types: "f16", "q8_0", "q4_0".
-    Raises UsageError (no such file), Unsupported (suffix), FormatError (broken file), MissingPackage (no runtime).
+    threads: None uses every core. context: tokens of prompt and answer together; a .pte has it fixed in the file. cache
+    types: "f16", "q8_0", "q4_0"; a .pte has none to choose.
+    Raises UsageError (no such file), Unsupported (suffix, or a .pte that holds no language model), FormatError (broken
+    file), MissingPackage (no runtime).
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        if suffix in PLANNED_SUFFIXES:
-            raise Unsupported(f"no engine for {suffix} files yet ({path}); supported now: {known}")
+        if suffix in PROGRAMS:
+            raise Unsupported(
+                f"no engine writes text with {suffix} files ({path}); open_program runs them, {known} chat"
+            )
         raise Unsupported(f"no engine runs {path}: its suffix is {suffix or 'missing'!r}, supported: {known}")
     if not path.is_file():
         raise UsageError(f"there is no file {path}; give an exported model, e.g. edgewright bench out/model.gguf")
+    if suffix == ".pte":
+        if (cache_type_k, cache_type_v) != ("f16", "f16"):
+            raise UsageError(
+                f"the cache types {cache_type_k}/{cache_type_v} are llama.cpp's; a .pte file keeps float32"
+            )
+        from edgewright.runtime.executorch import ExecuTorchEngine
+
+        return ExecuTorchEngine(path, threads=threads)
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
     return LlamaCppEngine(path, threads=threads, context=context, cache_type_k=cache_type_k, cache_type_v=cache_type_v)

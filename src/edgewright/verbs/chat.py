@@ -16,13 +16,15 @@ HELP = "/reset starts afresh, Ctrl-C stops an answer, Ctrl-D leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="exported file (.gguf)")
+    parser.add_argument("file", metavar="FILE", help="exported file (.gguf, .pte)")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
-    parser.add_argument("--context", type=int, default=2048, metavar="N", help="tokens it remembers (default 2048)")
+    parser.add_argument(
+        "--context", type=int, default=2048, metavar="N", help="tokens it remembers (default 2048; a .pte has its own)"
+    )
     parser.add_argument("--threads", type=int, default=None, metavar="N", help="threads (default: every core)")
     parser.add_argument("--cache-type-k", choices=CACHE_TYPES, default="f16", help="how keys are kept (default f16)")
     parser.add_argument("--cache-type-v", choices=CACHE_TYPES, default="f16", help="how values are kept (default f16)")

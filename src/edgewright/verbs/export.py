@@ -1,7 +1,8 @@
 """Write a model as files for real runtimes, each read back, run and compared with the model before it is kept.
 
 MODEL is anything that `edgewright.load` reads; a folder of a quantised model keeps its codes. Targets: gguf (for
-llama.cpp), hf (a folder with the packed codes), hf-float (an ordinary checkpoint with the quantised values).
+llama.cpp), pte (for ExecuTorch), onnx (for ONNX Runtime), hf (a folder with the packed codes), hf-float (an ordinary
+checkpoint with the quantised values).
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgewright.errors import Unsupported, UsageError
+from edgewright.errors import UsageError
 
-TARGETS = ("gguf", "hf", "hf-float")
-PLANNED = ("pte", "onnx")
+TARGETS = ("gguf", "pte", "onnx", "hf", "hf-float")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding", default="Q8_0", help="type of an unquantised embedding: Q8_0, F16 or F32")
     parser.add_argument("--float-type", default="F16", help="type of other unquantised matrices: F16 or F32")
     parser.add_argument("--kv", type=int, help="4 or 8: run the file with a quantised key-value cache")
+    parser.add_argument("--context", type=int, help="pte: tokens that its cache holds (default: 1024)")
+    parser.add_argument(
+        "--table", default="auto", help="pte: embedding and head: auto, exact, int8 or float (default: auto)"
+    )
+    parser.add_argument(
+        "--min-delegated", type=float, default=0.5, help="pte: least share that XNNPACK must take (default: 0.5)"
+    )
     parser.add_argument(
         "--lenient", action="store_true", help="mark tensors that cannot have their type instead of failing"
     )
@@ -46,10 +53,14 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--name {name!r} must be a plain file name, for example --name my-model")
     output = Path(args.output)
 
-    from edgewright.export.gguf import check_settings
-
     if "gguf" in targets:  # before the model is loaded
+        from edgewright.export.gguf import check_settings
+
         check_settings(output / f"{name}.gguf", args.layout, args.float_type, args.embedding, args.kv)
+    if "pte" in targets:
+        from edgewright.export.executorch import check_arguments
+
+        check_arguments(output / f"{name}.pte", args.table, args.min_delegated)
     from edgewright.io.models import load
 
     model, tokenizer = load(args.model)
@@ -60,13 +71,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_targets(text: str) -> list[str]:
-    """The targets of --to, in order, each once. Raises Unsupported for planned ones, UsageError for unknown ones."""
+    """The targets of --to, in order, each once. Raises UsageError for unknown ones."""
     targets = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not targets:
         raise UsageError(f"--to names no target; choose from {', '.join(TARGETS)}, for example --to gguf")
     for target in targets:
-        if target in PLANNED:
-            raise Unsupported(f"--to {target} is not written yet; there are {', '.join(TARGETS)}")
         if target not in TARGETS:
             raise UsageError(f"unknown target {target!r} in --to; choose from {', '.join(TARGETS)}")
     return targets
@@ -80,6 +89,8 @@ def default_name(model: str) -> str:
 def _write(
     target: str, model: Any, tokenizer: Any, output: Path, name: str, args: argparse.Namespace
 ) -> dict[str, Any]:
+    if target in ("pte", "onnx"):
+        return _write_program(target, model, tokenizer, output / f"{name}.{target}", args)
     from edgewright.export.gguf import export_gguf
     from edgewright.export.huggingface import packed_modules, save_dequantized, save_quantized
 
@@ -105,6 +116,31 @@ def _write(
     if not args.json:
         print(f"{folder}: {size / 1e6:.1f} MB, {'packed codes' if quantized else 'ordinary checkpoint'}")
     return {"target": target, "path": str(folder), "bytes": size, "quantized": quantized}
+
+
+def _write_program(target: str, model: Any, tokenizer: Any, path: Path, args: argparse.Namespace) -> dict[str, Any]:
+    if target == "onnx":
+        from edgewright.export.onnx import export_onnx
+
+        onnx = export_onnx(model, path)
+        if not args.json:
+            print(f"{onnx.path}: {onnx.path.stat().st_size / 1e6:.1f} MB, run and compared with the model")
+        return {"target": target, **onnx.to_dict()}
+    from edgewright.export.executorch import export_executorch
+
+    export = export_executorch(
+        model,
+        tokenizer,
+        path,
+        context=args.context,
+        embedding=args.table,
+        min_delegated=args.min_delegated,
+        verify=not args.no_verify,
+    )
+    if not args.json:
+        print("\n".join(export.summary()))
+        print(f"run it: edgewright chat {export.path}")
+    return {"target": target, **export.to_dict()}
 
 
 def _print_gguf(export: Any, every: bool, kv: int | None) -> None:

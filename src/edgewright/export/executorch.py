@@ -1,0 +1,234 @@
+"""`export_executorch`: a model as a .pte file for ExecuTorch's XNNPACK backend, with the proof beside it.
+
+Packed layers keep their codes (`executorch_layers`), language models get a cache and one program for prompt and
+decoding (`executorch_language`), everything that XNNPACK knows is delegated to it and the rest is named. The file is
+written under a temporary name, loaded, run and compared with PyTorch, and only then gets its own name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import CheckFailed, EdgewrightError, Unsupported, UsageError
+from edgewright.export.executorch_language import check_language_model, export_language, is_language_model
+from edgewright.export.executorch_layers import TABLES, import_executorch, prepare
+from edgewright.export.executorch_lowering import Delegation, lower, quiet
+from edgewright.export.executorch_proof import check_language, check_program
+from edgewright.export.executorch_sizes import stored_bytes
+from edgewright.io.atomic import atomic_file
+from edgewright.io.pte import share_segments
+from edgewright.runtime.pte_metadata import language_metadata, program_metadata
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+MIN_DELEGATED = 0.5
+CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class ExecuTorchExport:
+    """A finished file. parts: bytes of codes, steps and float weights by arithmetic, each shared table once."""
+
+    path: Path
+    bytes: int
+    delegation: Delegation
+    parts: dict[str, int]
+    seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
+    checks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the file over those of its parts."""
+        return self.bytes / max(sum(self.parts.values()), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "path": str(self.path),
+            "bytes": self.bytes,
+            "parts": self.parts,
+            "delegated": self.delegation.delegated,
+            "nodes": self.delegation.total,
+            "not_delegated": self.delegation.kept,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "checks": self.checks,
+        }
+
+    def summary(self) -> list[str]:
+        """What a person wants to read, a line each."""
+        kept = ", ".join(f"{count} {name}" for name, count in self.delegation.kept.items()) or "none"
+        lines = [
+            f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.ratio:.3f} times its parts",
+            f"delegated to XNNPACK: {self.delegation.share:.0%} of {self.delegation.total} nodes; not: {kept}",
+        ]
+        if self.checks:
+            lines.append("verified: " + ", ".join(f"{key} {value}" for key, value in self.checks.items()))
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+def export_executorch(
+    model: nn.Module | ExportedProgram,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    example_inputs: Sequence[Tensor] | None = None,
+    context: int | None = None,
+    embedding: str = "auto",
+    dynamic_batch: bool = False,
+    min_delegated: float = MIN_DELEGATED,
+    verify: bool = True,
+) -> ExecuTorchExport:
+    """Write `model` (float or converted) as `path` (.pte) and prove that the file computes what the model computes.
+
+    A causal language model of transformers gets a static key-value cache of `context` tokens (default 1024, or as many
+    as the model knows), and its tokenizer travels inside the file. Any other module is traced with `example_inputs`;
+    `dynamic_batch` leaves their first axis free. A finished ExportedProgram is lowered as it is. tokenizer: may be
+    None; then the file takes and gives token ids only.
+
+    embedding: what becomes of token table and head. "auto": their codes as they are where a kernel holds them; grouped
+    8-bit codes of a head, which XNNPACK lacks, and the float table of an otherwise packed model are rounded to 8 bits
+    per row, and `notes` says so. "exact": refuse instead. "int8": round a float table too. "float": leave it.
+    min_delegated: least share of graph nodes that XNNPACK must take.
+
+    Raises CheckFailed (share, or a file that computes something else), Unsupported naming the operator and the module
+    or the layer, UsageError (arguments), MissingPackage (the extra `executorch`), OutputError.
+    """
+    path = Path(path)
+    check_arguments(path, embedding, min_delegated)
+    import_executorch()
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    exported, twin, notes, metadata, inputs = _traced(
+        model, tokenizer, example_inputs, context, embedding, dynamic_batch
+    )
+    seconds["trace"] = round(time.perf_counter() - started, 2)
+    started = time.perf_counter()
+    program, delegation = lower(exported, metadata)
+    seconds["lower"] = round(time.perf_counter() - started, 2)
+    if delegation.share < min_delegated:
+        kept = ", ".join(f"{count} {name}" for name, count in delegation.kept.items())
+        raise CheckFailed(
+            f"XNNPACK takes only {delegation.share:.0%} of {delegation.total} nodes ({min_delegated:.0%} needed); "
+            f"it does not take {kept}"
+        )
+    with atomic_file(path) as temporary:
+        with temporary.open("wb") as file:
+            program.write_to_file(file)
+        del program
+        share_segments(temporary)
+        checks: dict[str, Any] = {}
+        if verify:
+            started = time.perf_counter()
+            if inputs is None:
+                checks = check_language(temporary, twin, model, tokenizer)
+            else:
+                checks = check_program(temporary, twin, inputs, dynamic_batch)
+            seconds["verify"] = round(time.perf_counter() - started, 2)
+        size = temporary.stat().st_size
+    parts = stored_bytes(twin) if isinstance(twin, nn.Module) else {}
+    return ExecuTorchExport(path, size, delegation, parts, seconds, tuple(notes), checks)
+
+
+def _traced(
+    model: Any,
+    tokenizer: Any,
+    example_inputs: Sequence[Tensor] | None,
+    context: int | None,
+    embedding: str,
+    dynamic: bool,
+) -> tuple[Any, Any, list[str], dict[str, Any], tuple[Tensor, ...] | None]:
+    """(exported program, what to compare with, notes, metadata, example inputs or None for a language model)."""
+    from torch.export import ExportedProgram
+
+    if isinstance(model, ExportedProgram):
+        example = model.example_inputs[0] if example_inputs is None and model.example_inputs else example_inputs
+        inputs = _inputs(example, model)
+        return model, model.module(), [], program_metadata(inputs, False), inputs
+    if is_language_model(model) and example_inputs is None:
+        if context is None:
+            context = min(CONTEXT, getattr(model.config, "max_position_embeddings", None) or CONTEXT)
+        check_language_model(model, context)  # type: ignore[arg-type]
+        metadata = language_metadata(model, tokenizer, context)
+        twin, notes = prepare(model, embedding)
+        exported = _guarded(model, lambda: export_language(twin, context))  # type: ignore[arg-type]
+        return exported, twin, notes, metadata, None
+    inputs = _inputs(example_inputs, model)
+    twin, notes = prepare(model, embedding)
+    shapes = None
+    if dynamic:
+        batch = torch.export.Dim("batch", min=1, max=1024)
+        shapes = tuple({0: batch} for _ in inputs)
+        inputs = tuple(value if len(value) > 1 else torch.cat([value, value]) for value in inputs)
+
+    def trace() -> Any:
+        with torch.no_grad():
+            return torch.export.export(_Plain(twin), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False)
+
+    return _guarded(model, trace), twin, notes, program_metadata(inputs, dynamic), inputs
+
+
+class _Plain(nn.Module):
+    """A module whose outputs are a flat tuple of tensors, whatever container the model returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return flat_outputs(self.model(*inputs))
+
+
+def flat_outputs(value: Any) -> tuple[Tensor, ...]:
+    """The tensors of a model's output in order: of a tensor, a tuple, a list, a mapping or a ModelOutput."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if hasattr(value, "to_tuple"):
+        value = value.to_tuple()
+    elif isinstance(value, dict):
+        value = tuple(value.values())
+    if not isinstance(value, tuple | list):
+        return ()
+    return tuple(tensor for part in value for tensor in flat_outputs(part))
+
+
+def _guarded(model: nn.Module, trace: Any) -> Any:
+    try:
+        with quiet():
+            return trace()
+    except EdgewrightError:
+        raise
+    except Exception as error:  # torch.export's errors share no base class; each means: not traceable
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise Unsupported(f"torch.export cannot trace {type(model).__name__}: {reason}") from error
+
+
+def _inputs(example: Any, model: Any) -> tuple[Tensor, ...]:
+    if isinstance(example, Tensor):
+        example = (example,)
+    values = tuple(example or ())
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise UsageError(
+            f"{type(model).__name__} is not a language model: give tensors to trace it with, "
+            "e.g. export_executorch(model, None, path, example_inputs=[torch.randn(1, 3, 224, 224)])"
+        )
+    return values
+
+
+def check_arguments(path: Path, embedding: str, min_delegated: float) -> None:
+    """Raise UsageError for what cannot be asked for, before any work."""
+    if path.suffix.lower() != ".pte":
+        raise UsageError(f"an ExecuTorch file ends in .pte, got {path.name!r}; e.g. {path.stem or 'model'}.pte")
+    if embedding not in TABLES:
+        raise UsageError(f"embedding must be one of {', '.join(TABLES)}, got {embedding!r}; e.g. embedding='auto'")
+    if not 0 <= min_delegated <= 1:
+        raise UsageError(f"min_delegated is a share from 0 to 1, got {min_delegated}; e.g. min_delegated=0.5")

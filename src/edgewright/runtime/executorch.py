@@ -1,0 +1,325 @@
+"""The ExecuTorch engine: logits, generation and chat prompts of a language model in a .pte file of ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError
+from edgewright.io.pte import read_layout
+from edgewright.runtime.chat_template import render_chat
+from edgewright.runtime.child_check import first_run_in_child
+from edgewright.runtime.engine import Generation
+from edgewright.runtime.executorch_library import first_line, set_threads, silent
+from edgewright.runtime.executorch_program import FORWARD, open_file
+
+MAX_VOCABULARY, MAX_CONTEXT = 1 << 22, 1 << 20
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """What the file says about itself. kept_ids: token of each output where the head was cut, else None."""
+
+    vocabulary: int
+    context: int
+    kept_ids: tuple[int, ...] | None
+    ends: frozenset[int]
+    specials: frozenset[int]
+    start: int | None
+    template: str | None
+    start_text: str
+    end_text: str
+
+
+class ExecuTorchEngine:
+    """A .pte of `export_executorch` with a language model in it; answers to `runtime.engine.Engine`.
+
+    `context` is fixed in the file. `vocabulary` is the width of the logits: fewer than `tokens` where the head was cut,
+    and then `kept_ids[i]` is the token of output i. Threads belong to the whole process: the last engine opened sets
+    them. Raises FormatError (damaged or foreign file), Unsupported (a .pte that is no language model).
+    """
+
+    def __init__(self, path: str | Path, *, threads: int | None = None, check: bool = True) -> None:
+        self._module: Any = None
+        self.path = Path(path)
+        read_layout(self.path)
+        if check:
+            first_run_in_child("edgewright.runtime.executorch_program", "first_run", self.path)
+        self.threads = set_threads(threads)
+        module, metadata = open_file(self.path)
+        if metadata.get("kind") != "language":
+            raise Unsupported(f"{self.path} holds no language model of edgewright; open it with open_program(path)")
+        self.settings = language_settings(metadata, self.path)
+        self.context, self.tokens = self.settings.context, self.settings.vocabulary
+        self.kept_ids = self.settings.kept_ids
+        meta = module.method_meta(FORWARD)
+        try:
+            self._chunk = int(meta.input_tensor_meta(0).sizes()[1])
+            self.vocabulary = int(meta.output_tensor_meta(0).sizes()[1])
+        except (RuntimeError, IndexError) as error:
+            raise FormatError(f"{self.path}: its program is not that of a language model") from error
+        self._tokenizer = _tokenizer(metadata.get("tokenizer"), self.path)
+        self._cached: list[int] = []
+        self._module = module
+
+    def close(self) -> None:
+        """Free the model; harmless when called again."""
+        self._module = None
+
+    def __enter__(self) -> ExecuTorchEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- text and tokens
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; `special` reads special tokens in the text and adds those the model starts with."""
+        tokenizer = self._text()
+        tokenizer.encode_special_tokens = not special
+        ids = list(tokenizer.encode(text, add_special_tokens=special).ids)
+        start = self.settings.start
+        # a chat template that writes the start token itself would otherwise get it twice
+        return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == start else ids
+
+    def detokenize(self, ids: Sequence[int], special: bool = True) -> str:
+        """The text of `ids`; `special` writes special tokens out."""
+        text: str = self._text().decode(self._checked(ids, empty_is_fine=True), skip_special_tokens=not special)
+        return text
+
+    def is_end(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        return token in self.settings.ends
+
+    def is_control(self, token: int) -> bool:
+        """Whether the token is a mark rather than text."""
+        return token in self.settings.specials
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The messages in the chat format that the file carries, ready for the answer."""
+        settings = self.settings
+        if settings.template is None:
+            raise UsageError(f"{self.path} carries no chat template; continue a plain text with generate(text) instead")
+        return render_chat(settings.template, messages, bos=settings.start_text, eos=settings.end_text)
+
+    # ---- the model
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [T, vocabulary]: the logits after each of the T ids, from an empty cache."""
+        return np.concatenate(list(self.logits_stream(ids)))
+
+    def logits_stream(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The rows of `logits` in order, at most 128 at a time."""
+        checked = self._checked(ids)
+        self._fits(len(checked))
+        self._cached = []
+        for start in range(0, len(checked), self._chunk):
+            part = checked[start : start + self._chunk]
+            yield self._forward(part, range(len(part)))
+
+    def logits_by_token(self, ids: Sequence[int], begin: int) -> NDArray[np.float32]:
+        """The rows of `logits` from `begin` on, each computed by a call of its own on what is in the cache."""
+        checked = self._checked(ids)
+        self._fits(len(checked))
+        self._cached = []
+        self._prefill(checked[:begin], reuse=False)
+        return np.concatenate([self._forward([token], [0]) for token in checked[begin:]])
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 128,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_token: Callable[[str], object] | None = None,
+        reuse: bool = False,
+        ignore_end: bool = False,
+    ) -> Generation:
+        """Continue `prompt` (text or ids): greedily at temperature 0, else sampled from the softmax with `seed`.
+
+        on_token gets the text as it grows, never half a character. reuse: keep what the previous call left in the cache
+        as far as it is the same. ignore_end: go on after the end of the text (benchmarks). Raises UsageError when the
+        prompt does not fit the context.
+        """
+        if max_new_tokens < 1 or not (0 <= temperature < float("inf")):
+            raise UsageError(
+                f"generate needs max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}; "
+                "e.g. generate(text, 128, temperature=0.7)"
+            )
+        begin = time.perf_counter()
+        ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        self._fits(len(ids) + 1)
+        rng = np.random.default_rng(seed)
+        writer = _Writer(self._tokenizer, on_token)
+        row, reused = self._prefill(ids, reuse)
+        written: list[int] = []
+        seconds: list[float] = []
+        finish = "length"
+        while True:
+            token = self._sample(row, temperature, rng)
+            seconds.append(time.perf_counter() - begin)
+            if self.is_end(token) and not ignore_end:
+                finish = "stop"
+                break
+            written.append(token)
+            writer.add(token)
+            if len(written) == max_new_tokens:
+                break
+            if len(self._cached) >= self.context:
+                finish = "context"
+                break
+            begin = time.perf_counter()
+            row = self._forward([token], [0])[0]
+        return Generation(
+            text=writer.end(),
+            ids=tuple(written),
+            prompt_tokens=len(ids),
+            prefill_seconds=seconds[0],
+            token_seconds=tuple(seconds[1:]),
+            finish=finish,
+            reused_tokens=reused,
+        )
+
+    def _prefill(self, ids: list[int], reuse: bool) -> tuple[NDArray[np.float32], int]:
+        """(logits after the last of `ids`, how many of them were in the cache already)."""
+        keep = 0
+        if reuse:  # the last token is always computed, for its logits
+            limit = min(len(self._cached), len(ids) - 1)
+            while keep < limit and self._cached[keep] == ids[keep]:
+                keep += 1
+        self._cached = self._cached[:keep]
+        for start in range(keep, len(ids), self._chunk):
+            part = ids[start : start + self._chunk]
+            rows = self._forward(part, [len(part) - 1])  # the head is computed once a chunk, not once a token
+        return rows[0], keep
+
+    def _forward(self, tokens: Sequence[int], rows: Sequence[int]) -> NDArray[np.float32]:
+        """Feed tokens behind what is in the cache; float32 [len(rows), vocabulary]."""
+        import torch
+
+        self._alive()
+        place = len(self._cached)
+        inputs = (torch.tensor([list(tokens)]), torch.tensor([place]), torch.tensor(list(rows)))
+        try:
+            (logits,) = self._module.forward(inputs)
+        except RuntimeError as error:
+            self._cached = []
+            raise EdgewrightError(f"ExecuTorch stopped at token {place}: {first_line(error)}") from error
+        self._cached += tokens
+        result: NDArray[np.float32] = logits.numpy()
+        return result
+
+    def _sample(self, row: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
+        if temperature == 0:
+            place = int(row.argmax())
+        else:
+            cumulative = np.cumsum(np.exp((row.astype(np.float64) - row.max()) / temperature))
+            place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        return place if self.kept_ids is None else self.kept_ids[place]
+
+    # ---- checks
+
+    def _alive(self) -> None:
+        if self._module is None:
+            raise UsageError(f"the engine of {self.path} is closed; open it again with open_engine(path)")
+
+    def _text(self) -> Any:
+        self._alive()
+        if self._tokenizer is None:
+            raise UsageError(f"{self.path} carries no tokenizer; give token ids, or export it with its tokenizer")
+        return self._tokenizer
+
+    def _checked(self, ids: Sequence[int], empty_is_fine: bool = False) -> list[int]:
+        self._alive()
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if not array.size and not empty_is_fine:
+            raise UsageError("there are no tokens to run: the text is empty and the model adds no start token")
+        if array.size and not (0 <= array.min() and array.max() < self.tokens):
+            bad = array[(array < 0) | (array >= self.tokens)][0]
+            raise UsageError(f"token {bad} is not in the vocabulary of {self.path.name} (0 to {self.tokens - 1})")
+        return [int(token) for token in array]
+
+    def _fits(self, needed: int) -> None:
+        if needed > self.context:
+            raise UsageError(
+                f"{needed} tokens do not fit the context of {self.context} that {self.path.name} was exported with; "
+                f"shorten the text, or export again with context={needed}"
+            )
+
+
+class _Writer:
+    """The new text as it grows, handed on in whole characters."""
+
+    def __init__(self, tokenizer: Any, on_token: Callable[[str], object] | None) -> None:
+        self.tokenizer, self.on_token = tokenizer, on_token
+        self.ids: list[int] = []
+        self.text = ""
+
+    def add(self, token: int) -> None:
+        self.ids.append(token)
+        if self.tokenizer is not None and self.on_token is not None:
+            whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+            if not whole.endswith("\ufffd"):
+                self._emit(whole)
+
+    def end(self) -> str:
+        if self.tokenizer is None:
+            return ""
+        self._emit(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        return self.text
+
+    def _emit(self, whole: str) -> None:
+        new, self.text = whole[len(self.text) :], whole
+        if new and self.on_token is not None:
+            self.on_token(new)
+
+
+def language_settings(metadata: Mapping[str, Any], path: Path) -> LanguageSettings:
+    """The settings in a file's metadata. Raises FormatError where they are missing or out of reason."""
+    try:
+        vocabulary, context = int(metadata["vocabulary"]), int(metadata["context"])
+        kept = metadata.get("kept_ids")
+        kept_ids = None if kept is None else tuple(int(token) for token in kept)
+        if not (1 <= vocabulary <= MAX_VOCABULARY and 2 <= context <= MAX_CONTEXT):
+            raise ValueError(f"vocabulary {vocabulary}, context {context}")
+        if kept_ids is not None and not all(0 <= token < vocabulary for token in kept_ids):
+            raise ValueError("kept tokens outside the vocabulary")
+        template, start = metadata.get("chat_template"), metadata.get("start")
+        return LanguageSettings(
+            vocabulary=vocabulary,
+            context=context,
+            kept_ids=kept_ids,
+            ends=frozenset(int(token) for token in metadata.get("ends", ())),
+            specials=frozenset(int(token) for token in metadata.get("special_ids", ())),
+            start=None if start is None else int(start),
+            template=None if template is None else str(template),
+            start_text=str(metadata.get("start_text", "")),
+            end_text=str(metadata.get("end_text", "")),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"{path}: the description of its language model is damaged: {error}") from error
+
+
+def _tokenizer(text: Any, path: Path) -> Any:
+    if text is None:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingPackage("the tokenizer inside the file needs tokenizers: pip install tokenizers") from error
+    try:
+        with silent():
+            return Tokenizer.from_str(text)
+    except Exception as error:  # the package raises plain Exception for everything it cannot read
+        raise FormatError(f"{path}: the tokenizer inside the file cannot be read: {first_line(error)}") from error

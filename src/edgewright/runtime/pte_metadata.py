@@ -1,0 +1,100 @@
+"""What travels inside our .pte files beside the weights: names and shapes, or tokenizer, chat template and end tokens.
+
+It is the result of a method of the program, `edgewright`: a uint8 tensor holding zlib-compressed JSON. One file is all
+there is to copy, and ExecuTorch's other runners ignore a method that they do not call.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgewright.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHOD = "edgewright"
+FORMAT = 1
+LARGEST = 1 << 28  # bytes of JSON that are unpacked
+
+
+def pack(metadata: dict[str, Any]) -> Tensor:
+    """Metadata as the uint8 tensor that the method returns."""
+    import numpy as np
+    import torch
+
+    data = zlib.compress(json.dumps(metadata, ensure_ascii=False).encode("utf-8"), 9)
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+
+
+def unpack(data: bytes, path: object) -> dict[str, Any]:
+    """The metadata of that tensor. Raises FormatError for anything that `pack` did not write."""
+    try:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(data, LARGEST)
+        if unpacker.unconsumed_tail or not unpacker.eof:
+            raise ValueError("too long or cut off")
+        value = json.loads(text.decode("utf-8"))
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: the description inside the file is damaged: {error}") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise FormatError(f"{path}: the description inside the file is none of format {FORMAT}")
+    return value
+
+
+def language_metadata(model: Any, tokenizer: Any, context: int) -> dict[str, Any]:
+    """Of a causal language model of transformers; tokenizer None leaves the file without text."""
+    config = model.config
+    head = model.get_output_embeddings()
+    kept = getattr(head, "kept_ids", None)
+    expanded = bool(getattr(head, "expand", False))
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = config.eos_token_id if ends is None else ends
+    metadata: dict[str, Any] = {
+        "format": FORMAT,
+        "kind": "language",
+        "model_type": config.model_type,
+        "vocabulary": int(config.vocab_size),
+        "context": context,
+        "kept_ids": None if kept is None or expanded else [int(token) for token in kept],
+        "ends": [int(token) for token in (ends if isinstance(ends, list | tuple) else [ends]) if token is not None],
+        "tokenizer": None,
+    }
+    if tokenizer is None:
+        return metadata
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        raise UsageError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer and cannot travel inside the file; load the model's "
+            "tokenizer with AutoTokenizer, or give None to export without text"
+        )
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    start = tokenizer.bos_token_id
+    if tokenizer.eos_token_id is not None:
+        metadata["ends"] = sorted({*metadata["ends"], int(tokenizer.eos_token_id)})
+    return metadata | {
+        "tokenizer": fast.to_str(),
+        "chat_template": template,
+        "start": None if start is None else int(start),
+        "start_text": tokenizer.bos_token or "",
+        "end_text": tokenizer.eos_token or "",
+        "special_ids": sorted(int(token) for token in tokenizer.all_special_ids),
+    }
+
+
+def program_metadata(inputs: Sequence[Tensor], dynamic_batch: bool) -> dict[str, Any]:
+    """Of any other program: shapes (None for a free axis) and types of its inputs."""
+    specs = [
+        {
+            "name": f"input_{i}",
+            "shape": [None if dynamic_batch and axis == 0 else size for axis, size in enumerate(value.shape)],
+            "dtype": str(value.dtype).removeprefix("torch."),
+        }
+        for i, value in enumerate(inputs)
+    ]
+    return {"format": FORMAT, "kind": "program", "inputs": specs}
