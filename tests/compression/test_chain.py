@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from torch import nn
+from toy_llama import make_tiny_llama
 
 import edgewright
 from edgewright.compression.chain import Stage, run_chain, waterfall

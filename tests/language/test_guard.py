@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from torch import Tensor, nn
+from toy_llama import make_tiny_llama
 
 import edgewright
 from edgewright.compression.stages import int4_config

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from toy_llama import make_tiny_llama
 
 import edgewright
 from edgewright.compression.stages import int4_config

@@ -172,8 +172,8 @@ def test_widths_are_cut_in_encoder_decoders_only(tiny_llama: Any) -> None:
 
 def test_a_decoder_only_model_exports(tmp_path: Path) -> None:
     """Ternary rows of 64 and 128 go to Q2_0; the exporter runs the file and compares its answers with the model's."""
-    from conftest import make_tiny_llama
     from export_models import make_tokenizer
+    from toy_llama import make_tiny_llama
 
     from edgewright.export.gguf import export_gguf
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from torch import nn
+from toy_llama import make_tiny_llama
 
 import edgewright
 from edgewright.errors import FormatError, Unsupported, UsageError

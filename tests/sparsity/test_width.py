@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny_llama
 from torch import nn
+from toy_llama import make_tiny_llama
 
 import edgewright
 from edgewright.errors import Unsupported, UsageError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
+from toy_llama import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 import edgewright
