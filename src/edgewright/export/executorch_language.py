@@ -47,7 +47,7 @@ def check_language_model(model: PreTrainedModel, context: int) -> None:
         raise UsageError(f"{name} was trained for {longest} tokens; context={context} is too long for it")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    sliding = bool(window) and window < context and getattr(config, "use_sliding_window", True)
+    sliding = window is not None and 0 < window < context and getattr(config, "use_sliding_window", True)
     if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and sliding):
         raise Unsupported(f"{name} mixes the layer types {', '.join(sorted(kinds))}; only full attention is exported")
     if sliding and not getattr(config, "layer_types", None):
@@ -100,7 +100,7 @@ def export_language(model: PreTrainedModel, context: int) -> ExportedProgram:
     chunk = min(CHUNK, context)
     tokens, rows = torch.export.Dim("tokens", min=1, max=chunk), torch.export.Dim("rows", min=1, max=chunk)
     example = (torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(2, dtype=torch.long))
-    shapes = ({1: tokens}, {}, {0: rows})
+    shapes: Any = ({1: tokens}, {}, {0: rows})
     with torch.no_grad(), cached_attention(model):
         return torch.export.export(program, example, dynamic_shapes=shapes, strict=False)
 

@@ -197,7 +197,8 @@ def _tables(model: nn.Module, table: str, notes: list[str]) -> dict[str, tuple[T
     """Name -> what is stored for the token embedding and the head, where that is not simply their own codes."""
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "get_output_embeddings"):
         return {}
-    owner, head = model.get_input_embeddings(), model.get_output_embeddings()
+    language: Any = model
+    owner, head = language.get_input_embeddings(), language.get_output_embeddings()
     head = getattr(head, "rows", head)  # of a head that was cut to a few tokens (`sparsity.unembedding`)
     names = {id(module): name for name, module in model.named_modules()}
     quantized = any(isinstance(module, PackedLinear) for module in model.modules())
@@ -246,10 +247,8 @@ def _front(module: nn.Module) -> nn.Module | None:
 
 def _float_conv(module: PackedConv2d) -> nn.Module:
     rows, columns, *kernel = module.kernel_shape
-    conv: nn.Module = nn.Conv2d(
-        columns * module.conv_groups, rows, tuple(kernel), module.stride, module.padding, module.dilation,
-        module.conv_groups, bias=module.bias is not None,
-    )  # fmt: skip
+    options: Any = (kernel, module.stride, module.padding, module.dilation, module.conv_groups)
+    conv: nn.Module = nn.Conv2d(columns * module.conv_groups, rows, *options, bias=module.bias is not None)
     with torch.no_grad():
         conv.weight.copy_(module.weight.reshape(module.kernel_shape))  # type: ignore[operator,union-attr]
         if module.bias is not None:

@@ -134,9 +134,10 @@ class BlockedLinear(_Blocked):
             x = self.input_quantizer(x)
         if self.bits == 1:
             return F.linear(x, self.unpacked(self.codes, self.scales), self.bias)
+        stored: list[Any] = [self.codes, self.scales, self.zero_points]
         y = symbolic(
             "com.microsoft::MatMulNBits",
-            [x, self.codes, self.scales, *([] if self.zero_points is None else [self.zero_points])],
+            [x, *(part for part in stored if part is not None)],
             [*x.shape[:-1], self.rows],
             K=self.columns,
             N=self.rows,
@@ -174,7 +175,8 @@ class _Dequantized(nn.Module):
 
     def weight(self) -> Tensor:
         codes: Any = self.codes
-        values = symbolic(f"{DOMAIN}::Dequantize", [codes, self.scales], list(codes.shape), bits=self.bits)
+        scales: Any = self.scales
+        values = symbolic(f"{DOMAIN}::Dequantize", [codes, scales], list(codes.shape), bits=self.bits)
         return values if codes.shape == self.shape else values.reshape(self.shape)
 
 
@@ -183,7 +185,7 @@ class DequantizedConv2d(_Dequantized):
 
     def __init__(self, layer: PackedConv2d) -> None:
         super().__init__(layer, layer.kernel_shape)
-        self.options = (layer.stride, layer.padding, layer.dilation, layer.conv_groups)
+        self.options: Any = (layer.stride, layer.padding, layer.dilation, layer.conv_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:

@@ -72,9 +72,9 @@ def prove(
                 expected = reference(tensors)
                 found = program.run([tensor.numpy() for tensor in tensors])
                 for name, want, got in zip(names, expected.values(), found, strict=True):
-                    error = difference(want.detach().numpy(), got)
-                    if error >= worst:
-                        worst, where = error, name
+                    distance = difference(want.detach().numpy(), got)
+                    if distance >= worst:
+                        worst, where = distance, name
     except CheckFailed:
         raise
     except EdgewrightError as error:

@@ -134,7 +134,7 @@ def clone(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares parameters and buffers with the original: to replace modules in."""
     tensors = [*model.parameters(), *model.buffers()]
     copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    config = getattr(copied, "config", None)
+    config: Any = getattr(copied, "config", None)
     if getattr(config, "use_cache", False):  # a file without a cache: tokens in, logits of all of them out
         config.use_cache = False
     return copied.eval()

@@ -262,14 +262,14 @@ class _Bench:
         from edgewright.quantization.attention import AttentionQuantizers
 
         seen: list[tuple[Tensor, Tensor]] = []
-        hooks = [
-            module.probabilities.register_forward_hook(lambda _, __, out: seen.append((out, real)))
-            for module in student.modules()
-            if isinstance(module, AttentionQuantizers)
-        ]
         batch = {name: self.held_out[name][:64] for name in ("input_ids", "attention_mask")}
         mask = batch["attention_mask"].bool()
         real = mask[:, None, :, None] & mask[:, None, None, :]  # [B, 1, T, S]
+        hooks = [
+            module.probabilities.register_forward_hook(lambda _, __, out: seen.append((out, real)))
+            for module in student.modules()
+            if isinstance(module, AttentionQuantizers) and module.probabilities is not None
+        ]
         with torch.no_grad():
             student(**batch)
         for hook in hooks:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +119,7 @@ def run(settings: Int8Whitepaper, output: Path) -> Report:
             for row in measured(name, measure):
                 report.add(**row)
         _plot_agreement(report, output / "agreement.png")
-    seeds = [
-        measured(f"digits/{seed}", lambda seed=seed: digits_rows(settings, seed)) for seed in range(settings.seeds)
-    ]
+    seeds = [measured(f"digits/{seed}", partial(digits_rows, settings, seed)) for seed in range(settings.seeds)]
     for rows in zip(*(part for part in seeds), strict=True):
         if rows[0]["metric"] != "curve":
             report.add(**_over_seeds(list(rows)))
