@@ -212,8 +212,8 @@ def test_bad_arguments(toy, toy_file, tmp_path):
             open_engine(toy_file, **{name: value})
     with pytest.raises(UsageError, match="there is no file"):
         open_engine(tmp_path / "none.gguf")
-    for suffix in (".pte", ".onnx", ".bin"):
-        with pytest.raises(EdgewrightError, match="supported"):
+    for suffix, reason in ((".pte", "there is no file"), (".onnx", "open_program runs them"), (".bin", "supported")):
+        with pytest.raises(EdgewrightError, match=reason):
             open_engine(tmp_path / f"model{suffix}")
 
 

@@ -247,7 +247,13 @@ def _front(module: nn.Module) -> nn.Module | None:
 
 def _float_conv(module: PackedConv2d) -> nn.Module:
     rows, columns, *kernel = module.kernel_shape
-    options: Any = (kernel, module.stride, module.padding, module.dilation, module.conv_groups)
+    options: tuple[Any, Any, Any, Any, Any] = (
+        kernel,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.conv_groups,
+    )
     conv: nn.Module = nn.Conv2d(columns * module.conv_groups, rows, *options, bias=module.bias is not None)
     with torch.no_grad():
         conv.weight.copy_(module.weight.reshape(module.kernel_shape))  # type: ignore[operator,union-attr]
