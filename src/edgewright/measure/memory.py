@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import subprocess
@@ -146,3 +147,12 @@ def _status_bytes(key: str) -> int | None:
     except OSError:
         pass
     return None
+
+
+def release_free_memory() -> None:
+    """Hand freed memory back to the system where the C library can (glibc): before work with a bound on its peak."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return
+    trim(0)

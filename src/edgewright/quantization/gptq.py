@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, Unsupported, UsageError
+from edgewright.measure.memory import release_free_memory
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import QuantConfig, Rule
 from edgewright.quantization.fake_quantize import Quantizer
@@ -67,6 +68,7 @@ def gptq_(
     was_training = model.training
     model.eval()
     report: list[LayerError] = []
+    release_free_memory()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="edgewright-", dir=scratch) as folder:
         states, arguments = _first_inputs(model, layers[0], blocks, Path(folder) / "hidden")
         for index, layer in enumerate(layers):
@@ -228,11 +230,12 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(order, U): columns by falling diag(H), and the upper Cholesky factor of the inverse of the damped, ordered H."""
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = hessian[order][:, order]
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    identity = torch.eye(len(order), device=hessian.device)
     for strength in (damping, 10 * damping, 100 * damping, 1.0):  # few samples: H may be singular in float32
-        factor, failed = torch.linalg.cholesky_ex(damped + identity * (mean * strength))
+        damped = hessian[order][:, order]
+        damped.diagonal().add_(mean * strength)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # a Hessian of a wide layer is as large as its weight: no copy longer than needed
         if not failed:
             inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed:
