@@ -184,7 +184,7 @@ def test_the_forward_is_torchaos() -> None:
     torchao multiplies by 1/scale where we divide by the scale, so the two may part at ties, and absmax/7.5 puts the
     largest weight of a group on one (7.5 steps). A positive one is clipped to 7 either way: here all are.
     """
-    qat = pytest.importorskip("torchao.quantization.qat")
+    from torchao.quantization import qat
     from torchao.quantization import quantize_ as torchao_quantize_
 
     generator = torch.Generator().manual_seed(0)

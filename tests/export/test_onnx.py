@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from export_models import random_packed
@@ -20,10 +21,6 @@ from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear
 from edgewright.quantization.config import ActivationConfig, Rule
 from edgewright.quantization.elastic import ElasticConfig
 from edgewright.runtime.program import open_program
-
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
 numpy_helper = onnx.numpy_helper
 

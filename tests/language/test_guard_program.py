@@ -21,7 +21,8 @@ KEPT = (2, 5, 17, 100, 255)
 
 def test_the_exported_program_reads_on_like_the_model(tmp_path: Path) -> None:
     """One file for all: a prompt longer than a chunk, its continuation, a step back, a new start, too many tokens."""
-    executorch = pytest.importorskip("edgewright.export.executorch")
+    from edgewright.export import executorch
+
     model = make_tiny_llama(num_hidden_layers=1)
     edgewright.convert_(edgewright.quantize_(model, int4_config(32)))
     prune_unembedding_(model, KEPT)

@@ -228,8 +228,8 @@ def test_folders_that_lie_are_refused(tmp_path):
 
 
 def test_an_onnx_file_holds_bits_and_runs_in_onnx_runtime(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
+    import onnx
+
     from edgewright.export.onnx_binary import export_binary_onnx
 
     packed = pack_binary_(student(hidden_size=64, intermediate_size=128, num_hidden_layers=1))
