@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import row_over_seeds
 
 if TYPE_CHECKING:
     from edgewright.measure.report import Report
@@ -122,7 +123,7 @@ def run(settings: Int8Whitepaper, output: Path) -> Report:
     seeds = [measured(f"digits/{seed}", partial(digits_rows, settings, seed)) for seed in range(settings.seeds)]
     for rows in zip(*(part for part in seeds), strict=True):
         if rows[0]["metric"] != "curve":
-            report.add(**_over_seeds(list(rows)))
+            report.add(**row_over_seeds(list(rows)))
     _plot_jitter(seeds[0], output / "jitter.png")
     report.notes.append("SQNR in dB; jitter: standard deviation of the last 20 validation losses of a training run")
     if settings.evaluation:
@@ -131,16 +132,6 @@ def run(settings: Int8Whitepaper, output: Path) -> Report:
             "calibrated or trained on; standard errors count pictures"
         )
     return report
-
-
-def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row: the only seed's, or the mean with the standard error over seeds."""
-    from statistics import mean, stdev
-
-    if len(rows) == 1:
-        return rows[0]
-    values = [row["value"] for row in rows]
-    return {**rows[0], "value": mean(values), "se": stdev(values) / len(values) ** 0.5, "n": len(values)}
 
 
 def _plot_agreement(report: Report, path: Path) -> None:

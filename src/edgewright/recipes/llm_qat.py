@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
+from edgewright.recipes.seeds import row_over_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -132,22 +133,12 @@ def run(settings: LLMQAT, output: Path) -> Report:
             for seed in range(settings.seeds)
         ]
         for rows in zip(*runs, strict=True):
-            report.add(**_over_seeds(list(rows)))
+            report.add(**row_over_seeds(list(rows)))
     report.notes.append(
         "KL in nats per token to the full-precision model, on documentation topics that no run trained on"
     )
     _plot(report, output / "kl.png")
     return report
-
-
-def _over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row: the only seed's, or the mean with the standard error over seeds."""
-    from statistics import mean, stdev
-
-    if len(rows) == 1:
-        return rows[0]
-    values = [row["value"] for row in rows]
-    return {**rows[0], "value": mean(values), "se": stdev(values) / len(values) ** 0.5, "n": len(values)}
 
 
 class _Bench:

@@ -12,10 +12,10 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
 from edgewright.recipes.sentences import SentenceBench, SentenceSettings, embedding_loss
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ def run(settings: LowBitArena, output: Path) -> Report:
     for subject in dict.fromkeys(key.rpartition("/")[0] for key in points):
         found = [value for key, value in points.items() if key.rpartition("/")[0] == subject]
         errors = [value["embedding_error"] for value in found]
-        se = stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else None
-        report.add("embedding_error", mean(errors), subject=subject, se=se, n=len(errors), unit="1 - cosine")
+        report.add("embedding_error", subject=subject, unit="1 - cosine", **over_seeds(errors))
         report.add("bits_per_weight", found[0]["bits_per_weight"], subject=subject, unit="bits")
     report.notes.append(
         "standard errors are over seeds of the training order; bits per weight of the linear layers, scales included"

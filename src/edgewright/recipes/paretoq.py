@@ -14,10 +14,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
 from edgewright.recipes.sentences import SentenceBench, SentenceSettings
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ def run(settings: ParetoQ, output: Path) -> Report:
     report = Report("ParetoQ: MiniLM-L6 distilled to itself, by width and method")
     for subject in dict.fromkeys(key.rpartition("/")[0] for key in points):
         values = [value for key, value in points.items() if key.rpartition("/")[0] == subject]
-        se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        report.add("embedding_error", mean(values), subject=subject, se=se, n=len(values), unit="1 - cosine")
+        report.add("embedding_error", subject=subject, unit="1 - cosine", **over_seeds(values))
     report.notes.append("standard errors are over seeds of the training order; rows without one were run once")
     _plot(report, output / "error.png")
     for bits in settings.end_to_end:

@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import row_over_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -169,7 +169,7 @@ def run(settings: TernaryBinaryNLG, output: Path) -> Report:
         rows += measured(f"{name}, not trained", _Rewriting, "untrained", name)
     for name in STUDENTS:
         seeds = [measured(f"{name}/{k}", _Rewriting, "trained", name, k) for k in range(settings.seeds)]
-        rows += [_over_seeds(list(group)) for group in zip(*seeds, strict=True)]
+        rows += [row_over_seeds(list(group)) for group in zip(*seeds, strict=True)]
     for name, rule in {**LLM_UNTRAINED, **LLM_RULES}.items() if settings.llm_steps else ():
         rows += measured(f"llm {name}", _SmolLM2, "rows", name, rule, settings.llm_steps if name in LLM_RULES else 0)
     for row in rows:
@@ -180,14 +180,6 @@ def run(settings: TernaryBinaryNLG, output: Path) -> Report:
         report.notes.append("SmolLM2: ternary linear layers, 8-bit table; KL in nats per token to the float model")
     _plot(report, output / "exact_match.png")
     return report
-
-
-def _over_seeds(rows: list[Row]) -> Row:
-    """One row: the only seed's, or the mean with the standard error over seeds."""
-    if len(rows) == 1:
-        return rows[0]
-    values = [row["value"] for row in rows]
-    return {**rows[0], "value": mean(values), "se": stdev(values) / len(values) ** 0.5, "n": len(values)}
 
 
 class _Rewriting:

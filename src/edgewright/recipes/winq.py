@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
 from edgewright.recipes.sentences import SentenceBench, SentenceSettings, embedding_loss
 
 if TYPE_CHECKING:
@@ -284,25 +285,20 @@ class _Bench:
         }
 
 
-def _over_seeds(values: list[float]) -> dict[str, Any]:
-    se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return {"value": mean(values), "se": se, "n": len(values)}
-
-
 def _add_comparison(report: Report, settings: WinQRecipe, main: dict[str, list[dict[str, Any]]]) -> None:
     for subject, runs in main.items():
         plain = main[subject.partition(", ")[0] + ", plain"]
-        report.add("embedding_error", subject=subject, unit="1 - cosine", **_over_seeds([r["error"] for r in runs]))
+        report.add("embedding_error", subject=subject, unit="1 - cosine", **over_seeds([r["error"] for r in runs]))
         gains = [1 - ours["error"] / theirs["error"] for ours, theirs in zip(runs, plain, strict=True)]
         if runs is not plain:
-            report.add("gain", subject=subject, **_over_seeds(gains))
+            report.add("gain", subject=subject, **over_seeds(gains))
         needed, reached = [], []
         for ours, theirs in zip(runs, plain, strict=True):
             target = theirs["course"][-1][1]
             first = next((step for step, error in ours["course"] if error <= target), None)
             reached.append(first is not None)
             needed.append(float(first or settings.steps))
-        report.add("steps_to_target", subject=subject, **_over_seeds(needed))
+        report.add("steps_to_target", subject=subject, **over_seeds(needed))
         report.add("target_reached", mean(reached), subject=subject, n=len(reached))
 
 
@@ -316,7 +312,7 @@ def _sweep(report: Report, settings: WinQRecipe, bench: _Bench, kept: Callable[.
             for s in range(settings.sweep_seeds)
         ]
         every.extend(runs)
-        row = _over_seeds([run["error"] for run in runs])
+        row = over_seeds([run["error"] for run in runs])
         report.add("sweep_error", subject=subject, unit="1 - cosine", **row)
         return float(row["value"])
 
