@@ -18,6 +18,7 @@ COMPARISONS = (
     "gptq_memory",
     "winq_step",
     "parq_step",
+    "parq_short",
     "binary_linear",
     "onnx_minilm",
     "executorch",

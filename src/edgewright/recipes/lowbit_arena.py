@@ -45,7 +45,7 @@ class LowBitArena:
 
     seed: int = 0
     seeds: int = 2
-    steps: int = 120
+    steps: int = 80
     batch: int = 16
     tokens: int = 32
     learning_rate: float = 3e-4

@@ -47,7 +47,7 @@ class WinQRecipe:
     batch: int = 16
     tokens: int = 32
     learning_rate: float = 3e-4
-    layers: int = 0
+    layers: int = 3
     training_sentences: int = 3000
     held_out_sentences: int = 256
     watched_sentences: int = 64
@@ -101,6 +101,7 @@ def paper() -> WinQRecipe:
         batch=64,
         tokens=64,
         learning_rate=1e-4,
+        layers=0,
         training_sentences=100000,
         held_out_sentences=1000,
         watch_every=100,
