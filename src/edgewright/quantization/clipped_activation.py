@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import UsageError
 from edgewright.quantization.activations import fake_quantize_activation
 from edgewright.quantization.config import ActivationConfig
+from edgewright.quantization.elastic import refuse_nan
 
 PUBLISHED_CLIP = 2.5
 
@@ -62,9 +62,3 @@ class ClippedActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.config.bits}, clip={self.config.clip}, per {self.config.granularity}"
-
-
-def refuse_nan(x: Tensor, layer: str) -> None:
-    """Raises FormatError naming the layer when x holds NaN: the floor of an unsigned set would spread it everywhere."""
-    if bool(torch.isnan(x.detach()).any()):
-        raise FormatError(f"the input of layer {layer or '(unnamed)'} holds NaN; the unsigned set cannot take it")

@@ -5,6 +5,8 @@ BiT (arXiv 2205.13016, section 3.3) with X the input, alpha > 0 the scale, beta 
     unsigned binary  alpha * round(clip(y, 0, 1))            for tensors that are never negative
 The sign of a non-negative tensor would be all ones, which is why both sets are needed. With more levels (TBT, arXiv
 2306.01841, and BiT's teachers) y is rounded and clipped to low..high; unsigned inputs then lose their minimum first.
+The published minimum is that of the whole tensor, so that the other tokens of a batch change the result; what
+generates token by token needs one of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, UsageError
+from edgewright.errors import CheckFailed, FormatError, UsageError
 
 SMALLEST_ALPHA = 1e-5
 
@@ -27,6 +29,9 @@ class ElasticConfig:
 
     shift: learn beta, one value per input feature. check: refuse negative inputs of the unsigned binary set by name
     instead of clipping them. learn_scale: train alpha; False keeps the value of the first batch.
+    floor: the minimum that unsigned inputs of more than two levels lose: of the "tensor" as published, of each "token"
+    (the last dimension), or "zero", which is that of probabilities whether or not a mask put a zero among them.
+    deviation: "token" and "zero" make the result for a token independent of all others; training uses them too.
     """
 
     levels: Literal["binary", "ternary"] | int = "binary"
@@ -34,8 +39,11 @@ class ElasticConfig:
     shift: bool = True
     check: bool = False
     learn_scale: bool = True
+    floor: Literal["tensor", "token", "zero"] = "tensor"
 
     def __post_init__(self) -> None:
+        if self.floor not in ("tensor", "token", "zero"):
+            raise UsageError(f"floor={self.floor!r}; choose 'tensor', 'token' or 'zero'")
         whole = isinstance(self.levels, int) and not isinstance(self.levels, bool) and 2 <= self.levels <= 8
         if self.levels not in ("binary", "ternary") and not whole:
             raise UsageError(f"elastic levels={self.levels!r}; choose 'binary', 'ternary' or a width of 2 to 8 bits")
@@ -96,7 +104,8 @@ class _Elastic(torch.autograd.Function):
 class ElasticQuantizer(nn.Module):
     """A tensor in front of a layer on its two sets, with trained scale and shift. [..., features] -> the same.
 
-    The scale starts from the first batch that comes through (give it 16 sentences or more), or from `calibrate`.
+    Raises FormatError naming the layer when an unsigned set gets NaN. The scale starts from the first batch that comes
+    through (give it 16 sentences or more), or from `calibrate`.
     `alpha` takes its own learning rate and no weight decay, `shift` (which is -beta) no weight decay.
     """
 
@@ -126,15 +135,17 @@ class ElasticQuantizer(nn.Module):
         return self._ready
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.config.signed:
+            refuse_nan(x, self.layer)
         if self.config.check and self.zero_or_one and bool((x < 0).any()):
             raise CheckFailed(f"the input of {self.layer or 'an unsigned quantiser'} has negative values")
         if self.shift is not None:
             x = x + self.shift
         if not self.is_calibrated():
             self.calibrate(x)
-        if self.config.signed or self.zero_or_one:
+        if self.config.signed or self.zero_or_one or self.config.floor == "zero":
             return self._quantized(x)
-        floor = x.detach().amin()
+        floor = x.detach().amin() if self.config.floor == "tensor" else x.detach().amin(-1, keepdim=True)
         return self._quantized(x - floor) + floor
 
     @property
@@ -151,4 +162,12 @@ class ElasticQuantizer(nn.Module):
         return elastic_codes(x, alpha, low, high, binary) * alpha
 
     def extra_repr(self) -> str:
-        return f"levels={self.config.levels}, {'signed' if self.config.signed else 'unsigned'}"
+        return (
+            f"levels={self.config.levels}, {'signed' if self.config.signed else f'unsigned, floor={self.config.floor}'}"
+        )
+
+
+def refuse_nan(x: Tensor, layer: str) -> None:
+    """Raises FormatError naming the layer when x holds NaN: the floor of an unsigned set would spread it everywhere."""
+    if not torch.compiler.is_compiling() and bool(torch.isnan(x.detach()).any()):  # a traced graph cannot ask
+        raise FormatError(f"the input of layer {layer or '(unnamed)'} holds NaN; the unsigned set cannot take it")

@@ -24,7 +24,6 @@ from edgewright.quantization.attention import AttentionQuantizers, attention_mod
 from edgewright.quantization.clipped_activation import PUBLISHED_CLIP, ClippedActivationConfig
 from edgewright.quantization.config import InputConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.elastic import ElasticConfig
-from edgewright.quantization.unsigned_elastic import UnsignedElasticConfig
 
 UNTOUCHED = (None, 16, 32)  # widths that leave a tensor as it is
 SECOND_FEED_FORWARD = ("fc2", "wo")  # BART and its kin, T5; only without a gate, whose output has both signs
@@ -68,7 +67,7 @@ class ActivationSet:
         if isinstance(self.levels, int):
             return ClippedActivationConfig(self.levels, self.clip, self.granularity, symmetric=False)
         floor: Any = "zero" if probabilities and self.granularity == "token" else self.granularity
-        return UnsignedElasticConfig(self.levels, floor)
+        return ElasticConfig(self.levels, signed=False, shift=False, floor=floor)
 
 
 def tbt_(

@@ -86,7 +86,7 @@ HEADLINE: Headline | None = None  # the row stays planned until all claims hold 
 def plan(settings: Parq) -> Plan:
     part = settings.sentences
     runs = settings.seeds * (1 + len(BITS) * (len(METHODS) - 1))
-    digits = 2.1e-5 * runs * settings.steps * settings.batch * settings.width  # measured: 115 s for 35 runs of 300 steps
+    digits = 2.1e-5 * runs * settings.steps * settings.batch * settings.width  # 115 s for 35 runs of 300
     layers = part.layers or 6
     steps = [f"train {runs} networks on 8 x 8 digits for {settings.steps} steps at full precision, 1 and 2 bits"]
     if part.seeds:
