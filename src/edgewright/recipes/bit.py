@@ -12,10 +12,10 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,15 +156,12 @@ def run(settings: BiT, output: Path) -> Report:
     for name, arm in _arms(settings).items():
         runs = [points[f"{name}/{seed}"] for seed in range(settings.seeds if arm.repeated else 1)]
         for metric in runs[0]:
-            values = [run[metric] for run in runs]
-            se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-            report.add(metric, mean(values), subject=name, se=se, n=len(values))
+            report.add(metric, subject=name, **over_seeds([run[metric] for run in runs]))
     gains = [
         points[f"{STEPWISE}/{seed}"]["spearman"] - points[f"{DIRECT}/{seed}"]["spearman"]
         for seed in range(settings.seeds)
     ]
-    se = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
-    report.add("spearman_gain", mean(gains), subject="via W1A2 over direct", se=se, n=len(gains))
+    report.add("spearman_gain", subject="via W1A2 over direct", **over_seeds(gains))
     for row in bench.size_rows():
         report.add(**row)
     report.notes.append(

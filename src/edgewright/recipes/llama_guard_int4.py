@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -374,15 +375,12 @@ UNSEEDED = ("uncut", "blocks by importance", "last blocks cut", "neurons by norm
 
 def _add_comparisons(report: Report, points: Measured) -> None:
     """Mean over seeds with its standard error; of one value the error over examples."""
-    from statistics import mean, stdev
-
     for name in dict.fromkeys(key.rpartition("/")[0] for key in points):
         runs = [part for key, part in points.items() if key.rpartition("/")[0] == name]
         for metric in ("nll", "f1"):
-            values = [part[metric] for part in runs]
-            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else runs[0].get(f"{metric}_se")
-            unit = "nats/token" if metric == "nll" else ""
-            report.add(metric, mean(values), subject=name, se=error, n=len(values), unit=unit)
+            row = over_seeds([part[metric] for part in runs])
+            row["se"] = row["se"] if len(runs) > 1 else runs[0].get(f"{metric}_se")
+            report.add(metric, subject=name, unit="nats/token" if metric == "nll" else "", **row)
 
 
 def _plot(report: Report, path: Path) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -336,5 +337,4 @@ def _sentences(settings: Parq, points: dict[str, dict[str, Any]], keep: Any, rep
 
 
 def _add(report: Report, metric: str, subject: str, values: list[float], unit: str) -> None:
-    se = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    report.add(metric, mean(values), subject=subject, se=se, n=len(values), unit=unit)
+    report.add(metric, subject=subject, unit=unit, **over_seeds(values))
