@@ -27,3 +27,15 @@ def make_tiny_llama(seed: int = 0, **overrides):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**settings))
     return model.eval()
+
+
+def make_byte_tokenizer():
+    """A tokenizer whose 256 tokens are the bytes, for a tiny Llama's vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[1], eos_token=alphabet[2])

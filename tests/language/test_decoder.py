@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy_llama import make_tiny_llama
+from toy_llama import make_byte_tokenizer, make_tiny_llama
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
-from edgewright.errors import UsageError
+import edgewright
+from edgewright.errors import FormatError, UsageError
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 
@@ -227,3 +230,36 @@ def test_ids_and_lengths_are_checked() -> None:
     cache = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(UsageError, match="12 tokens do not fit into a cache of 8"):
         model(tokens(1, 12), past_key_values=cache)
+
+
+def save_with_tokenizer(model: EdgeDecoderForCausalLM, folder: Path) -> None:
+    model.save_pretrained(folder)
+    make_byte_tokenizer().save_pretrained(folder)
+
+
+def test_load_knows_the_house_s_own_class(tmp_path: Path) -> None:
+    """In a fresh interpreter, where nothing has imported the decoder yet."""
+    model = new_decoder(config(share_map=[0, 0]))
+    save_with_tokenizer(model, tmp_path)
+    code = f"import edgewright; m, _ = edgewright.load({str(tmp_path)!r}); print(type(m).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "EdgeDecoderForCausalLM\n", done.stderr[-500:]
+
+
+def test_a_missing_head_is_the_table(tmp_path: Path) -> None:
+    model = new_decoder(config())
+    save_with_tokenizer(model, tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
+    with pytest.warns(UserWarning, match="no lm_head.weight: its head is taken to be the embedding table"):
+        loaded, _ = edgewright.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    save_with_tokenizer(new_decoder(config(tie_word_embeddings=False)), tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(FormatError, match="'lm_head.weight' and 'model.embed_tokens.weight' differ"):
+        edgewright.load(tmp_path)

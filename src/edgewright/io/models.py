@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What is fetched for a hub id: configuration, tokenizer and safetensors, never pickles or code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Installed packages, this one first, name the module that makes transformers know a model_type.
+PLUGINS = "edgewright-models"
 QUANTIZATION_KEY = "edgewright_quantization"
 
 
@@ -105,6 +109,9 @@ def _load_folder(
 
     config = _read_config(folder)
     _check_weights(folder)
+    _check_head(folder, config)
+    for plugin in entry_points(group=PLUGINS, name=config["model_type"]):
+        plugin.load()
     if QUANTIZATION_KEY in config:
         from edgewright.io.quantized_folder import load_quantized
 
@@ -117,7 +124,14 @@ def _load_folder(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
     # transformers fills both kinds of gap with random numbers and goes on.
-    if missing := sorted(report["missing_keys"]):
+    missing = sorted(report["missing_keys"])
+    if missing == ["lm_head.weight"]:
+        # Some published files (MobileLLM's own among them) say that the head is no table of its own by leaving it out.
+        warnings.warn(f"{folder} has no lm_head.weight: its head is taken to be the embedding table", stacklevel=3)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        missing = []
+    if missing:
         raise FormatError(f"{folder} lacks {len(missing)} weights of its model, the first is {missing[0]!r}")
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
@@ -165,6 +179,24 @@ def _check_weights(folder: Path) -> None:
             raise FormatError(f"{index} is not an index of safetensors files") from error
         if lost := sorted(str(name) for name in wanted - names):
             raise FormatError(f"{index} names {lost[0][:80]!r}, which is not a safetensors file in this folder")
+
+
+def _check_head(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a head of its own beside a configuration that ties it to the table: one of the two would be dropped."""
+    from safetensors import safe_open
+
+    if config.get("tie_word_embeddings") is not True:
+        return
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            found |= {name: handle.get_tensor(name) for name in names if name in handle.keys()}  # noqa: SIM118
+    if len(found) == 2 and not torch.equal(*found.values()):
+        raise FormatError(
+            f"{folder} says tie_word_embeddings, but {names[0]!r} and {names[1]!r} differ; set it to false, or remove "
+            "the head"
+        )
 
 
 def _is_causal(config: dict[str, Any]) -> bool:
