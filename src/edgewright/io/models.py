@@ -29,7 +29,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Installed packages, this one first, name the module that makes transformers know a model_type.
-PLUGINS = "edgewright-models"
+PLUGINS = "edgewright_models"
 QUANTIZATION_KEY = "edgewright_quantization"
 
 
