@@ -1,0 +1,181 @@
+"""Edge decoders as transformers' own classes and back, with the same logits: what other tools can load.
+
+Two identities make it exact. A rotation keeps the length of a head, so normalising a head without weights commutes with
+rotary positions: Llama 4's norm behind them is Qwen3's norm before them with weights of one. And rotary positions on
+pairs of rows are rotary positions on halves after sorting the rows of queries and keys. Where no class of transformers
+can hold a model, `NotRepresentable` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from edgewright.errors import Unsupported, UsageError
+from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.language.decoder import EdgeDecoderForCausalLM
+from edgewright.language.decoder_config import EdgeDecoderConfig
+from edgewright.language.native_configs import FAMILIES, edge_settings, native_config
+
+ROTATED = ("q_proj", "k_proj", "q_norm", "k_norm")  # whose rows follow the order of the rotary positions
+NO_SINK = -1e30  # the score of a sink that nothing attends to
+
+
+class NotRepresentable(Unsupported):
+    """No class of transformers, or not the one asked for, computes what this model computes."""
+
+
+def from_native(model: PreTrainedModel) -> EdgeDecoderForCausalLM:
+    """An edge decoder with the weights and logits of a model of one of the FAMILIES.
+
+    The weights are copied. Raises NotRepresentable naming the setting that the decoder does not have.
+    """
+    config = EdgeDecoderConfig(**edge_settings(model.config, NotRepresentable))
+    with no_init_weights():
+        edge = EdgeDecoderForCausalLM(config)
+    edge = edge.to(dtype=model.dtype, device=model.device)
+    state = {_edge_name(name): tensor for name, tensor in model.state_dict().items()}
+    sinks = {name: tensor for name, tensor in state.items() if name.endswith("self_attn.sinks")}
+    if any(float(tensor.max()) > NO_SINK / 2 for tensor in sinks.values()):
+        raise NotRepresentable("the attention sinks of this GraniteSWA model take part in attention")
+    state = {name: tensor for name, tensor in state.items() if name not in sinks}
+    edge.load_state_dict(_without_twins(state, edge), strict=False)
+    edge.generation_config = model.generation_config
+    return edge.train(model.training)
+
+
+def to_native(model: EdgeDecoderForCausalLM, target: str = "auto") -> PreTrainedModel:
+    """The model as a class of transformers, which any tool loads: same logits, weights copied, shared blocks unrolled.
+
+    target: "auto" for the nearest, or one of FAMILIES ("llama", "qwen2", "qwen3", "llama4_text", "glm4_moe",
+    "granite_swa"). Skipped attention becomes attention whose output matrix is zero: the same logits, no time saved.
+    Packed layers stay packed. Raises NotRepresentable with the reason, UsageError for an unknown target.
+    """
+    if target != "auto" and target not in FAMILIES:
+        raise UsageError(f"target={target!r}; choose 'auto' or one of {', '.join(FAMILIES)}")
+    config = native_config(model.config, target, NotRepresentable)
+    with no_init_weights():
+        native = AutoModelForCausalLM.from_config(config)
+    native = native.to(dtype=model.dtype, device=model.device)
+    order = _row_order(model.config, config.model_type == "llama4_text")
+    given = _executed_state(model, order)
+    wanted = native.state_dict()
+    state = {}
+    for name, tensor in wanted.items():
+        source = _edge_name(name)
+        if source in given:
+            state[name] = given[source]
+        elif name.endswith("sinks"):
+            state[name] = torch.full_like(tensor, NO_SINK)
+        elif name.endswith(("norm.weight", "layernorm.weight")):
+            state[name] = torch.ones_like(tensor)
+        else:  # biases that are not there, attention that is skipped
+            state[name] = torch.zeros_like(tensor)
+    native.load_state_dict(state)
+    _place_packed(model, native, order)
+    native.generation_config = model.generation_config
+    return native.train(model.training)
+
+
+def unroll(model: EdgeDecoderForCausalLM) -> EdgeDecoderForCausalLM:
+    """A copy in which every executed layer has weights of its own: same logits, no sharing."""
+    settings = model.config.to_dict()
+    settings["share_map"] = None
+    with no_init_weights():
+        wide = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
+    wide = wide.to(dtype=model.dtype, device=model.device)
+    wide.load_state_dict(_without_twins(_executed_state(model, None), wide), strict=False)
+    wide.generation_config = model.generation_config
+    return wide.train(model.training)
+
+
+def share_blocks(model: EdgeDecoderForCausalLM, every: int = 2) -> EdgeDecoderForCausalLM:
+    """A model whose stored blocks run `every` times in a row: each keeps the weights it had. It needs training again.
+
+    MobileLLM (arXiv 2402.14905) trains such models from scratch; starting from a trained one is our addition.
+    """
+    if every < 2:
+        raise UsageError(f"every={every}; a block that runs again runs at least twice")
+    old = model.config
+    assert old.share_map is not None and isinstance(old.mixers, list) and isinstance(old.ffn_types, list)
+    settings = old.to_dict()
+    settings["share_map"] = [block for block in old.share_map for _ in range(every)]
+    settings["num_hidden_layers"] = len(settings["share_map"])
+    for name in ("mixers", "ffn_types", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        value = settings[name]
+        settings[name] = [entry for entry in value for _ in range(every)] if isinstance(value, list) else value
+    with no_init_weights():
+        shared = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
+    shared = shared.to(dtype=model.dtype, device=model.device)
+    shared.load_state_dict(model.state_dict())
+    return shared.train(model.training)
+
+
+def halves_to_pairs(head_dim: int, rows: int) -> Tensor:
+    """Order in which rows for positions on halves serve positions on pairs: `weight[order]`. int64 [rows]."""
+    return torch.arange(rows).unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten()
+
+
+def pairs_to_halves(head_dim: int, rows: int) -> Tensor:
+    """The other way round."""
+    return torch.arange(rows).unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten()
+
+
+Order = Callable[[int, int], Tensor] | None
+
+
+def _row_order(config: EdgeDecoderConfig, native_pairs: bool) -> Order:
+    if config.rope_interleaved == native_pairs:
+        return None
+    return pairs_to_halves if config.rope_interleaved else halves_to_pairs
+
+
+def _edge_name(name: str) -> str:
+    """Our name of a native parameter: Llama 4 says feed_forward where the others say mlp."""
+    return name.replace(".feed_forward.", ".mlp.")
+
+
+def _without_twins(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Only what the model has; anything of the model's that is missing would stay uninitialised, so it is refused."""
+    names = model.state_dict().keys()
+    if missing := sorted(names - state.keys()):
+        raise NotRepresentable(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    return {name: tensor for name, tensor in state.items() if name in names}
+
+
+def _executed_state(model: EdgeDecoderForCausalLM, order: Order) -> dict[str, Tensor]:
+    """Float tensors by the name they have where every executed layer is stored, rows sorted by `order`."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".layers." not in name}
+    assert model.config.share_map is not None
+    for layer, block in enumerate(model.config.share_map):
+        for name, tensor in model.model.layers[block].state_dict().items():
+            state[f"model.layers.{layer}.{name}"] = _sorted(name, tensor, model.config, order)
+    return state
+
+
+def _sorted(name: str, tensor: Tensor, config: EdgeDecoderConfig, order: Order) -> Tensor:
+    if order is None or not name.startswith("self_attn.") or name.split(".")[1] not in ROTATED:
+        return tensor
+    assert config.head_dim is not None
+    return tensor[order(config.head_dim, len(tensor)).to(tensor.device)]
+
+
+def _place_packed(model: EdgeDecoderForCausalLM, native: PreTrainedModel, order: Order) -> None:
+    """Put packed layers where their float ones would be; their codes and steps are sorted like any row."""
+    assert model.config.share_map is not None
+    layers = {f"model.layers.{i}": model.model.layers[block] for i, block in enumerate(model.config.share_map)}
+    parts = [(prefix, name, m) for prefix, layer in layers.items() for name, m in layer.named_modules()]
+    parts += [("", name, m) for name, m in model.named_modules() if ".layers." not in name]
+    for prefix, name, module in parts:
+        if not isinstance(module, PackedLinear | PackedEmbedding):
+            continue
+        if isinstance(module, PackedLinear) and order is not None:
+            old = module.packed
+            codes, step = (_sorted(name, part, model.config, order) for part in (old.codes, old.step))
+            bias = None if module.bias is None else _sorted(name, module.bias, model.config, order)
+            module = PackedLinear(PackedTensor(codes, step, old.grid), bias, module.input_quantizer)
+        native.set_submodule(f"{prefix}.{name}".lstrip("."), module)
