@@ -20,6 +20,7 @@ COMPARISONS = (
     "parq_step",
     "parq_short",
     "binary_linear",
+    "sparse_linear",
     "onnx_minilm",
     "executorch",
     "ternary_decode",

@@ -137,7 +137,7 @@ def test_unrolled_and_shared_blocks() -> None:
         ({"intermediate_size": [96, 96, 64]}, "auto", "intermediate_size differs from layer to layer"),
         ({"ffn_types": "none"}, "auto", "'none' feed-forwards"),
         ({"qk_norm": "rms"}, "llama", "qk_norm='rms'"),
-        ({}, "qwen3", "not normalised"),
+        ({}, "qwen3", "qk_norm='none'"),
         ({"mixers": "sliding_attention", "sliding_window": 4}, "llama", "sliding windows"),
         ({"qkv_bias": True}, "llama", "biases"),
         ({"qkv_bias": True, "qk_norm": "l2"}, "auto", "biases"),

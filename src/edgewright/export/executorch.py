@@ -1,12 +1,14 @@
 """`export_executorch`: a model as a .pte file for ExecuTorch's XNNPACK backend, with the proof beside it.
 
-Packed layers keep their codes (`executorch_layers`), language models get a cache and one program for prompt and
-decoding (`executorch_language`), everything that XNNPACK knows is delegated to it and the rest is named. The file is
-written under a temporary name, loaded, run and compared with PyTorch, and only then gets its own name.
+Packed layers keep their codes (`executorch_layers`), statically quantised networks theirs (`executorch_static`),
+language models get a cache and one program for prompt and decoding (`executorch_language`), everything that XNNPACK
+knows is delegated to it and the rest is named. The file is written under a temporary name, loaded, run and compared
+with PyTorch, and only then gets its own name.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +24,12 @@ from edgewright.export.executorch_layers import TABLES, import_executorch, prepa
 from edgewright.export.executorch_lowering import Delegation, lower, quiet
 from edgewright.export.executorch_proof import check_language, check_program
 from edgewright.export.executorch_sizes import stored_bytes
+from edgewright.export.executorch_static import (
+    FakeQuantizationTrace,
+    Placed,
+    has_fake_quantization,
+    place_codes_,
+)
 from edgewright.io.atomic import atomic_file
 from edgewright.io.pte import share_segments
 from edgewright.runtime.pte_metadata import language_metadata, program_metadata
@@ -35,7 +43,10 @@ CONTEXT = 1024
 
 @dataclass(frozen=True)
 class ExecuTorchExport:
-    """A finished file. parts: bytes of codes, steps and float weights by arithmetic, each shared table once."""
+    """A finished file. parts: bytes of codes, steps and float weights by arithmetic, each shared table once.
+
+    static: of a network with fixed scales, layers whose weights are int8 codes and activations that are rounded.
+    """
 
     path: Path
     bytes: int
@@ -44,6 +55,7 @@ class ExecuTorchExport:
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
     checks: dict[str, Any] = field(default_factory=dict)
+    static: dict[str, int] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -59,6 +71,7 @@ class ExecuTorchExport:
             "delegated": self.delegation.delegated,
             "nodes": self.delegation.total,
             "not_delegated": self.delegation.kept,
+            "static": self.static,
             "seconds": self.seconds,
             "notes": list(self.notes),
             "checks": self.checks,
@@ -71,6 +84,10 @@ class ExecuTorchExport:
             f"{self.path}: {self.bytes / 1e6:.1f} MB, {self.ratio:.3f} times its parts",
             f"delegated to XNNPACK: {self.delegation.share:.0%} of {self.delegation.total} nodes; not: {kept}",
         ]
+        if self.static:
+            lines.append(
+                f"static int8: {self.static['layers']} layers of codes, {self.static['activations']} rounded activations"
+            )
         if self.checks:
             lines.append("verified: " + ", ".join(f"{key} {value}" for key, value in self.checks.items()))
         return lines + [f"note: {note}" for note in self.notes]
@@ -93,7 +110,8 @@ def export_executorch(
     A causal language model of transformers gets a static key-value cache of `context` tokens (default 1024, or as many
     as the model knows), and its tokenizer travels inside the file. Any other module is traced with `example_inputs`;
     `dynamic_batch` leaves their first axis free. A finished ExportedProgram is lowered as it is. tokenizer: may be
-    None; then the file takes and gives token ids only.
+    None; then the file takes and gives token ids only. Where the model calls torch.fake_quantize_* with fixed scales
+    (what `convert_static` gives), XNNPACK computes in integers with exactly those codes and scales.
 
     embedding: what becomes of token table and head. "auto": their codes as they are where a kernel holds them; grouped
     8-bit codes of a head, which XNNPACK lacks, and the float table of an otherwise packed model are rounded to 8 bits
@@ -111,6 +129,11 @@ def export_executorch(
     exported, twin, notes, metadata, inputs = _traced(
         model, tokenizer, example_inputs, context, embedding, dynamic_batch
     )
+    placed = Placed()
+    if has_fake_quantization(exported):
+        exported = copy.deepcopy(exported) if exported is model else exported
+        placed = place_codes_(exported)
+        notes = [*notes, *placed.notes]
     seconds["trace"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     program, delegation = lower(exported, metadata)
@@ -132,11 +155,12 @@ def export_executorch(
             if inputs is None:
                 checks = check_language(temporary, twin, model, tokenizer)
             else:
-                checks = check_program(temporary, twin, inputs, dynamic_batch)
+                checks = check_program(temporary, twin, inputs, dynamic_batch, placed.activations > 0)
             seconds["verify"] = round(time.perf_counter() - started, 2)
         size = temporary.stat().st_size
-    parts = stored_bytes(twin) if isinstance(twin, nn.Module) else {}
-    return ExecuTorchExport(path, size, delegation, parts, seconds, tuple(notes), checks)
+    static = {"layers": placed.layers, "activations": placed.activations} if placed.activations else {}
+    parts = placed.parts if static else stored_bytes(twin) if isinstance(twin, nn.Module) else {}
+    return ExecuTorchExport(path, size, delegation, parts, seconds, tuple(notes), checks, static)
 
 
 def _traced(
@@ -203,7 +227,7 @@ def flat_outputs(value: Any) -> tuple[Tensor, ...]:
 
 def _guarded(model: nn.Module, trace: Any) -> Any:
     try:
-        with quiet():
+        with quiet(), FakeQuantizationTrace():
             return trace()
     except EdgewrightError:
         raise

@@ -5,13 +5,13 @@ Float models go as they are. Packed layers put their codes into the file, never 
     linear, up to 4 bits     com.microsoft MatMulNBits, 4 bits a code (or 1 and 2, see `storage`)
     linear, 8 bits           com.microsoft MatMulNBits, 8 bits a code
     embedding                a Gather of packed words at 1, 2, 4 or 8 bits a code, unpacked behind it
-    convolution              DequantizeLinear of int4 or int8, one scale an output channel, and Conv
+    convolution              DequantizeLinear of int4 or 8 bits, one scale an output channel, and Conv
 
 Static int8 comes from torch's own fake quantisation. Whatever module calls `torch.fake_quantize_per_tensor_affine` or
 `torch.fake_quantize_per_channel_affine` with scales that do not depend on the input is exported as QDQ: around an
-activation QuantizeLinear and DequantizeLinear; in place of a weight the int8 codes that PyTorch computed, and
+activation QuantizeLinear and DequantizeLinear; in place of a weight the 8-bit codes that PyTorch computed, and
 DequantizeLinear. The weight may be computed from parameters first (a folded batch norm, say). ONNX Runtime then uses
-its integer kernels.
+its integer kernels; `onnx_graph.eight_bits` sees to it that they are exact on every CPU.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def export_onnx(
     opset: int = OPSETS[0],
     tolerance: float | None = None,
     storage: Storage = "nibbles",
+    integers: onnx_graph.Integers = "unsigned",
 ) -> OnnxExport:
     """Write `model` (float32, on the CPU) to `path`, run the file in ONNX Runtime, compare, and only then name it.
 
@@ -80,13 +81,16 @@ def export_onnx(
         of layers are rounded.
     storage: "nibbles" keeps linear weights of 1 to 4 bits at 4 bits, which ONNX Runtime multiplies fastest; "smallest"
         at their own 1, 2 or 4 bits (1-bit weights become floats when the file is loaded).
+    integers: type of 8-bit codes in QDQ. "unsigned" stores int8 codes as uint8, 128 higher: the same values, which ONNX
+        Runtime multiplies exactly on every CPU. "signed" leaves int8 as int8, for runtimes that take symmetric weights
+        only; ONNX Runtime on x86 without VNNI then clips sums of large products.
 
     Raises Unsupported naming the operator and the module without a translation, UsageError for arguments that cannot
     work, CheckFailed when the runtime answers otherwise, MissingPackage without the extra.
     """
     path = Path(path)
     _import_extra()
-    _check_arguments(path, opset, tolerance, storage)
+    _check_arguments(path, opset, tolerance, storage, integers)
     _check_model(model)
     names, tensors = _tensors(example_inputs if example_inputs is not None else example_inputs_for(model))
     free = _free_axes(tensors, dynamic_batch)
@@ -101,7 +105,7 @@ def export_onnx(
             raise UsageError(f"{what}_names={found}; the model has {wanted} {what}s, give each its own name")
     graph, free, notes = _graph(copied, names, tensors, free, storage, opset, given, results)
     onnx_graph.name_axes(graph, free, AXES)
-    operators = onnx_graph.lower(graph, calls, "edgewright")
+    operators = onnx_graph.lower(graph, calls, "edgewright", integers)
     if tolerance is None:
         tolerance = ROUNDED_TOLERANCE if _rounds(copied, operators) else FLOAT_TOLERANCE
 
@@ -221,7 +225,7 @@ def _rounds(model: nn.Module, operators: Mapping[str, int]) -> bool:
     )
 
 
-def _check_arguments(path: Path, opset: int, tolerance: float | None, storage: str) -> None:
+def _check_arguments(path: Path, opset: int, tolerance: float | None, storage: str, integers: str) -> None:
     if path.suffix.lower() != ".onnx" or path.is_dir():
         raise UsageError(f"{path} is no name for an ONNX file; it ends in .onnx, e.g. out/model.onnx")
     if opset not in OPSETS:
@@ -230,6 +234,8 @@ def _check_arguments(path: Path, opset: int, tolerance: float | None, storage: s
         raise UsageError(f"tolerance={tolerance}; give a positive share of the largest output, e.g. tolerance=1e-3")
     if storage not in ("nibbles", "smallest"):
         raise UsageError(f"storage={storage!r}; choose 'nibbles' or 'smallest'")
+    if integers not in ("unsigned", "signed"):
+        raise UsageError(f"integers={integers!r}; choose 'unsigned' or 'signed'")
 
 
 def _check_model(model: nn.Module) -> None:

@@ -1,14 +1,18 @@
 """What is left to do on an ONNX graph: placeholders become standard operators, codes become integer initialisers.
 
-FakeQuantize of a weight -> its recorded int8 codes and DequantizeLinear; of an activation -> Clip (for ranges that are
-no full 8 bits), QuantizeLinear, DequantizeLinear. Dequantize -> DequantizeLinear of int4 or int8. Unpack -> shifts,
+FakeQuantize of a weight -> its recorded 8-bit codes and DequantizeLinear; of an activation -> Clip (for ranges that are
+no full 8 bits), QuantizeLinear, DequantizeLinear. Dequantize -> DequantizeLinear of int4 or 8 bits. Unpack -> shifts,
 masks and a product. Float weights that nothing reads any more leave the file.
+
+`eight_bits` decides in which of the two 8-bit types codes are stored. ONNX Runtime's kernels for x86 without VNNI
+multiply unsigned inputs by signed weights in pairs and clip each pair's sum to 16 bits: 255 * 127 * 2 is twice of what
+fits. Signed inputs are made unsigned first, so they suffer alike. Their kernels for unsigned weights are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,9 +21,20 @@ from edgewright.export.onnx_layers import DOMAIN
 from edgewright.export.onnx_trace import Rounding
 
 Value = Any  # onnx_ir.Value
+Integers = Literal["unsigned", "signed"]
 
 
-def lower(model: Any, calls: Sequence[Rounding], producer: str) -> dict[str, int]:
+def eight_bits(codes: np.ndarray, zero: np.ndarray, integers: Integers) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, zero points) of the same values in the type that `integers` asks for; 8-bit arrays only.
+
+    "unsigned": int8 becomes uint8, both numbers 128 higher, which is exact on every CPU. "signed": as they are.
+    """
+    if integers == "signed" or codes.dtype != np.int8:
+        return codes, zero
+    return (codes.astype(np.int16) + 128).astype(np.uint8), (zero.astype(np.int16) + 128).astype(np.uint8)
+
+
+def lower(model: Any, calls: Sequence[Rounding], producer: str, integers: Integers) -> dict[str, int]:
     """Replace every placeholder of an `onnx_ir.Model` in place; counts of the operators that hold codes.
 
     Raises Unsupported for a fake quantisation whose scale depends on the input.
@@ -28,8 +43,8 @@ def lower(model: Any, calls: Sequence[Rounding], producer: str) -> dict[str, int
     from onnx_ir.passes import common
 
     builders: dict[str, Callable[..., Value]] = {
-        "FakeQuantize": lambda build, node: _fake_quantize(build, node, calls),
-        "Dequantize": _dequantize,
+        "FakeQuantize": lambda build, node: _fake_quantize(build, node, calls, integers),
+        "Dequantize": lambda build, node: _dequantize(build, node, integers),
         "Unpack": _unpack,
     }
     for node in list(model.graph.all_nodes()):
@@ -115,7 +130,7 @@ def _attribute_type(ir: Any, value: Any) -> Any:
     return ir.AttributeType.FLOAT if isinstance(value, float) else ir.AttributeType.INT
 
 
-def _fake_quantize(build: _Builder, node: Any, calls: Sequence[Rounding]) -> Value:
+def _fake_quantize(build: _Builder, node: Any, calls: Sequence[Rounding], integers: Integers) -> Value:
     x, scale = node.inputs
     number = node.attributes["call"].as_int()
     if number >= len(calls):
@@ -137,6 +152,10 @@ def _fake_quantize(build: _Builder, node: Any, calls: Sequence[Rounding]) -> Val
         raise Unsupported(
             "a 32-bit fake quantisation has a zero point; DequantizeLinear takes 32 bits without one only"
         )
+    low_code, high_code = call.low, call.high
+    if codes.dtype == np.int8 and integers == "unsigned":
+        low_code, high_code = low_code + 128, high_code + 128
+    codes, zero = eight_bits(codes, zero, integers)
     scale_value = build.constant("scale", step)
     zero_value = build.constant("zero_point", zero)
     if is_constant(x):
@@ -148,11 +167,11 @@ def _fake_quantize(build: _Builder, node: Any, calls: Sequence[Rounding]) -> Val
             f"an activation is quantised to {call.low}..{call.high}; QuantizeLinear takes ranges within int8 or uint8"
         )
     bounds = (-128, 127) if codes.dtype == np.int8 else (0, 255)
-    if (call.low, call.high) != bounds:
+    if (low_code, high_code) != bounds:
         if call.axis is not None:
             raise Unsupported(f"an activation quantised per channel to {call.low}..{call.high}; give it one scale")
-        low = np.float32((call.low - int(zero)) * step)
-        high = np.float32((call.high - int(zero)) * step)
+        low = np.float32((low_code - int(zero)) * step)
+        high = np.float32((high_code - int(zero)) * step)
         x = build.op("Clip", [x, build.constant("low", low.reshape(())), build.constant("high", high.reshape(()))])
     quantized = build.op("QuantizeLinear", [x, scale_value, zero_value], **axis)
     quantized.type = build.ir.TensorType(zero_value.dtype)
@@ -160,13 +179,17 @@ def _fake_quantize(build: _Builder, node: Any, calls: Sequence[Rounding]) -> Val
     return build.op("DequantizeLinear", [quantized, scale_value, zero_value], **axis)
 
 
-def _dequantize(build: _Builder, node: Any) -> Value:
+def _dequantize(build: _Builder, node: Any, integers: Integers) -> Value:
     codes, scales = node.inputs
     array = codes.const_value.numpy()
+    zeros: list[Value] = []
     if node.attributes["bits"].as_int() == 4:
         dtype: Any = build.ir.DataType.INT4
         codes = build.constant("codes", array.astype(dtype.numpy()), dtype)
-    return build.op("DequantizeLinear", [codes, scales], axis=0)
+    elif integers == "unsigned":
+        array, zero = eight_bits(array, np.zeros(len(array), np.int8), integers)
+        codes, zeros = build.constant("codes", array), [build.constant("zero_point", zero)]
+    return build.op("DequantizeLinear", [codes, scales, *zeros], axis=0)
 
 
 def _unpack(build: _Builder, node: Any) -> Value:

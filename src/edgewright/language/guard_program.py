@@ -45,9 +45,7 @@ class ProgramPredictor:
         if not ids or len(self._ids) + len(ids) > self.context:
             raise UsageError(f"{len(ids)} tokens after {len(self._ids)} do not fit into a context of {self.context}")
         self._ids = [*self._ids, *ids]
-        # The engine's own prefill: one row of logits, and what is in the cache already is not computed again.
-        logits, _ = self.engine._prefill(self._ids, reuse)
-        return torch.from_numpy(logits.copy())
+        return torch.from_numpy(self.engine.next_logits(self._ids, reuse=reuse))
 
 
 def export_guard(

@@ -89,8 +89,6 @@ def why_not(config: EdgeDecoderConfig, kind: str) -> str:
     normalised = {"qwen3": ("rms", "l2"), "glm4_moe": ("rms", "l2", "none"), "llama4_text": ("l2", "none")}
     if config.qk_norm not in normalised.get(kind, ("none",)):
         return f"its queries and keys have qk_norm={config.qk_norm!r}"
-    if kind == "qwen3" and config.qk_norm == "none":
-        return "its queries and keys are not normalised"
     windows = ("qwen2", "qwen3", "granite_swa")
     if "sliding_attention" in config.mixers and kind not in windows:
         return f"it has sliding windows, which {', '.join(windows)} have"

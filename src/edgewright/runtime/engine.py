@@ -71,6 +71,9 @@ class Engine(Protocol):
     def logits_stream(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """The rows of `logits` in chunks, so that never more than one chunk is in memory."""
 
+    def next_logits(self, ids: Sequence[int], *, reuse: bool = False) -> NDArray[np.float32]:
+        """float32 [vocabulary]: the logits after the last id; `reuse` computes only what the cache does not hold."""
+
     def generate(
         self,
         prompt: str | Sequence[int],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.engine import Generation
 from edgewright.runtime.executorch_library import first_line, set_threads, silent
 from edgewright.runtime.executorch_program import FORWARD, open_file
+from edgewright.runtime.generation import common_prefix, write_on
 
 MAX_VOCABULARY, MAX_CONTEXT = 1 << 22, 1 << 20
 
@@ -132,7 +132,7 @@ class ExecuTorchEngine:
         checked = self._checked(ids)
         self._fits(len(checked))
         self._cached = []
-        self._prefill(checked[:begin], reuse=False)
+        self.prefill(checked[:begin], reuse=False)
         return np.concatenate([self._forward([token], [0]) for token in checked[begin:]])
 
     def generate(
@@ -152,57 +152,42 @@ class ExecuTorchEngine:
         as far as it is the same. ignore_end: go on after the end of the text (benchmarks). Raises UsageError when the
         prompt does not fit the context.
         """
-        if max_new_tokens < 1 or not (0 <= temperature < float("inf")):
-            raise UsageError(
-                f"generate needs max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}; "
-                "e.g. generate(text, 128, temperature=0.7)"
-            )
-        begin = time.perf_counter()
-        ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
-        self._fits(len(ids) + 1)
-        rng = np.random.default_rng(seed)
-        writer = _Writer(self._tokenizer, on_token)
-        row, reused = self._prefill(ids, reuse)
-        written: list[int] = []
-        seconds: list[float] = []
-        finish = "length"
-        while True:
-            token = self._sample(row, temperature, rng)
-            seconds.append(time.perf_counter() - begin)
-            if self.is_end(token) and not ignore_end:
-                finish = "stop"
-                break
-            written.append(token)
-            writer.add(token)
-            if len(written) == max_new_tokens:
-                break
-            if len(self._cached) >= self.context:
-                finish = "context"
-                break
-            begin = time.perf_counter()
-            row = self._forward([token], [0])[0]
-        return Generation(
-            text=writer.end(),
-            ids=tuple(written),
-            prompt_tokens=len(ids),
-            prefill_seconds=seconds[0],
-            token_seconds=tuple(seconds[1:]),
-            finish=finish,
-            reused_tokens=reused,
-        )
+        return write_on(
+            self, prompt, max_new_tokens,
+            temperature=temperature, seed=seed, on_token=on_token, reuse=reuse, ignore_end=ignore_end,
+        )  # fmt: skip
 
-    def _prefill(self, ids: list[int], reuse: bool) -> tuple[NDArray[np.float32], int]:
+    def next_logits(self, ids: Sequence[int], *, reuse: bool = False) -> NDArray[np.float32]:
+        """float32 [vocabulary]: the logits after the last of `ids`; with `reuse`, only what the cache does not hold
+        already is computed."""
+        checked = self._checked(ids)
+        self._fits(len(checked))
+        return self.prefill(checked, reuse)[0].copy()
+
+    # ---- what `generation.write_on` asks for
+
+    def prompt_ids(self, prompt: str | Sequence[int], room: int) -> list[int]:
+        """Checked ids of a prompt behind which `room` tokens still fit."""
+        ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        self._fits(len(ids) + room)
+        return ids
+
+    def writer(self, on_token: Callable[[str], object] | None) -> _Writer:
+        """What turns new tokens into text."""
+        return _Writer(self._tokenizer, on_token)
+
+    def prefill(self, ids: list[int], reuse: bool) -> tuple[NDArray[np.float32], int]:
         """(logits after the last of `ids`, how many of them were in the cache already)."""
-        keep = 0
-        if reuse:  # the last token is always computed, for its logits
-            limit = min(len(self._cached), len(ids) - 1)
-            while keep < limit and self._cached[keep] == ids[keep]:
-                keep += 1
+        keep = common_prefix(self._cached, ids) if reuse else 0
         self._cached = self._cached[:keep]
         for start in range(keep, len(ids), self._chunk):
             part = ids[start : start + self._chunk]
             rows = self._forward(part, [len(part) - 1])  # the head is computed once a chunk, not once a token
         return rows[0], keep
+
+    def follow(self, token: int) -> NDArray[np.float32]:
+        """Logits after one token more."""
+        return self._forward([token], [0])[0]  # type: ignore[no-any-return]
 
     def _forward(self, tokens: Sequence[int], rows: Sequence[int]) -> NDArray[np.float32]:
         """Feed tokens behind what is in the cache; float32 [len(rows), vocabulary]."""
@@ -219,14 +204,6 @@ class ExecuTorchEngine:
         self._cached += tokens
         result: NDArray[np.float32] = logits.numpy()
         return result
-
-    def _sample(self, row: NDArray[np.float32], temperature: float, rng: np.random.Generator) -> int:
-        if temperature == 0:
-            place = int(row.argmax())
-        else:
-            cumulative = np.cumsum(np.exp((row.astype(np.float64) - row.max()) / temperature))
-            place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-        return place if self.kept_ids is None else self.kept_ids[place]
 
     # ---- checks
 

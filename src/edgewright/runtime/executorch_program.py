@@ -49,6 +49,8 @@ class ExecuTorchProgram:
         if self.metadata.get("kind") == "language":
             raise Unsupported(f"{self.path} is a language model; open it with open_engine(path), or edgewright chat")
         self.inputs, self.outputs = _specs(module, self.metadata, self.path)
+        meta = module.method_meta(FORWARD)
+        self._largest = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(len(self.inputs))]
         self._module = module
 
     def run(self, arrays: Sequence[np.ndarray] | Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -58,6 +60,11 @@ class ExecuTorchProgram:
         if self._module is None:
             raise UsageError(f"the program of {self.path} is closed; open it again with open_program(path)")
         checked = checked_inputs(self.inputs, _as_arrays(arrays), self.path)
+        for spec, array, largest in zip(self.inputs, checked, self._largest, strict=True):
+            if any(size > most for size, most in zip(array.shape, largest, strict=True)):
+                raise UsageError(
+                    f"{self.path.name} has room for {spec.name} of {largest} at most, got {array.shape}; run it in parts"
+                )
         try:
             results = self._module.forward([torch.from_numpy(array) for array in checked])
         except RuntimeError as error:

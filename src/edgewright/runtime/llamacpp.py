@@ -6,7 +6,6 @@ import atexit
 import codecs
 import ctypes
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from edgewright.measure.machine import usable_cores
 from edgewright.runtime import llamacpp_library as lib
 from edgewright.runtime.chat_template import render_chat
 from edgewright.runtime.engine import Generation
+from edgewright.runtime.generation import common_prefix, write_on
 from edgewright.runtime.gguf_sizes import check_sizes
 
 BATCH = 512  # tokens per llama_decode call when only the last logits are wanted
@@ -36,6 +36,8 @@ class LlamaCppEngine:
     The file's header is checked by `GGUFFile` before llama.cpp sees it. A quantised value cache runs with flash
     attention, which it needs; everything else stays at llama.cpp's defaults. Not for use from several threads at once.
     """
+
+    kept_ids: tuple[int, ...] | None = None
 
     def __init__(
         self,
@@ -230,59 +232,43 @@ class LlamaCppEngine:
         the cache as far as it is the same (a growing chat); the numbers may then differ in the last bits. ignore_end:
         go on after the end of the text (benchmarks). Raises UsageError when the prompt does not fit the context.
         """
-        if max_new_tokens < 1 or not (0 <= temperature < float("inf")):
-            raise UsageError(
-                f"generate needs max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}; "
-                "e.g. generate(text, 128, temperature=0.7)"
-            )
-        begin = time.perf_counter()
-        array = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
-        if len(array) >= self.context:
-            raise self._too_long(len(array) + 1)
-        rng = np.random.default_rng(seed)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        reused = self._prefill(array, reuse)
-        ids: list[int] = []
-        parts: list[str] = []
-        seconds: list[float] = []
-        finish = "length"
-        while True:
-            token = self._sample(temperature, rng)
-            seconds.append(time.perf_counter() - begin)
-            if self.is_end(token) and not ignore_end:
-                finish = "stop"
-                break
-            ids.append(token)
-            self._emit(decoder.decode(self.piece(token)), parts, on_token)
-            if len(ids) == max_new_tokens:
-                break
-            if len(self._cached) >= self.context:
-                finish = "context"
-                break
-            begin = time.perf_counter()
-            self._decode(np.array([token], dtype=np.int32), len(self._cached))
-        self._emit(decoder.decode(b"", final=True), parts, on_token)
-        return Generation(
-            text="".join(parts),
-            ids=tuple(ids),
-            prompt_tokens=len(array),
-            prefill_seconds=seconds[0],
-            token_seconds=tuple(seconds[1:]),
-            finish=finish,
-            reused_tokens=reused,
-        )
+        return write_on(
+            self, prompt, max_new_tokens,
+            temperature=temperature, seed=seed, on_token=on_token, reuse=reuse, ignore_end=ignore_end,
+        )  # fmt: skip
 
-    def _prefill(self, array: NDArray[np.int32], reuse: bool) -> int:
-        """Bring the cache to `array` with the logits of its last token ready; returns how much was there already."""
-        keep = 0
-        if reuse:  # the last token is always computed, for its logits
-            limit = min(len(self._cached), len(array) - 1)
-            while keep < limit and self._cached[keep] == array[keep]:
-                keep += 1
-        keep = self._forget(keep)
-        for start in range(keep, len(array), BATCH):
-            self._decode(array[start : start + BATCH], start)
-        return keep
+    def next_logits(self, ids: Sequence[int], *, reuse: bool = False) -> NDArray[np.float32]:
+        """float32 [vocabulary]: the logits after the last of `ids`; with `reuse`, only what the cache does not hold
+        already is computed."""
+        return self.prefill(self.prompt_ids(ids, 0), reuse)[0].copy()
+
+    # ---- what `generation.write_on` asks for
+
+    def prompt_ids(self, prompt: str | Sequence[int], room: int) -> list[int]:
+        """Checked ids of a prompt behind which `room` tokens still fit."""
+        array = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt)
+        if len(array) + room > self.context:
+            raise self._too_long(len(array) + room)
+        return [int(token) for token in array]
+
+    def writer(self, on_token: Callable[[str], object] | None) -> _Writer:
+        """What turns new tokens into text."""
+        return _Writer(self.piece, on_token)
+
+    def prefill(self, ids: list[int], reuse: bool) -> tuple[NDArray[np.float32], int]:
+        """(logits after the last of `ids`, good until the next call; how many of them were in the cache already)."""
+        keep = self._forget(common_prefix(self._cached, ids) if reuse else 0)
+        for start in range(keep, len(ids), BATCH):
+            self._decode(np.array(ids[start : start + BATCH], dtype=np.int32), start)
+        return self._last_logits(), keep
+
+    def follow(self, token: int) -> NDArray[np.float32]:
+        """Logits after one token more, good until the next call."""
+        self._decode(np.array([token], dtype=np.int32), len(self._cached))
+        return self._last_logits()
+
+    def _last_logits(self) -> NDArray[np.float32]:
+        return np.ctypeslib.as_array(self._c.llama_get_logits(self._context), shape=(self.vocabulary,))
 
     def _forget(self, keep: int) -> int:
         """Cut the cache to its first `keep` tokens (all of it where the model cannot be cut); returns what is left."""
@@ -310,14 +296,6 @@ class LlamaCppEngine:
             raise EdgewrightError(f"llama.cpp stopped at token {position} (code {code}): {self._lib.log.reason()}")
         self._cached += tokens.tolist()
 
-    def _sample(self, temperature: float, rng: np.random.Generator) -> int:
-        logits = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), shape=(self.vocabulary,))
-        if temperature == 0:
-            return int(logits.argmax())
-        scaled = (logits.astype(np.float64) - logits.max()) / temperature
-        cumulative = np.cumsum(np.exp(scaled))
-        return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-
     # ---- checks
 
     def _alive(self) -> None:
@@ -340,12 +318,27 @@ class LlamaCppEngine:
             f"open the file with more, e.g. open_engine(path, context={-(-needed // 256) * 256}), or shorten the text"
         )
 
-    @staticmethod
-    def _emit(text: str, parts: list[str], on_token: Callable[[str], object] | None) -> None:
+
+class _Writer:
+    """The new text as it grows: the bytes of tokens, handed on in whole characters."""
+
+    def __init__(self, piece: Callable[[int], bytes], on_token: Callable[[str], object] | None) -> None:
+        self.piece, self.on_token = piece, on_token
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.parts: list[str] = []
+
+    def add(self, token: int) -> None:
+        self._emit(self.decoder.decode(self.piece(token)))
+
+    def end(self) -> str:
+        self._emit(self.decoder.decode(b"", final=True))
+        return "".join(self.parts)
+
+    def _emit(self, text: str) -> None:
         if text:
-            parts.append(text)
-            if on_token is not None:
-                on_token(text)
+            self.parts.append(text)
+            if self.on_token is not None:
+                self.on_token(text)
 
 
 def _check_options(threads: int, context: int, cache_type_k: str, cache_type_v: str) -> None:
