@@ -13,6 +13,7 @@ from edgewright.language.decoder_config import EdgeDecoderConfig
 
 GOLDEN = 8 / 3  # feed-forward over hidden width at which SwiGLU has as many weights as a plain layer of 4
 TOLERANCE = 0.01
+NARROW = 0.1  # what a head of 32 counts against a head of 64, in parts of those ratios
 STEP = 8  # widths of feed-forwards are multiples of it
 LEAST_RATIO, MOST_RATIO = 1.0, 6.0  # of feed-forward over hidden width
 
@@ -30,7 +31,8 @@ def design_sweep(
 
     kv_ratio: query heads for each key head (1: as many). head_dim: by default 64, or 32 and 16 for models too narrow
     for it. layer_sharing: each stored block runs twice, and `depths` counts stored blocks. settings: other fields of
-    the configuration. Feed-forwards come as near to 8/3 of the hidden width as the size allows. Depths at which no width fits are left out; UsageError when that is all of them.
+    the configuration. Feed-forwards come as near to 8/3 of the hidden width as the size allows. Depths at which no
+    width fits are left out; UsageError when that is all of them.
     """
     if target < 1 or kv_ratio < 1:
         raise UsageError(f"target={target:g}, kv_ratio={kv_ratio}; both are positive")
@@ -70,6 +72,7 @@ def solve(
                 continue
             total = fixed + depth * 3 * hidden * feed_forward
             distance = abs(feed_forward / hidden / GOLDEN - 1) + abs(groups * kv_ratio / heads - 1)
+            distance += NARROW * (64 / width - 1)
             if abs(total / target - 1) <= TOLERANCE and (best is None or distance < best[0]):
                 shape: dict[str, Any] = {
                     "vocab_size": vocab_size,
@@ -82,8 +85,6 @@ def solve(
                     "share_map": [block for block in range(depth) for _ in range(2)] if layer_sharing else None,
                 }
                 best = distance, EdgeDecoderConfig(**{**shape, **settings})
-        if best is not None:
-            break  # wide heads first: narrower ones only where nothing else fits
     return None if best is None else best[1]
 
 
