@@ -20,6 +20,7 @@ from edgewright.errors import CheckFailed, UsageError
 from edgewright.export import ggml
 from edgewright.export.gguf_blocks import TYPE_IDS, Array
 from edgewright.export.gguf_encode import encode
+from edgewright.export.gguf_families import native_form
 from edgewright.export.gguf_layout import (
     EMBEDDING_TYPES,
     FLOAT_TYPES,
@@ -109,6 +110,7 @@ def export_gguf(
     path = Path(path)
     kv = getattr(kv, "bits", kv)
     check_settings(path, layout, float_type, embedding, kv)
+    model = native_form(model)
     tensors = model_tensors(model)
     metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
     rows = plan(tensors, layout, float_type, embedding)
@@ -151,6 +153,7 @@ def llama_cpp_quantize(
     check_settings(path)
     if type not in ggml.PEER_TYPES:
         raise UsageError(f"type={type!r}; llama.cpp's quantiser is called here for {', '.join(ggml.PEER_TYPES)}")
+    model = native_form(model)
     tensors = model_tensors(model)
     quantized = [tensor.name for tensor in tensors if tensor.is_packed]
     if quantized:

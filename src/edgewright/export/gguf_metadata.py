@@ -1,8 +1,8 @@
 """Key/values of a GGUF file from a transformers model and tokenizer: what llama.cpp needs to run it and to chat.
 
-The architectures are those that `edgewright.io` reads back (llama, qwen2, qwen3), the tokenizers byte-level BPE with a
-word splitter that llama.cpp knows by name. Everything else is refused by name: a file that loads and speaks wrongly is
-worse than none.
+The architectures are those of `gguf_families` (`edgewright.io` reads llama, qwen2 and qwen3 back), the tokenizers
+byte-level BPE with a word splitter that llama.cpp knows by name. Everything else is refused by name: a file that loads
+and speaks wrongly is worse than none.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgewright.errors import FormatError, Unsupported, UsageError
-from edgewright.io.gguf_model import FAMILIES
+from edgewright.export.gguf_families import Metadata, writer
 from edgewright.io.gguf_tokenizer import CONTROL, SPLITTERS, USER_DEFINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Metadata = dict[str, tuple[str, Any]]
 
 NORMAL, UNUSED = 1, 5
 QUANTIZATION_VERSION = 2
@@ -43,23 +41,10 @@ FILE_TYPES = {
 FILE_TYPE_GUESSED = 1024
 
 
-def architecture(model: PreTrainedModel) -> str:
-    """The GGUF architecture of a model. Raises Unsupported naming the class or setting that is not known."""
-    config = model.config
-    kind = str(getattr(config, "model_type", ""))
-    classes = [f"{name.capitalize()}ForCausalLM" for name in FAMILIES]
-    if kind not in FAMILIES or type(model).__name__ not in classes:
-        raise Unsupported(f"{type(model).__name__} cannot be written as GGUF; {', '.join(classes)} can")
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise Unsupported(f"hidden_act={config.hidden_act!r} cannot be written as GGUF; llama.cpp computes 'silu' here")
-    if getattr(config, "use_sliding_window", False):
-        raise Unsupported("sliding-window attention cannot be written as GGUF here; set use_sliding_window=False")
-    return kind
-
-
 def model_metadata(model: PreTrainedModel, name: str) -> Metadata:
     """Architecture keys: sizes, heads, rotary embedding, norms. `name` is the title of the model."""
-    config, prefix = model.config, architecture(model)
+    config, family = model.config, writer(model)
+    prefix = family.architecture
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     metadata: Metadata = {
         "general.architecture": ("str", prefix),
@@ -83,7 +68,7 @@ def model_metadata(model: PreTrainedModel, name: str) -> Metadata:
     if rope["rope_type"] == "linear":
         metadata[f"{prefix}.rope.scaling.type"] = ("str", "linear")
         metadata[f"{prefix}.rope.scaling.factor"] = ("f32", rope["factor"])
-    return metadata
+    return metadata | {f"{prefix}.{key}": value for key, value in family.keys(config).items()}
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, Unsupported
-from edgewright.export.gguf_metadata import architecture
-from edgewright.io.gguf_model import FAMILIES, LAYER_NAMES, TOP_NAMES
+from edgewright.export.gguf_families import Part, writer
+from edgewright.io.gguf_model import TOP_NAMES
 from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
 
 if TYPE_CHECKING:
@@ -23,14 +23,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of the model. name: in GGUF. path: of the module; attribute: "weight" or "bias".
-    heads: how many heads' rows are put into pair order, 0 where rows stay as they are."""
+    """One tensor of the model. name: in GGUF. path: of the module; attribute: "weight", "bias" or another parameter's.
+    heads: how many heads' rows are put into pair order, 0 where rows stay as they are. select: the piece of the
+    parameter that the file keeps under this name."""
 
     name: str
     path: str
     attribute: str
     module: nn.Module
     heads: int = 0
+    select: Callable[[Tensor], Tensor] | None = None
 
     @property
     def parameter(self) -> str:
@@ -61,6 +63,8 @@ class ModelTensor:
         value: Tensor = getattr(self.module, self.attribute).detach().cpu().float()
         if not torch.isfinite(value).all():
             raise FormatError(f"the tensor {self.parameter!r} holds NaN or infinity; it cannot be exported")
+        if self.select is not None:
+            value = self.select(value).contiguous()
         return (value[pair_order(len(value), self.heads)] if self.heads else value).numpy()
 
 
@@ -74,25 +78,38 @@ def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
 
     Raises Unsupported, naming the layer, for a module that would be exported as something it is not.
     """
-    family = FAMILIES[architecture(model)]
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    family = writer(model)
     tensors = [ModelTensor(name, path, attribute, module) for name, path, attribute, module in _top(model)]
     decoder: Any = model.model
     for index, layer in enumerate(decoder.layers):
-        for part, path in LAYER_NAMES.items():
+        for name, part in family.parts.items():
+            part = Part(part) if isinstance(part, str) else part
             try:
-                module = layer.get_submodule(path)
+                module = layer.get_submodule(part.path)
             except AttributeError:
                 continue
-            full = f"model.layers.{index}.{path}"
+            full, whole = f"model.layers.{index}.{part.path}", f"blk.{index}.{name}"
+            if "." in name:  # one parameter by its full name
+                tensors.append(ModelTensor(whole, full, part.attribute, module, select=part.select))
+                continue
+            heads = (
+                _rows(module) // _head_width(model.config) if name in ("attn_q", "attn_k") and family.permuted else 0
+            )
             for attribute in ("weight", "bias"):
                 if attribute == "weight" or getattr(module, attribute, None) is not None:
-                    count = heads.get(part, 0) if family.permuted else 0
-                    tensors.append(ModelTensor(f"blk.{index}.{part}.{attribute}", full, attribute, module, count))
+                    tensors.append(ModelTensor(f"{whole}.{attribute}", full, attribute, module, heads))
     for tensor in tensors:
         _check_module(tensor)
     _check_complete(model, tensors)
     return tensors
+
+
+def _rows(module: Any) -> int:
+    return int(module.out_features)
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def shares_table(model: PreTrainedModel) -> bool:

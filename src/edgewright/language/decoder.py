@@ -25,7 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from edgewright.errors import UsageError
 from edgewright.language.attention import Attention
-from edgewright.language.decoder_config import ATTENTION, EdgeDecoderConfig
+from edgewright.language.decoder_config import ATTENTION, CACHE_TYPES, EdgeDecoderConfig
+from edgewright.language.longhorn_state import LonghornCache
 
 
 class FeedForward(nn.Module):
@@ -88,7 +89,7 @@ class EdgeDecoderLayer(GradientCheckpointingLayer):
             )
             x = x + mixed
         elif self.mixer == "longhorn":
-            x = x + self.longhorn(self.input_layernorm(x), attention_mask, past_key_values, layer)
+            x = x + self.longhorn(self.input_layernorm(x), attention_mask, past_key_values, layer, options.get("reset"))
         if self.kind == "none":
             return x
         u = self.post_attention_layernorm(x)
@@ -109,6 +110,11 @@ class EdgeDecoderPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": EdgeDecoderLayer, "attentions": Attention}
+
+    @property
+    def _is_stateful(self) -> bool:  # type: ignore[override]
+        """Whether assisted generation is to be refused: a recurrent state cannot give tokens back."""
+        return "longhorn" in self.config.mixers  # type: ignore[operator]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -159,8 +165,9 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
             raise UsageError("STEM layers look rows up by token: give input_ids, not inputs_embeds")
         assert inputs_embeds is not None
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_key_values = LonghornCache(config) if "longhorn" in config.mixers else DynamicCache(config=config)
+        attends = any(mixer in ATTENTION for mixer in config.mixers)  # else nothing here depends on positions
+        seen = past_key_values.get_seq_length() if past_key_values is not None and attends else 0
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         self._check_length(seen, inputs_embeds.shape[1], past_key_values)
@@ -172,7 +179,9 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
             mixer = config.mixers[layer]
             x = self.layers[block](
                 x,
-                attention_mask=masks.get(mixer, None if isinstance(attention_mask, dict) else attention_mask),
+                attention_mask=masks.get(
+                    CACHE_TYPES.get(mixer, mixer), None if isinstance(attention_mask, dict) else attention_mask
+                ),
                 position_embeddings=rotary,
                 past_key_values=past_key_values,
                 layer=layer,
@@ -259,6 +268,21 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
+    ) -> None:
+        """transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not any(mixer in ATTENTION for mixer in self.config.mixers):  # type: ignore[union-attr]
+            model_kwargs["past_key_values"] = LonghornCache.around(cache)
+
+    def for_gguf(self) -> PreTrainedModel:
+        """The form of this model that `export_gguf` writes."""
+        from edgewright.language.native import gguf_form
+
+        return gguf_form(self)
 
 
 def new_decoder(config: EdgeDecoderConfig, seed: int = 0) -> EdgeDecoderForCausalLM:

@@ -62,6 +62,7 @@ def to_native(model: EdgeDecoderForCausalLM, target: str = "auto") -> PreTrained
         native = AutoModelForCausalLM.from_config(config)
     native = native.to(dtype=model.dtype, device=model.device)
     order = _row_order(model.config, config.model_type == "llama4_text")
+    _place_packed(model, native, order)
     given = _executed_state(model, order)
     wanted = native.state_dict()
     state = {}
@@ -76,19 +77,37 @@ def to_native(model: EdgeDecoderForCausalLM, target: str = "auto") -> PreTrained
         else:  # biases that are not there, attention that is skipped
             state[name] = torch.zeros_like(tensor)
     native.load_state_dict(state)
-    _place_packed(model, native, order)
     native.generation_config = model.generation_config
     return native.train(model.training)
 
 
+def gguf_form(model: EdgeDecoderForCausalLM) -> PreTrainedModel:
+    """The class that `export_gguf` writes: the native one where llama.cpp runs it as it is, else the unrolled decoder.
+
+    Windows go to GraniteSWA, whose sinks are told to attend to nothing. Skipped attention and sizes that differ by
+    layer stay, because the file then holds and computes less. Raises NotRepresentable for what has no place there.
+    """
+    config = model.config
+    assert isinstance(config.mixers, list) and isinstance(config.ffn_types, list)
+    sizes = [getattr(config, name) for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads")]
+    own = "skip_attention" in config.mixers or not all(isinstance(size, int) or len(set(size)) == 1 for size in sizes)
+    if own and set(config.mixers) <= {"full_attention", "skip_attention"} and set(config.ffn_types) == {"mlp"}:
+        if config.qk_norm != "none" or config.qkv_bias:
+            raise NotRepresentable("llama.cpp has no architecture with layers of different kinds and these heads")
+        return unroll(model)
+    return to_native(model, "granite_swa" if "sliding_attention" in config.mixers else "auto")
+
+
 def unroll(model: EdgeDecoderForCausalLM) -> EdgeDecoderForCausalLM:
-    """A copy in which every executed layer has weights of its own: same logits, no sharing."""
+    """A copy in which every executed layer has weights of its own, positions on halves: same logits, no sharing."""
     settings = model.config.to_dict()
-    settings["share_map"] = None
+    settings |= {"share_map": None, "rope_interleaved": False}
+    order = _row_order(model.config, native_pairs=False)
     with no_init_weights():
         wide = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
     wide = wide.to(dtype=model.dtype, device=model.device)
-    wide.load_state_dict(_without_twins(_executed_state(model, None), wide), strict=False)
+    _place_packed(model, wide, order)
+    wide.load_state_dict(_without_twins(_executed_state(model, order), wide), strict=False)
     wide.generation_config = model.generation_config
     return wide.train(model.training)
 

@@ -1,0 +1,123 @@
+"""Every form of the edge decoder as a GGUF file: llama.cpp gives PyTorch's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export_models import make_tokenizer
+
+from edgewright.errors import Unsupported
+from edgewright.export.gguf import export_gguf
+from edgewright.io.gguf import GGUFFile
+from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
+from edgewright.language.decoder_config import EdgeDecoderConfig
+from edgewright.runtime.llamacpp import LlamaCppEngine
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.08,
+    "eos_token_id": 2,
+}
+WINDOW = {"mixers": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 8}
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "shared": ({"share_map": [0, 0, 1]}, "llama"),
+    "R1": ({"qk_norm": "l2", "rope_interleaved": True}, "qwen3"),
+    "Pro": (WINDOW, "granite_swa"),
+    "Flash": ({"mixers": ["full_attention", "skip_attention", "full_attention"]}, "deci"),
+    "uneven": (
+        {"intermediate_size": [192, 64, 128], "num_attention_heads": [4, 2, 4], "num_key_value_heads": [2, 1, 4]},
+        "deci",
+    ),
+    "uneven pairs": ({"intermediate_size": [192, 64, 128], "rope_interleaved": True}, "deci"),
+    "biases": ({"qkv_bias": True}, "qwen2"),
+    "MobileMoE": (
+        {
+            "ffn_types": "moe",
+            "moe": {"num_experts": 8, "top_k": 2, "expert_size": 64, "shared_size": 128},
+            "qk_norm": "l2",
+            "rope_interleaved": True,
+        },
+        "glm4moe",
+    ),
+}
+
+
+def decoder(**changes: Any) -> EdgeDecoderForCausalLM:
+    model = new_decoder(EdgeDecoderConfig(**{**SHAPE, **changes})).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_the_decoder_computes(case: str, tmp_path: Path) -> None:
+    settings, architecture = CASES[case]
+    model, tokenizer = decoder(**settings), make_tokenizer()
+    path = tmp_path / "model.gguf"
+    done = export_gguf(model, tokenizer, path, float_type="F32", embedding="F32", progress=False)
+    file = GGUFFile(path)
+    assert file.metadata["general.architecture"] == architecture
+    assert done.checks["top1_agreement"] > 0.95
+    ids = torch.randint(3, 272, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0]
+    with LlamaCppEngine(path, threads=1, context=128) as engine:
+        got = torch.from_numpy(engine.logits(ids[0].tolist()))
+    assert float((got - expected).norm() / expected.norm()) < 2e-3  # keys and values are fp16 there
+
+
+def test_skipped_attention_is_not_stored(tmp_path: Path) -> None:
+    model = decoder(mixers=["full_attention", "skip_attention", "full_attention"])
+    export_gguf(model, make_tokenizer(), tmp_path / "flash.gguf", verify=False, progress=False)
+    file = GGUFFile(tmp_path / "flash.gguf")
+    assert not any(name.startswith("blk.1.attn") for name in file.tensors)
+    assert file.metadata["deci.attention.head_count"] == [4, 0, 4]
+
+
+def test_shared_blocks_are_unrolled_and_say_so_by_their_size(tmp_path: Path) -> None:
+    shared = export_gguf(
+        decoder(share_map=[0, 0, 1]), make_tokenizer(), tmp_path / "a.gguf", verify=False, progress=False
+    )
+    plain = export_gguf(decoder(), make_tokenizer(), tmp_path / "b.gguf", verify=False, progress=False)
+    assert shared.bytes == plain.bytes
+
+
+def test_packed_decoders_keep_their_codes(tmp_path: Path) -> None:
+    from edgewright.quantization.api import convert_, quantize_
+    from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
+
+    model = decoder(share_map=[0, 0, 1], mixers=["full_attention", "full_attention", "skip_attention"], qk_norm="none")
+    convert_(quantize_(model, QuantConfig(rules=(Rule("model.layers.*", WeightConfig("int4", 32, scale="mse")),))))
+    done = export_gguf(model, make_tokenizer(), tmp_path / "q.gguf", embedding="F16", progress=False)
+    written = {row.tensor: row.written for row in done.table}
+    assert written["blk.0.attn_q.weight"] == "Q4_0" and written["blk.2.ffn_down.weight"] == "Q4_0"
+    assert done.checks["tensors_equal"]["llama.cpp"] > 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"ffn_types": "none"}, "'none' feed-forwards"),
+        ({**WINDOW, "qk_norm": "rms"}, "qk_norm='rms'"),
+        ({"mixers": ["full_attention", "skip_attention", "full_attention"], "qk_norm": "l2"}, "no architecture"),
+    ],
+)
+def test_what_llama_cpp_cannot_hold_is_refused(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=reason):
+        export_gguf(decoder(**settings), make_tokenizer(), tmp_path / "model.gguf", progress=False)
+    assert not list(tmp_path.iterdir())
