@@ -1,4 +1,4 @@
-"""The recipes at size small: results/<slug>.csv.
+"""The recipes at size small: results/<slug>.csv and results/<slug>_claims.csv.
 
 python benchmarks/recipes.py SLUG...      # some of them; a finished run is read back, a broken-off one goes on
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from edgewright.recipes.recipe import run_recipe, runnable
-from results import ROOT, save
+from results import ROOT, save, save_claims
 
 
 def main(slugs: Sequence[str] = ()) -> None:
@@ -19,7 +19,7 @@ def main(slugs: Sequence[str] = ()) -> None:
         outcome.report.print_table()
         for verdict in outcome.verdicts:
             print("held    " if verdict.held else "NOT HELD", verdict.text)
-        print(save(outcome.report, slug))
+        print(save(outcome.report, slug), save_claims(outcome.verdicts, slug))
 
 
 if __name__ == "__main__":

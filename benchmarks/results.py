@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from edgewright.io.atomic import write_text
 from edgewright.measure.report import Report
+from edgewright.recipes.recipe import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -46,3 +48,20 @@ def load(name: str) -> Report:
                 unit=line["unit"],
             )
     return report
+
+
+def save_claims(verdicts: Iterable[Verdict], name: str) -> Path:
+    """Write what became of a recipe's claims to results/<name>_claims.csv."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("held", "claim"))
+    writer.writerows((("no", "yes")[verdict.held], verdict.text) for verdict in verdicts)
+    path = RESULTS / f"{name}_claims.csv"
+    write_text(path, text.getvalue())
+    return path
+
+
+def load_claims(name: str) -> list[tuple[bool, str]]:
+    """(held, claim) of results/<name>_claims.csv."""
+    with (RESULTS / f"{name}_claims.csv").open(encoding="utf-8", newline="") as file:
+        return [(line["held"] == "yes", line["claim"]) for line in csv.DictReader(file)]

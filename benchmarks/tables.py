@@ -4,6 +4,7 @@ python benchmarks/tables.py            # rewrites what stands between the marker
 python benchmarks/tables.py --check    # exit code 1 if a table is not what results/ gives
 
 A marker is an HTML comment naming the file and, if wanted, columns: <!-- table demo: file_size, kl --> ... <!-- end -->
+or a recipe whose claims are listed: <!-- claims parq --> ... <!-- end -->
 """
 
 from __future__ import annotations
@@ -15,9 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from results import load  # noqa: E402
+from results import load, load_claims  # noqa: E402
 
 MARKER = re.compile(r"(<!-- table (?P<name>[\w.-]+)(?:: (?P<metrics>[^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+CLAIMS = re.compile(r"(<!-- claims (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render_claims(match: re.Match[str]) -> str:
+    claims = load_claims(match["name"])
+    held = sum(holds for holds, _ in claims)
+    lines = [f"{held} of {len(claims)} claims held.", ""]
+    lines += [f"- {'held' if holds else '**NOT held**'}: {text}" for holds, text in claims]
+    return f"{match[1]}{chr(10).join(lines)}\n{match[3]}"
 
 
 def render(match: re.Match[str]) -> str:
@@ -33,7 +44,7 @@ def main() -> int:
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        filled = MARKER.sub(render, text)
+        filled = CLAIMS.sub(render_claims, MARKER.sub(render, text))
         if filled != text:
             stale.append(path.relative_to(ROOT).as_posix())
             if "--check" not in sys.argv[1:]:

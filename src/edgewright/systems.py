@@ -1,7 +1,8 @@
-"""The catalogue: one row for every published system of this line of research, planned or working.
+"""The catalogue: one row for every published system of this line of research: planned, partial or working.
 
-`systems.csv` holds the rows; `systems_headlines.json` holds the headline figure of each working row, written from
-`results/*.csv` by `benchmarks/headlines.py` and never by hand. Standard library only: listing takes no time.
+`systems.csv` holds the rows; `systems_headlines.json` holds the headline figure of each row that is not planned,
+written from `results/*.csv` by `benchmarks/headlines.py` and never by hand. Standard library only: listing takes no
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from edgewright.errors import EdgewrightError, UsageError
 
-STATES = ("planned", "working")
+STATES = ("planned", "partial", "working")
 DISTRIBUTION = "edgewright"
 INSTALLED_PAGES = "share/edgewright/systems"  # where a wheel puts docs/systems (pyproject's data-files)
 _HERE = Path(__file__).resolve().parent
@@ -30,7 +31,7 @@ class System:
     title: str
     arxiv: str  # "" when there is no preprint
     room: str
-    state: str  # "planned", or "working" once its recipe passes its claims
+    state: str  # "planned"; "working" once its recipe passes its claims, "partial" where some of them do not hold
     summary: str
     headline: str = ""  # our own figure; empty while planned
 
@@ -85,7 +86,7 @@ def page(slug: str) -> str:
     for path in (_HERE.parents[1] / "docs" / "systems" / f"{slug}.md", _installed_page(slug)):
         if path is not None and path.is_file():
             return path.read_text(encoding="utf-8")
-    if row.state == "working":
+    if row.state != "planned":
         raise EdgewrightError(f"the page of {slug} is missing from this installation; reinstall edgewright")
     source = f"arXiv {row.arxiv}, first of {row.year}" if row.arxiv else "no preprint"
     return (

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
@@ -81,7 +81,18 @@ CLAIMS = (
     Claim("accuracy", "PARQ 2 bit", ">", against="full precision", factor=0.9, sizes=("small", "paper")),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None  # the row stays planned until all claims hold at size small
+HEADLINE: Headline | None = Headline(
+    "digits at 1 bit: {ours:.1%} right, straight-through {hard:.1%}, full precision {full:.1%}; at 2 bits {two:.1%}",
+    {
+        name: Cell("parq.csv", {"metric": "accuracy", "subject": subject})
+        for name, subject in (
+            ("ours", "PARQ 1 bit"),
+            ("hard", "straight-through 1 bit"),
+            ("full", METHODS[0]),
+            ("two", "PARQ 2 bit"),
+        )
+    },
+)
 
 
 def plan(settings: Parq) -> Plan:

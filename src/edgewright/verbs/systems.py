@@ -12,7 +12,7 @@ from edgewright.errors import UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("slug", nargs="?", help="print the page of this system instead of the list")
     parser.add_argument("--room", help="only systems of this room of the house, e.g. quantization")
-    parser.add_argument("--state", help="only systems in this state: planned or working")
+    parser.add_argument("--state", help="only systems in this state: planned, partial or working")
     parser.add_argument("--json", action="store_true", help="print objects instead of a table or page")
 
 
@@ -48,12 +48,14 @@ def _print_list(rows: list) -> None:
     for i, row in enumerate(rows):
         last_of_room = i + 1 == len(rows) or rows[i + 1].room != row.room
         text = escape(row.summary) + (f" [bold]{escape(row.headline)}[/bold]" if row.headline else "")
-        colour = "green" if row.state == "working" else "dim"
+        colour = {"working": "green", "partial": "yellow"}.get(row.state, "dim")
         table.add_row(row.room, row.slug, row.arxiv, f"[{colour}]{row.state}[/]", text, end_section=last_of_room)
     console.print(table)
-    working = sum(row.state == "working" for row in rows)
+    working, partial = (sum(row.state == state for row in rows) for state in ("working", "partial"))
     console.print(
-        f"{len(rows)} systems, {working} working. `edgewright systems SLUG` prints the page of one.", style="dim"
+        f"{len(rows)} systems, {working} working, {partial} partial (built, but not every claim of theirs holds here). "
+        "`edgewright systems SLUG` prints the page of one.",
+        style="dim",
     )
 
 
