@@ -121,3 +121,23 @@ def test_what_llama_cpp_cannot_hold_is_refused(settings: dict[str, Any], reason:
     with pytest.raises(Unsupported, match=reason):
         export_gguf(decoder(**settings), make_tokenizer(), tmp_path / "model.gguf", progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sparse_layer_is_refused_by_name(tmp_path: Path) -> None:
+    from edgewright.sparsity.r_sparse_layer import RSparseLinear
+
+    model = decoder()
+    layer = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = RSparseLinear(layer, threshold=0.1, scale=torch.ones(layer.in_features))
+    with pytest.raises(Unsupported, match=r"layers.1.mlp.up_proj is a RSparseLinear"):
+        export_gguf(to_llama(model), make_tokenizer(), tmp_path / "model.gguf", progress=False)
+
+
+def to_llama(model: EdgeDecoderForCausalLM) -> Any:
+    """A Llama around the decoder's own modules, special ones included."""
+    from edgewright.language.native import to_native
+
+    native = to_native(decoder())
+    for layer, block in enumerate(model.model.layers):
+        native.model.layers[layer].mlp.up_proj = block.mlp.up_proj
+    return native

@@ -12,12 +12,14 @@ from executorch_models import byte_tokenizer, language_export
 
 from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
 from edgewright.export.executorch import export_executorch
+from edgewright.io.packed import PackedLinear
 from edgewright.io.pte import read_layout
+from edgewright.runtime.benchmark import FILE_METRICS, benchmark_files, report_columns
 from edgewright.runtime.engine import open_engine
 from edgewright.runtime.executorch import ExecuTorchEngine
-from edgewright.runtime.executorch_program import ExecuTorchProgram
+from edgewright.runtime.executorch_program import ExecuTorchProgram, weights_of
 from edgewright.runtime.program import open_program
-from edgewright.runtime.pte_metadata import pack, unpack
+from edgewright.runtime.pte_metadata import pack, unpack, weights_in
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,54 @@ def test_chat_answers_from_the_path_alone(language_file, capsys):
     arguments = parser.parse_args([str(language_file), "--prompt", "hello", "--max-tokens", "4", "--threads", "1"])
     assert chat.run(arguments) == 0
     assert capsys.readouterr().out.endswith("\n")
+
+
+def test_next_logits_is_the_last_row_and_reuses_the_cache(engine):
+    ids = list(b"As far as it is the same")
+    row = engine.next_logits(ids)
+    assert row.shape == (256,) and np.array_equal(row, engine.generate(ids, 1) and engine.next_logits(ids))
+    longer = [*ids, 7, 8]
+    fresh, again = engine.next_logits(longer), (engine.next_logits(ids), engine.next_logits(longer, reuse=True))[1]
+    # another chunking is another order of sums, which moves an 8-bit input across a border now and then
+    assert np.abs(fresh - again).max() <= 0.05 * np.abs(fresh).max()
+    with pytest.raises(UsageError, match="do not fit the context"):
+        engine.next_logits([5] * 97)
+
+
+def test_bench_shows_the_rows_of_a_gguf(language_file, program_file):
+    """The figures in the file are those of the arithmetic, counted here from the packed model."""
+    model, _ = language_export()
+    report = benchmark_files([language_file, program_file], prompt_tokens=8, decode_tokens=4, repeats=2, threads=1)
+    assert all(report.value(metric, language_file.name) > 0 for metric in FILE_METRICS)
+    assert report_columns(report)[:2] == ["file_size", "bits_per_weight"]
+    layers = [m for m in model.model.layers.modules() if isinstance(m, PackedLinear)]
+    count = sum(layer.codes.numel() for layer in layers) + 256 * 64 + 3 * 64  # the tied table once, three norms
+    size = sum(
+        layer.codes.numel() * (8 if layer.grid == "int8" else 4) / 8 + 2 * layer.step.numel() for layer in layers
+    )
+    size += 256 * 64 + 2 * 256 + 4 * 3 * 64
+    told = weights_of(language_file)
+    assert (told.count, told.bytes, told.token_bytes) == (count, size, size)  # a head reads its whole table
+    assert report.value("bits_per_weight", language_file.name) == 8 * size / count
+    assert report.value("bits_per_weight", program_file.name) == 32
+
+
+def test_weights_of_a_table_that_is_no_head():
+    from edgewright.export.executorch_sizes import stored_weights
+
+    net = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100, bias=False))
+    assert stored_weights(net) == {"count": 1600, "bytes": 6400, "token_bytes": 3200 + 32}
+    net[1].weight = net[0].weight
+    assert stored_weights(net) == {"count": 800, "bytes": 3200, "token_bytes": 3200}
+
+
+@pytest.mark.parametrize(
+    "told", [{"count": 0, "bytes": 1}, {"count": 1}, {"count": 2, "bytes": 2, "token_bytes": 9}, 7]
+)
+def test_nonsense_about_weights_is_refused(told):
+    assert weights_in({}, "x.pte") is None
+    with pytest.raises(FormatError, match="description of its weights"):
+        weights_in({"weights": told}, "x.pte")
 
 
 # ---- programs

@@ -10,6 +10,7 @@ from toy_gguf import write_toy
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, UsageError
 from edgewright.io.gguf import GGUFFile
 from edgewright.runtime import llamacpp, llamacpp_library, open_engine
+from edgewright.runtime.generation import sample
 
 TEXT = "The tides are caused by the gravity of the Moon and, to a lesser degree, of the Sun."
 
@@ -105,13 +106,23 @@ def test_sampling_repeats_with_its_seed(toy):
 
 def test_sampling_follows_the_softmax(toy):
     rng = np.random.default_rng(0)
-    toy.generate([1, 2, 3], 1)
     logits = toy.logits([1, 2, 3])[-1].astype(np.float64)
     p = np.exp(logits - logits.max())
     p /= p.sum()
-    toy.generate([1, 2, 3], 1)
+    row = toy.next_logits([1, 2, 3])
     drawn = np.bincount([sample(row, 1.0, rng) for _ in range(4000)], minlength=toy.vocabulary) / 4000
     assert np.abs(drawn - p).max() < 0.04  # five standard errors of the likeliest entry
+
+
+def test_next_logits_is_the_last_row(toy):
+    ids = list(range(20))
+    row = toy.next_logits(ids)
+    # all rows at once or the last alone: float sums in another order
+    np.testing.assert_allclose(row, toy.logits(ids)[-1], rtol=1e-4, atol=1e-4)
+    assert toy.next_logits(ids[:4], reuse=True).shape == row.shape  # a copy: later calls leave it as it is
+    np.testing.assert_array_equal(row, toy.next_logits(ids))
+    with pytest.raises(UsageError, match="do not fit the context"):
+        toy.next_logits([1] * 300)
 
 
 def test_reused_prompt_gives_the_same_text(toy):

@@ -13,30 +13,26 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from edgewright.compression.settings import VISION_MODELS
-from edgewright.compression.vision_files import latencies, onnx_logits, write_onnx
+from edgewright.compression.vision_files import latencies, program_logits, write_description, write_onnx, write_pte
 from edgewright.errors import UsageError
 from edgewright.evaluation.classification import add_agreement, logits_of
 from edgewright.measure.report import Report
 from edgewright.quantization.freezing import freeze_
 from edgewright.quantization.sqnr import feature_sqnr, plot_channel_ranges, plot_sqnr, save_rows, sqnr_report
-from edgewright.quantization.static import (
-    StaticConfig,
-    calibrate_,
-    convert_static,
-    quantize_static,
-    static_report,
-    unsigned_weights_,
-)
+from edgewright.quantization.static import StaticConfig, calibrate_, convert_static, quantize_static, static_report
 from edgewright.quantization.static_file import save_static
 from edgewright.quantization.static_training import StaticTraining, train_static
 
 FLOAT, SHIPPED, IN_RUNTIME = "float32", "quantised", "quantised, in ONNX Runtime"
+IN_EXECUTORCH = "quantised, in ExecuTorch"
+TARGETS = ("onnx", "pte")
 
 
 @dataclass(frozen=True)
 class VisionSettings:
     """bits: of the weights, 2 to 8, per output channel; activations have 8. steps: of training under quantisation, 0
-    for calibration alone. batch: of calibration and training. runs: timings of one image; 0 leaves them out."""
+    for calibration alone. batch: of calibration and training. runs: timings of one image; 0 leaves them out. targets:
+    files to write, "onnx" (always) and "pte" (for ExecuTorch, one image a call)."""
 
     bits: int = 8
     steps: int = 0
@@ -44,8 +40,12 @@ class VisionSettings:
     batch: int = 8
     runs: int = 30
     seed: int = 0
+    targets: tuple[str, ...] = ("onnx",)
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        if unknown:
+            raise UsageError(f"an image classifier is written as {', '.join(TARGETS)}, not {', '.join(unknown)}")
         if self.steps < 0 or self.batch < 1 or self.runs < 0:
             raise UsageError(f"steps={self.steps}, batch={self.batch}, runs={self.runs}: none can be negative")
         self.static  # noqa: B018  (checks the bits)
@@ -67,8 +67,9 @@ def compress_vision(
     """Compress a classifier to integers and leave everything about it in the folder `output`.
 
     images: [N, C, H, W] as the network takes them; the evaluation's are compared with the float network and fall back
-    to the calibration's, which the report then says. Files: model.safetensors (codes packed at `bits`), int8.onnx and
-    float.onnx (each run and compared before it gets its name), weights.csv, sqnr.png, ranges.png, report.json and .md.
+    to the calibration's, which the report then says. Files: model.safetensors (codes packed at `bits`), int8.onnx,
+    float.onnx and, where asked for, int8.pte (each run and compared before it gets its name), weights.csv, sqnr.png,
+    ranges.png, report.json and .md.
     """
     settings = settings or VisionSettings()
     folder = Path(output)
@@ -108,11 +109,14 @@ def compress_vision(
     files = {FLOAT: folder / "float.onnx", IN_RUNTIME: folder / "int8.onnx"}
     say("exporting to ONNX and running what was written")
     report.add("file_size", write_onnx(model, files[FLOAT], example, False) / 1e6, subject=FLOAT, unit="MB")
-    unsigned_weights_(converted)
     report.add(
         "file_size", write_onnx(converted, files[IN_RUNTIME], example, True) / 1e6, subject=IN_RUNTIME, unit="MB"
     )
-    add_agreement(report, IN_RUNTIME, reference, onnx_logits(files[IN_RUNTIME], images))
+    add_agreement(report, IN_RUNTIME, reference, program_logits(files[IN_RUNTIME], images))
+    if "pte" in settings.targets:
+        say("exporting to ExecuTorch and running what was written")
+        files[IN_EXECUTORCH] = folder / "int8.pte"
+        _add_pte(report, converted, files[IN_EXECUTORCH], images, reference)
     if settings.runs:
         for name, time in latencies(files, example[:1], settings.runs).items():
             report.add("latency", time.median, se=time.spread, n=time.n, subject=name, unit="ms")
@@ -139,9 +143,19 @@ def compress_bundled(
     model = load_efficientnet_lite0()
     crops = image_crops(calibration, INPUT_SIZE, settings.seed)
     held_out = image_crops(evaluation, INPUT_SIZE, settings.seed + 1, "evaluation")
-    return compress_vision(
+    report = compress_vision(
         model, normalise(crops, MEAN, STD), output, settings, evaluation_images=normalise(held_out, MEAN, STD), say=say
     )
+    write_description(name, output)
+    return report
+
+
+def _add_pte(report: Report, converted: nn.Module, path: Path, images: Tensor, reference: Tensor) -> None:
+    export = write_pte(converted, path, images[:1])
+    report.add("file_size", export.bytes / 1e6, subject=IN_EXECUTORCH, unit="MB")
+    report.add("delegated", 100 * export.delegation.share, subject=IN_EXECUTORCH, n=export.delegation.total, unit="%")
+    add_agreement(report, IN_EXECUTORCH, reference, program_logits(path, images))
+    report.notes.extend(export.summary()[1:])
 
 
 def _add_notes(
@@ -156,6 +170,6 @@ def _add_notes(
     report.notes.extend(found.notices)
     if settings.bits < 8:
         report.notes.append(
-            f"model.safetensors packs the {settings.bits}-bit codes; runtimes multiply int8: int8.onnx holds them in "
-            "a byte each and is neither smaller nor faster than at 8 bits"
+            f"model.safetensors packs the {settings.bits}-bit codes; runtimes multiply int8: the exported files hold "
+            "them in a byte each and are neither smaller nor faster than at 8 bits"
         )

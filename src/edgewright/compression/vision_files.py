@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import MissingPackage
-from edgewright.io.atomic import atomic_file
+from edgewright.compression.settings import VISION_MODELS
+from edgewright.errors import FormatError, MissingPackage
+from edgewright.io.atomic import atomic_file, write_text
+
+if TYPE_CHECKING:
+    from edgewright.export.executorch import ExecuTorchExport
 
 ONNX_TOLERANCE = 0.25  # of an int8 network's proof: a code next door in each of many layers adds up
 SMALL_BATCH = 16
+DESCRIPTION = "network.json"  # what the folder of a compressed classifier holds
 
 
 def write_onnx(model: nn.Module, path: Path, example: Tensor, integers: bool) -> int:
@@ -25,23 +31,63 @@ def write_onnx(model: nn.Module, path: Path, example: Tensor, integers: bool) ->
     return path.stat().st_size
 
 
-def onnx_logits(path: Path, images: Tensor, threads: int | None = None) -> Tensor:
-    """Logits [N, classes] of a file of ours in ONNX Runtime."""
-    from edgewright.runtime.onnx import OnnxProgram
+def write_pte(model: nn.Module, path: Path, image: Tensor) -> ExecuTorchExport:
+    """Export for one image [1, C, H, W] a call through `export_executorch`, which runs and compares the file."""
+    from edgewright.export.executorch import export_executorch
 
-    with OnnxProgram(path, threads, check=False) as program:
-        return torch.cat([torch.from_numpy(program.run([part.numpy()])[0]) for part in images.split(SMALL_BATCH)])
+    return export_executorch(model, None, path, example_inputs=[image])
+
+
+def write_description(name: str, folder: str | Path) -> None:
+    """Leave the name of the bundled network beside its compressed files, so that the folder can be loaded again."""
+    write_text(Path(folder) / DESCRIPTION, json.dumps({"model": name}) + "\n")
+
+
+def is_vision(model: str) -> bool:
+    """Whether `model` names a bundled image classifier or a folder that compressing one has left."""
+    return model in VISION_MODELS or (Path(model) / DESCRIPTION).is_file()
+
+
+def load_vision(model: str) -> tuple[nn.Module, Tensor]:
+    """(network, example image [1, 3, H, W]): a bundled classifier in float, or the integer network of its folder.
+
+    Raises FormatError for a folder whose files are broken.
+    """
+    from edgewright.io.images import image_crops, normalise
+    from edgewright.quantization.static_file import load_static
+    from edgewright.vision.efficientnet_lite import INPUT_SIZE, MEAN, STD, load_efficientnet_lite0
+
+    image = normalise(image_crops(1, INPUT_SIZE, 0), MEAN, STD)
+    if model in VISION_MODELS:
+        return load_efficientnet_lite0(), image
+    folder = Path(model)
+    try:
+        name = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FormatError(f"{folder / DESCRIPTION} does not name a network: {error}") from error
+    if name not in VISION_MODELS:
+        raise FormatError(f"{folder / DESCRIPTION} names {name!r}; known are {', '.join(VISION_MODELS)}")
+    return load_static(load_efficientnet_lite0(pretrained=False), image, folder / "model.safetensors"), image
+
+
+def program_logits(path: Path, images: Tensor, threads: int | None = None) -> Tensor:
+    """Logits [N, classes] of a file of ours (.onnx or .pte) in its runtime, in batches where it takes them."""
+    from edgewright.runtime.program import open_program
+
+    with open_program(path, threads, check=False) as program:
+        batch = SMALL_BATCH if program.inputs[0].shape[0] is None else int(program.inputs[0].shape[0])
+        return torch.cat([torch.from_numpy(program.run([part.numpy()])[0]) for part in images.split(batch)])
 
 
 def latencies(files: Mapping[str, Path], image: Tensor, repeats: int, threads: int = 1) -> dict[str, Any]:
     """Milliseconds for one image [1, 3, H, W], the files in turn: subject -> Measurement."""
     from edgewright.measure.timing import alternate
-    from edgewright.runtime.onnx import OnnxProgram
+    from edgewright.runtime.program import Program, open_program
 
     array = image.numpy()
-    programs = {name: OnnxProgram(path, threads, check=False) for name, path in files.items()}
+    programs = {name: open_program(path, threads, check=False) for name, path in files.items()}
 
-    def case(program: OnnxProgram) -> Callable[[], Any]:
+    def case(program: Program) -> Callable[[], Any]:
         return lambda: program.run([array])
 
     found = alternate({name: case(program) for name, program in programs.items()}, repeats=repeats, warmup=3)

@@ -14,19 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.compression.vision_files import latencies, onnx_logits, runtime_quantize, write_onnx
+from edgewright.compression.vision_files import latencies, program_logits, runtime_quantize, write_onnx
 from edgewright.evaluation.classification import agreement, logits_of
 from edgewright.io import images as pictures
 from edgewright.quantization.freezing import freeze_, freeze_after_
 from edgewright.quantization.integer import IntegerExecutor
 from edgewright.quantization.sqnr import feature_sqnr, plot_channel_ranges, plot_sqnr, save_rows, sqnr_report
-from edgewright.quantization.static import (
-    StaticConfig,
-    calibrate_,
-    convert_static,
-    quantize_static,
-    unsigned_weights_,
-)
+from edgewright.quantization.static import StaticConfig, calibrate_, convert_static, quantize_static
 from edgewright.quantization.static_training import StaticTraining, train_static
 from edgewright.vision.digits import digits_network, score, train_digits
 from edgewright.vision.efficientnet_lite import MEAN, STD, load_efficientnet_lite0
@@ -159,7 +153,7 @@ class _Bench:
     def file_rows(self) -> Rows:
         """Sizes, answers and latencies of files: float, ours, and ONNX Runtime's own quantisation."""
         folder, example = self.output, self.calibration[:2]
-        converted = unsigned_weights_(convert_static(self.prepared(StaticConfig())))
+        converted = convert_static(self.prepared(StaticConfig()))
         write_onnx(self.model, folder / "float.onnx", example, integers=False)
         write_onnx(converted, folder / "int8.onnx", example, integers=True)
         files = {"float32 in ONNX Runtime": folder / "float.onnx", "W8A8 in ONNX Runtime": folder / "int8.onnx"}
@@ -171,7 +165,7 @@ class _Bench:
             size = file.stat().st_size / 1e6
             rows += [
                 {"metric": "file_size", "value": size, "subject": name, "unit": "MB"},
-                *self.agreement_rows(name, onnx_logits(file, self.evaluation)),
+                *self.agreement_rows(name, program_logits(file, self.evaluation)),
             ]
         for name, time in latencies(files, self.evaluation[:1], self.settings.runs).items():
             rows.append(

@@ -23,7 +23,7 @@ from edgewright.export.executorch_language import check_language_model, export_l
 from edgewright.export.executorch_layers import TABLES, import_executorch, prepare
 from edgewright.export.executorch_lowering import Delegation, lower, quiet
 from edgewright.export.executorch_proof import check_language, check_program
-from edgewright.export.executorch_sizes import stored_bytes
+from edgewright.export.executorch_sizes import stored_bytes, stored_weights
 from edgewright.export.executorch_static import (
     FakeQuantizationTrace,
     Placed,
@@ -85,9 +85,8 @@ class ExecuTorchExport:
             f"delegated to XNNPACK: {self.delegation.share:.0%} of {self.delegation.total} nodes; not: {kept}",
         ]
         if self.static:
-            lines.append(
-                f"static int8: {self.static['layers']} layers of codes, {self.static['activations']} rounded activations"
-            )
+            layers, activations = self.static["layers"], self.static["activations"]
+            lines.append(f"static int8: {layers} layers as codes, {activations} activations rounded")
         if self.checks:
             lines.append("verified: " + ", ".join(f"{key} {value}" for key, value in self.checks.items()))
         return lines + [f"note: {note}" for note in self.notes]
@@ -134,6 +133,13 @@ def export_executorch(
         exported = copy.deepcopy(exported) if exported is model else exported
         placed = place_codes_(exported)
         notes = [*notes, *placed.notes]
+    static = {"layers": placed.layers, "activations": placed.activations} if placed.activations else {}
+    if static:
+        metadata["weights"] = {"count": placed.weights, "bytes": sum(placed.parts.values())}
+    else:
+        metadata["weights"] = stored_weights(twin)
+    if not metadata["weights"]["count"]:
+        del metadata["weights"]
     seconds["trace"] = round(time.perf_counter() - started, 2)
     started = time.perf_counter()
     program, delegation = lower(exported, metadata)
@@ -158,7 +164,6 @@ def export_executorch(
                 checks = check_program(temporary, twin, inputs, dynamic_batch, placed.activations > 0)
             seconds["verify"] = round(time.perf_counter() - started, 2)
         size = temporary.stat().st_size
-    static = {"layers": placed.layers, "activations": placed.activations} if placed.activations else {}
     parts = placed.parts if static else stored_bytes(twin) if isinstance(twin, nn.Module) else {}
     return ExecuTorchExport(path, size, delegation, parts, seconds, tuple(notes), checks, static)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CHUNK = 128  # most tokens of one call
 ATTENTION = "edgewright_static_cache"
 MAX_CONTEXT = 1 << 20
+WITHOUT_CACHE = ("moe",)  # transformers' word for a layer without attention
 
 
 def is_language_model(model: nn.Module) -> bool:
@@ -48,7 +49,7 @@ def check_language_model(model: PreTrainedModel, context: int) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     sliding = window is not None and 0 < window < context and getattr(config, "use_sliding_window", True)
-    if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and sliding):
+    if kinds - {"full_attention", "sliding_attention", *WITHOUT_CACHE} or ("sliding_attention" in kinds and sliding):
         raise Unsupported(f"{name} mixes the layer types {', '.join(sorted(kinds))}; only full attention is exported")
     if sliding and not getattr(config, "layer_types", None):
         raise Unsupported(f"{name} attends to a window of {window} tokens; export it with context={window} at most")
@@ -70,13 +71,10 @@ class CachedLanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.context = context
-        config: Any = model.config
-        self.layers = config.num_hidden_layers
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        for layer in range(self.layers):
+        for layer, (heads, width) in cache_shapes(model.config).items():
             self.register_buffer(f"keys_{layer}", torch.zeros(1, context, heads, width))
             self.register_buffer(f"values_{layer}", torch.zeros(1, context, heads, width))
+        self.layers = list(cache_shapes(model.config))
 
     def forward(self, tokens: Tensor, start: Tensor, rows: Tensor) -> Tensor:
         first: Any = start.item()
@@ -84,7 +82,7 @@ class CachedLanguageModel(nn.Module):
         torch._check(first < self.context)
         torch._check(first + tokens.shape[1] <= self.context)
         positions = start + torch.arange(tokens.shape[1])
-        store = [(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in range(self.layers)]
+        store = {i: (getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in self.layers}
         body: Any = self.model.base_model
         hidden = body(
             input_ids=tokens, position_ids=positions[None], use_cache=False, first_position=first, cache_store=store
@@ -92,6 +90,15 @@ class CachedLanguageModel(nn.Module):
         head: Any = self.model.get_output_embeddings()
         logits: Tensor = head(hidden[0].index_select(0, rows))
         return logits
+
+
+def cache_shapes(config: Any) -> dict[int, tuple[int, int]]:
+    """Layer -> (key heads, head width) of every layer that attends."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = [heads] * len(kinds) if isinstance(heads, int) else heads
+    return {i: (heads[i], width) for i, kind in enumerate(kinds) if kind not in WITHOUT_CACHE}
 
 
 def export_language(model: PreTrainedModel, context: int) -> ExportedProgram:
@@ -133,9 +140,13 @@ def _attend(
     scaling: float | None = None,
     first_position: Any = None,
     cache_store: Any = None,
+    layer_idx: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, d], key and value [1, key heads, T, d] -> [1, T, heads, d]; causal over the cache."""
+    """query [1, heads, T, d], key and value [1, key heads, T, d] -> [1, T, heads, d]; causal over the cache.
+
+    layer_idx: of the executed layer, from models whose modules run in several.
+    """
     if first_position is None or cache_store is None:
         raise Unsupported(
             f"{type(module).__name__} does not pass its call's arguments on to the attention function; "
@@ -144,7 +155,7 @@ def _attend(
     for option in ("s_aux", "softcap"):
         if options.get(option) is not None:
             raise Unsupported(f"{type(module).__name__} uses {option}, which the cached attention kernel lacks")
-    keys, values = cache_store[module.layer_idx]
+    keys, values = cache_store[module.layer_idx if layer_idx is None else layer_idx]  # type: ignore[index]
     llama = torch.ops.llama
     llama.update_cache(key.transpose(1, 2), keys, first_position)
     llama.update_cache(value.transpose(1, 2), values, first_position)

@@ -108,7 +108,7 @@ def _deci_keys(config: Any) -> Metadata:
 
 _EXPERTS: dict[str, str | Part] = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp.weight": Part("mlp.gate"),
     "exp_probs_b.bias": Part("mlp.gate", "e_score_correction_bias"),
     "ffn_gate_exps.weight": Part("mlp.experts", "gate_up_proj", _gate),
     "ffn_up_exps.weight": Part("mlp.experts", "gate_up_proj", _up),

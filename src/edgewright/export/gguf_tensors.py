@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 class ModelTensor:
     """One tensor of the model. name: in GGUF. path: of the module; attribute: "weight", "bias" or another parameter's.
     heads: how many heads' rows are put into pair order, 0 where rows stay as they are. select: the piece of the
-    parameter that the file keeps under this name."""
+    parameter that the file keeps under this name. whole: the family names this very parameter, whatever holds it."""
 
     name: str
     path: str
@@ -33,6 +33,7 @@ class ModelTensor:
     module: nn.Module
     heads: int = 0
     select: Callable[[Tensor], Tensor] | None = None
+    whole: bool = False
 
     @property
     def parameter(self) -> str:
@@ -90,7 +91,7 @@ def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
                 continue
             full, whole = f"model.layers.{index}.{part.path}", f"blk.{index}.{name}"
             if "." in name:  # one parameter by its full name
-                tensors.append(ModelTensor(whole, full, part.attribute, module, select=part.select))
+                tensors.append(ModelTensor(whole, full, part.attribute, module, select=part.select, whole=True))
                 continue
             heads = (
                 _rows(module) // _head_width(model.config) if name in ("attn_q", "attn_k") and family.permuted else 0
@@ -131,12 +132,15 @@ def _top(model: PreTrainedModel) -> Iterator[tuple[str, str, str, nn.Module]]:
 
 
 def _check_module(tensor: ModelTensor) -> None:
-    """Refuse subclasses of nn.Linear and nn.Embedding: they may compute with something else than their `weight`."""
-    module = tensor.module
-    if isinstance(module, nn.Linear | nn.Embedding) and type(module) not in (nn.Linear, nn.Embedding):
+    """Refuse what is no plain layer: it may compute with something else than its `weight`."""
+    module, plain = tensor.module, (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
+    weight = getattr(module, "weight", None)
+    if tensor.attribute == "weight" and type(module) not in plain and isinstance(weight, Tensor) and weight.ndim == 2:
+        if tensor.whole:
+            return
         raise Unsupported(
-            f"layer {tensor.path} is a {type(module).__name__}; before the export, call convert_(model) "
-            "(or merge its adapter)"
+            f"layer {tensor.path} is a {type(module).__name__}, which has no place in a GGUF file; before the export, "
+            "call convert_(model), merge its adapter, or take its sparsity away (remove_rsparse)"
         )
 
 

@@ -58,9 +58,8 @@ class Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, layer)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        mixed, probabilities = attend(
-            self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, sliding_window=sliding_window, **options
-        )  # [B, T, H, h]
+        options |= {"scaling": self.scaling, "sliding_window": sliding_window, "layer_idx": layer}
+        mixed, probabilities = attend(self, q, k, v, attention_mask, dropout=0.0, **options)  # [B, T, H, h]
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), probabilities
 
     def _normed(self, name: str, x: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ def benchmark_files(
     Every file is opened, then in each of `repeats` rounds (after one for warming up) every language model computes the
     same random prompt and decodes greedily past any end of text, and the bandwidth is taken in between; programs take
     turns likewise, on inputs of `batch` rows and, where a length is free, of `length`. Values are medians over rounds,
-    `se` half the interquartile range. threads: None uses every core. What a runtime cannot tell about a file (bits per
-    weight and share of the bandwidth outside GGUF) has no row.
+    `se` half the interquartile range. threads: None uses every core. What a file does not tell (bits per weight of an
+    .onnx, or of a .pte that was not written here) has no row.
     """
     files = _subjects(paths)
     if min(prompt_tokens, decode_tokens, repeats) < 1:
@@ -182,18 +182,28 @@ def _add_file(
     report: Report, name: str, path: Path, runs: list[Generation], bandwidth: Measurement, memory: PeakMemory
 ) -> None:
     decode = Measurement.of(run.decode_tokens_per_second for run in runs)
-    gguf = GGUFFile(path) if path.suffix.lower() == ".gguf" else None
+    bits, read_bytes = _weights(path)
     report.add("file_size", path.stat().st_size / 1e6, subject=name, unit="MB")
-    if gguf is not None:
-        report.add("bits_per_weight", bits_per_weight(gguf), subject=name)
+    if bits is not None:
+        report.add("bits_per_weight", bits, subject=name)
     _add(report, "prefill", name, Measurement.of(run.prefill_tokens_per_second for run in runs), "tok/s")
     _add(report, "decode", name, decode, "tok/s")
     _add(report, "time_to_first_token", name, Measurement.of(run.time_to_first_token * 1e3 for run in runs), "ms")
     report.add("peak_memory", memory.peak / 1e6, subject=name, unit="MB")
-    if gguf is not None:
-        read_bytes = bytes_per_decoded_token(gguf)
+    if read_bytes is not None:
         pairs = zip(decode.samples, bandwidth.samples, strict=True)
         _add(report, "roofline", name, Measurement.of(100 * rate * read_bytes / limit for rate, limit in pairs), "%")
+
+
+def _weights(path: Path) -> tuple[float | None, int | None]:
+    """(bits per weight, bytes of weights read for a decoded token) of a language model, where its file tells."""
+    if path.suffix.lower() == ".gguf":
+        gguf = GGUFFile(path)
+        return bits_per_weight(gguf), bytes_per_decoded_token(gguf)
+    from edgewright.runtime.executorch_program import weights_of
+
+    told = weights_of(path)
+    return (None, None) if told is None else (told.bits_per_weight, told.token_bytes)
 
 
 def _use_file(path: str, context: int, threads: int, prompt_tokens: int, seed: int) -> None:

@@ -16,7 +16,7 @@ from edgewright.io.pte import read_layout
 from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.executorch_library import first_line, load, set_threads, silent
 from edgewright.runtime.program import TensorSpec, checked_inputs, stand_in_inputs
-from edgewright.runtime.pte_metadata import METHOD, unpack
+from edgewright.runtime.pte_metadata import METHOD, StoredWeights, unpack, weights_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ class ExecuTorchProgram:
         for spec, array, largest in zip(self.inputs, checked, self._largest, strict=True):
             if any(size > most for size, most in zip(array.shape, largest, strict=True)):
                 raise UsageError(
-                    f"{self.path.name} has room for {spec.name} of {largest} at most, got {array.shape}; run it in parts"
+                    f"{self.path.name} has room for {spec.name} of {largest} at most, got {array.shape}; use parts"
                 )
         try:
             results = self._module.forward([torch.from_numpy(array) for array in checked])
@@ -102,6 +102,12 @@ def open_file(path: Path) -> tuple[Any, dict[str, Any]]:
     if not hasattr(packed, "numpy") or str(packed.dtype) != "torch.uint8":
         raise FormatError(f"{path}: the description inside the file is damaged")
     return module, unpack(packed.numpy().tobytes(), path)
+
+
+def weights_of(path: str | Path) -> StoredWeights | None:
+    """Number and bytes of the weights in a file of ours, None in any other. Raises FormatError."""
+    _, metadata = open_file(Path(path))
+    return weights_in(metadata, path)
 
 
 def first_run(path: str) -> str:

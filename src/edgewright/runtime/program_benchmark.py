@@ -42,6 +42,12 @@ def add_programs(
         latency = latencies[name].map(lambda seconds: seconds * 1e3, "ms")
         rate = latencies[name].map(lambda seconds: batch / seconds, "1/s")
         report.add("file_size", program_bytes(path) / 1e6, subject=name, unit="MB")
+        if path.suffix.lower() == ".pte":
+            from edgewright.runtime.executorch_program import weights_of
+
+            told = weights_of(path)
+            if told is not None:
+                report.add("bits_per_weight", told.bits_per_weight, subject=name)
         report.add("latency", latency.median, subject=name, se=latency.spread, n=latency.n, unit="ms")
         report.add("inferences", rate.median, subject=name, se=rate.spread, n=rate.n, unit="1/s")
         report.add("peak_memory", memory.peak / 1e6, subject=name, unit="MB")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import FormatError, UsageError
@@ -43,6 +44,34 @@ def unpack(data: bytes, path: object) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise FormatError(f"{path}: the description inside the file is none of format {FORMAT}")
     return value
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Weights of a file and their bytes, codes with their steps; token_bytes: those that decoding one token reads."""
+
+    count: int
+    bytes: int
+    token_bytes: int | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.count
+
+
+def weights_in(metadata: Mapping[str, Any], path: object) -> StoredWeights | None:
+    """What the metadata say about the weights; None in files that say nothing. Raises FormatError for nonsense."""
+    told = metadata.get("weights")
+    if told is None:
+        return None
+    try:
+        count, size, read = int(told["count"]), int(told["bytes"]), told.get("token_bytes")
+        found = StoredWeights(count, size, None if read is None else int(read))
+        if not (0 < count < 1 << 60 and 0 < size < 1 << 60 and 0 < (found.token_bytes or 1) <= size):
+            raise ValueError(f"{count} weights in {size} bytes")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise FormatError(f"{path}: the description of its weights is damaged: {error}") from error
+    return found
 
 
 def language_metadata(model: Any, tokenizer: Any, context: int) -> dict[str, Any]:

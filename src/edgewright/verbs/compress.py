@@ -7,7 +7,7 @@ from the reference and speed. It can be interrupted and repeated at any time; fi
   edgewright compress smollm2-135m --bits 1.58 --budget 10m
   edgewright compress MODEL --bits 4 --method rtn
   edgewright compress smollm2-135m --sweep --output runs/sweep
-  edgewright compress efficientnet-lite0 --bits 8             # an image classifier: int8, .onnx
+  edgewright compress efficientnet-lite0 --bits 8 --to onnx,pte    # an image classifier: int8
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-bench", action="store_true", help="leave out the timings")
     parser.add_argument("--sweep", action="store_true", help="all widths, one folder each, and one plot over them")
+    parser.add_argument("--to", help="files of an image classifier: onnx (default), or onnx,pte for ExecuTorch too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="folder of the run (default runs/MODEL-BITSbit)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON and nothing else")
@@ -77,7 +78,12 @@ def _run_vision(args: argparse.Namespace) -> int:
         learning_rate=args.learning_rate or VisionSettings.learning_rate,
         runs=0 if args.no_bench else VisionSettings.runs,
         seed=args.seed,
+        targets=tuple(part.strip() for part in (args.to or "onnx").split(",") if part.strip()),
     )
+    if "pte" in settings.targets:  # a missing extra says so before the work
+        from edgewright.export.executorch_layers import import_executorch
+
+        import_executorch()
     output = Path(args.output or f"runs/{args.model}-{args.bits:g}bit")
     report = compress_bundled(args.model, output, settings, say=say)
     if args.json:
@@ -92,12 +98,18 @@ def _run_language(args: argparse.Namespace) -> int:
     from edgewright.compression.pipeline import compress
     from edgewright.compression.settings import Budget, CompressSettings
     from edgewright.compression.sweep import sweep
+    from edgewright.errors import UsageError
     from edgewright.measure.report import Report
 
     def say(sentence: str) -> None:
         if not args.json:
             print(sentence, file=sys.stderr, flush=True)
 
+    if args.to is not None:
+        raise UsageError(
+            f"--to {args.to} is for image classifiers: compressing a language model gives GGUF; edgewright export "
+            f"{args.model} --to {args.to} writes other files"
+        )
     settings = CompressSettings(
         model=args.model,
         bits=args.bits,

@@ -2,7 +2,8 @@
 
 MODEL is anything that `edgewright.load` reads; a folder of a quantised model keeps its codes. Targets: gguf (for
 llama.cpp), pte (for ExecuTorch), onnx (for ONNX Runtime), hf (a folder with the packed codes), hf-float (an ordinary
-checkpoint with the quantised values).
+checkpoint with the quantised values). An image classifier (efficientnet-lite0, or the folder that `edgewright compress`
+made of it) becomes pte or onnx.
 """
 
 from __future__ import annotations
@@ -61,10 +62,15 @@ def run(args: argparse.Namespace) -> int:
         from edgewright.export.executorch import check_arguments
 
         check_arguments(output / f"{name}.pte", args.table, args.min_delegated)
-    from edgewright.io.models import load
+    from edgewright.compression.vision_files import is_vision
 
-    model, tokenizer = load(args.model)
-    files = [_write(target, model, tokenizer, output, name, args) for target in targets]
+    if is_vision(args.model):
+        files = _write_vision(targets, output, name, args)
+    else:
+        from edgewright.io.models import load
+
+        model, tokenizer = load(args.model)
+        files = [_write(target, model, tokenizer, output, name, args) for target in targets]
     if args.json:
         print(json.dumps({"model": args.model, "files": files}, indent=1, ensure_ascii=False))
     return 0
@@ -118,11 +124,32 @@ def _write(
     return {"target": target, "path": str(folder), "bytes": size, "quantized": quantized}
 
 
-def _write_program(target: str, model: Any, tokenizer: Any, path: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _write_vision(targets: list[str], output: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    from edgewright.compression.settings import VISION_MODELS
+    from edgewright.compression.vision_files import ONNX_TOLERANCE, load_vision
+
+    unfit = [target for target in targets if target not in ("pte", "onnx")]
+    if unfit:
+        given = "--to was left out, which means gguf" if args.to == "gguf" else f"not {', '.join(unfit)}"
+        raise UsageError(f"{args.model} is an image classifier: --to takes pte and onnx; {given}")
+    model, image = load_vision(args.model)
+    tolerance = None if args.model in VISION_MODELS else ONNX_TOLERANCE
+    return [_write_program(t, model, None, output / f"{name}.{t}", args, image, tolerance) for t in targets]
+
+
+def _write_program(
+    target: str,
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    args: argparse.Namespace,
+    image: Any = None,
+    tolerance: float | None = None,
+) -> dict[str, Any]:
     if target == "onnx":
         from edgewright.export.onnx import export_onnx
 
-        onnx = export_onnx(model, path)
+        onnx = export_onnx(model, path, example_inputs=image, tolerance=tolerance)
         if not args.json:
             print(f"{onnx.path}: {onnx.path.stat().st_size / 1e6:.1f} MB, run and compared with the model")
         return {"target": target, **onnx.to_dict()}
@@ -132,6 +159,7 @@ def _write_program(target: str, model: Any, tokenizer: Any, path: Path, args: ar
         model,
         tokenizer,
         path,
+        example_inputs=None if image is None else [image],
         context=args.context,
         embedding=args.table,
         min_delegated=args.min_delegated,
@@ -139,7 +167,7 @@ def _write_program(target: str, model: Any, tokenizer: Any, path: Path, args: ar
     )
     if not args.json:
         print("\n".join(export.summary()))
-        print(f"run it: edgewright chat {export.path}")
+        print(f"run it: edgewright {'chat' if image is None else 'bench'} {export.path}")
     return {"target": target, **export.to_dict()}
 
 
