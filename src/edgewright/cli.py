@@ -21,6 +21,7 @@ VERBS = {
     "bench": ("edgewright.verbs.bench", "size, speed and memory of exported files on this machine"),
     "compare": ("edgewright.verbs.compare", "quality of two models or files, each figure with its standard error"),
     "prune": ("edgewright.verbs.prune", "cut blocks and MLP neurons by importance; the result is a plain checkpoint"),
+    "sparsify": ("edgewright.verbs.sparsify", "skip the weights of small inputs while a model decodes (R-Sparse)"),
     "design": ("edgewright.verbs.design", "shapes of a decoder for a number of weights, with predicted size and speed"),
     "export": ("edgewright.verbs.export", "write a model for a runtime, then run what was written and compare"),
     "chat": ("edgewright.verbs.chat", "talk to an exported file"),
