@@ -21,6 +21,7 @@ COMPARISONS = (
     "parq_short",
     "binary_linear",
     "sparse_linear",
+    "longhorn_decode",
     "onnx_minilm",
     "executorch",
     "ternary_decode",
