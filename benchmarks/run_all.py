@@ -22,6 +22,7 @@ COMPARISONS = (
     "binary_linear",
     "sparse_linear",
     "longhorn_decode",
+    "moe_inference",
     "onnx_minilm",
     "executorch",
     "ternary_decode",

@@ -109,6 +109,22 @@ def test_packed_decoders_keep_their_codes(tmp_path: Path) -> None:
     assert done.checks["tensors_equal"]["llama.cpp"] > 10
 
 
+def test_packed_experts_keep_their_codes(tmp_path: Path) -> None:
+    from edgewright.quantization.api import convert_, quantize_
+    from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
+
+    model = decoder(**CASES["MobileMoE"][0])
+    four = WeightConfig("int4", 32, scale="mse")
+    rules = tuple(Rule(f"model.layers.*.{part}", four) for part in ("experts.*", "shared_experts.*", "self_attn.*"))
+    convert_(quantize_(model, QuantConfig(rules=rules)))
+    done = export_gguf(model, make_tokenizer(), tmp_path / "q.gguf", embedding="F16", progress=False)
+    written = {row.tensor: (row.written, row.shape) for row in done.table}
+    assert written["blk.0.ffn_gate_exps.weight"] == ("Q4_0", (8, 64, 128))
+    assert written["blk.0.ffn_down_exps.weight"] == ("Q4_0", (8, 128, 64))
+    assert written["blk.0.ffn_gate_inp.weight"][0] != "Q4_0"
+    assert done.checks["top1_agreement"] > 0.8
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

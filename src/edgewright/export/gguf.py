@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +219,10 @@ def plan(
     for tensor in tensors:
         packed = tensor.packed
         if packed is not None:
-            rows.append(plan_packed(tensor.name, packed, layout))
+            row = plan_packed(tensor.name, packed, layout)
+            if tensor.experts:
+                row = replace(row, shape=(tensor.experts, row.shape[0] // tensor.experts, row.shape[1]))
+            rows.append(row)
             continue
         values = tensor.values()
         if values.ndim == 1:

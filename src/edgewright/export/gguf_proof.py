@@ -74,6 +74,8 @@ def check_tensors(
         packed = tensor.packed
         whole = tensor.values() if packed is None else None
         codes, step = (packed.codes.numpy(), packed.step.numpy()) if packed is not None else (None, None)
+        if tensor.experts:  # one row a matrix, as the file's shape has it
+            codes, step = codes.reshape(tensor.experts, -1), step.reshape(tensor.experts, -1)  # type: ignore[union-attr]
         raw = np.asarray(file.raw(row.tensor)).reshape(row.shape[0], -1)
         piece = max(1, PIECE * row.shape[0] // row.weights)  # rows, so that a piece of each reading stays in the cache
         readers: Sequence[str] = ()

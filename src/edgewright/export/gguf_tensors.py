@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, Unsupported
 from edgewright.export.gguf_families import Part, writer
 from edgewright.io.gguf_model import TOP_NAMES
-from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,15 +42,26 @@ class ModelTensor:
     @property
     def is_packed(self) -> bool:
         """Whether the tensor is stored as integer codes."""
-        return self.attribute == "weight" and isinstance(self.module, PackedLinear | PackedEmbedding)
+        if self.attribute == "weight" and isinstance(self.module, PackedLinear | PackedEmbedding):
+            return True
+        return isinstance(getattr(self.module, self.attribute, None), PackedStack)
+
+    @property
+    def experts(self) -> int:
+        """Matrices in a stack of them, 0 for a matrix or vector."""
+        stack = getattr(self.module, self.attribute, None)
+        return stack.count if isinstance(stack, PackedStack) else 0
 
     @property
     def packed(self) -> PackedTensor | None:
         """Codes and steps with the rows in file order; None for a float tensor."""
         if not self.is_packed:
             return None
-        packed: PackedTensor = self.module.packed  # type: ignore[assignment]
+        holder: Any = getattr(self.module, self.attribute) if self.experts else self.module
+        packed: PackedTensor = holder.packed
         codes, step = packed.codes.detach().cpu(), packed.step.detach().cpu()
+        if self.experts and self.select is not None:  # of the rows of every matrix in the stack
+            codes, step = (self.select(part.unflatten(0, (self.experts, -1))).flatten(0, 1) for part in (codes, step))
         if self.heads:
             order = pair_order(codes.shape[0], self.heads)
             codes, step = codes[order], step[order]
@@ -135,6 +146,9 @@ def _check_module(tensor: ModelTensor) -> None:
     """Refuse what is no plain layer: it may compute with something else than its `weight`."""
     module, plain = tensor.module, (nn.Linear, nn.Embedding, PackedLinear, PackedEmbedding)
     weight = getattr(module, "weight", None)
+    stack = getattr(module, tensor.attribute, None)
+    if isinstance(stack, PackedStack) and stack.group_axis != "in":
+        raise Unsupported(f"{tensor.path} has groups along its outputs; llama.cpp's types run along the inputs")
     if tensor.attribute == "weight" and type(module) not in plain and isinstance(weight, Tensor) and weight.ndim == 2:
         if tensor.whole:
             return

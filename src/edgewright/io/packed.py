@@ -137,3 +137,48 @@ class PackedConv2d(_Packed):
             inputs = self.input_quantizer(inputs)
         weight = self.weight.reshape(self.kernel_shape).to(inputs.dtype)
         return F.conv2d(inputs, weight, self.bias, self.stride, self.padding, self.dilation, self.conv_groups)
+
+
+class PackedStack(_Packed):
+    """A stack of matrices [E, out, in] as one PackedTensor. Called, it gives all of them; indexed, it decodes one.
+
+    group_axis "in": codes [E * out, in], groups along the inputs; "out": codes [E * in, out], groups along the outputs.
+    """
+
+    def __init__(
+        self, packed: PackedTensor, count: int, group_axis: str = "in", input_quantizer: nn.Module | None = None
+    ) -> None:
+        super().__init__(packed, input_quantizer)
+        self.count, self.group_axis = count, group_axis
+
+    @property
+    def stack_shape(self) -> tuple[int, int, int]:
+        rows, columns = self.codes.shape[0] // self.count, self.codes.shape[1]
+        return (self.count, rows, columns) if self.group_axis == "in" else (self.count, columns, rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised float32 stack [E, out, in], built on each access."""
+        return as_stack(self.packed.dequantize(), self.count, self.group_axis)
+
+    def __getitem__(self, index: int) -> Tensor:
+        rows = self.codes.shape[0] // self.count
+        part = slice(index * rows, (index + 1) * rows)
+        matrix = PackedTensor(self.codes[part], self.step[part], self.grid).dequantize()
+        return matrix if self.group_axis == "in" else matrix.t()
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def as_matrix(weight: Tensor, group_axis: str = "in") -> Tensor:
+    """Rows whose entries share steps: [out, ...] as [out, in]; [E, out, in] as [E * out, in] or [E * in, out]."""
+    if weight.ndim != 3:
+        return weight.reshape(weight.shape[0], -1)
+    return (weight if group_axis == "in" else weight.transpose(1, 2)).flatten(0, 1)
+
+
+def as_stack(matrix: Tensor, count: int, group_axis: str = "in") -> Tensor:
+    """The stack [E, out, in] that `as_matrix` took apart."""
+    stack = matrix.unflatten(0, (count, -1))
+    return stack if group_axis == "in" else stack.transpose(1, 2)

@@ -7,6 +7,7 @@ that a model of full attention and plain feed-forwards has Llama's very state di
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -58,7 +59,7 @@ class EdgeDecoderLayer(GradientCheckpointingLayer):
         elif self.mixer == "longhorn":
             from edgewright.language.longhorn import Longhorn, LonghornConfig
 
-            self.longhorn = Longhorn(config.hidden_size, LonghornConfig(**config.longhorn or {}))
+            self.longhorn = Longhorn(config.hidden_size, _settings(LonghornConfig, "longhorn", config))
         if self.mixer != "skip_attention":
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         if self.kind != "none":
@@ -109,6 +110,7 @@ class EdgeDecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["gate"]  # routers: a rounded score flips the choice of experts
     _can_record_outputs = {"hidden_states": EdgeDecoderLayer, "attentions": Attention}
 
     @property
@@ -298,12 +300,22 @@ def _feed_forward(config: EdgeDecoderConfig, layer: int) -> nn.Module:
     if kind == "moe":
         from edgewright.language.moe import MoEConfig, SparseMoE
 
-        return SparseMoE(config.hidden_size, MoEConfig(**config.moe or {}))
+        return SparseMoE(config.hidden_size, _settings(MoEConfig, "moe", config))
     if kind == "stem":
         from edgewright.language.stem import StemConfig, StemFeedForward
 
-        return StemFeedForward(config.hidden_size, width, config.vocab_size, StemConfig(**config.stem or {}))
+        stem = _settings(StemConfig, "stem", config)
+        return StemFeedForward(config.hidden_size, width, config.vocab_size, stem)
     return FeedForward(config.hidden_size, width, config.hidden_act)
+
+
+def _settings(kind: type[Any], name: str, config: EdgeDecoderConfig) -> Any:
+    """The configuration of one kind of layer from its field of the decoder's."""
+    given = getattr(config, name) or {}
+    if unknown := sorted(given.keys() - {field.name for field in dataclasses.fields(kind)}):
+        known = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise UsageError(f"{name} has {unknown[0]!r}, which is none of {known}")
+    return kind(**given)
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:

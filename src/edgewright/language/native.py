@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from edgewright.errors import Unsupported, UsageError
-from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 from edgewright.language.decoder import EdgeDecoderForCausalLM
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.native_configs import FAMILIES, edge_settings, native_config
@@ -190,6 +190,11 @@ def _place_packed(model: EdgeDecoderForCausalLM, native: PreTrainedModel, order:
     parts = [(prefix, name, m) for prefix, layer in layers.items() for name, m in layer.named_modules()]
     parts += [("", name, m) for name, m in model.named_modules() if ".layers." not in name]
     for prefix, name, module in parts:
+        if isinstance(module, PackedStack):
+            owner = native.get_submodule(f"{prefix}.{name}".rpartition(".")[0])
+            delattr(owner, name.rpartition(".")[2])
+            setattr(owner, name.rpartition(".")[2], module)
+            native.config._experts_implementation = "eager"  # the one that asks for one matrix at a time
         if not isinstance(module, PackedLinear | PackedEmbedding):
             continue
         if isinstance(module, PackedLinear) and order is not None:

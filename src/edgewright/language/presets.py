@@ -41,9 +41,9 @@ def mobilellm_config(name: str, layer_sharing: bool = False, **changes: Any) -> 
     """
     family, _, size = name.rpartition("-")
     if family == "moe":
-        from edgewright.language.presets_moe import mobilemoe_config
+        from edgewright.language.presets_moe import mobilemoe
 
-        return mobilemoe_config(size, **changes)
+        return mobilemoe(size, **changes)
     if name not in SHAPES:
         raise UsageError(f"no shape is called {name!r}; there are {', '.join(SHAPES)}, moe-S, moe-M, moe-L")
     layers, hidden, heads, groups, feed_forward = SHAPES[name]

@@ -14,14 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
-from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear
+from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack
 from edgewright.quantization.config import QuantConfig, Rule
 from edgewright.quantization.kv_cache import attach_kv_quantization
-from edgewright.quantization.layers import QuantConv2d, QuantEmbedding, QuantLinear, WeightQuantizer
+from edgewright.quantization.layers import (
+    QuantConv2d,
+    QuantEmbedding,
+    QuantLinear,
+    QuantStack,
+    WeightQuantizer,
+    WeightStack,
+)
 
 QUANTIZABLE = (nn.Linear, nn.Embedding, nn.Conv2d)
-QUANTIZED = (QuantLinear, QuantEmbedding, QuantConv2d)
-PACKED = (PackedLinear, PackedEmbedding, PackedConv2d)
+QUANTIZED = (QuantLinear, QuantEmbedding, QuantConv2d, QuantStack)
+PACKED = (PackedLinear, PackedEmbedding, PackedConv2d, PackedStack)
 
 
 def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
@@ -30,11 +37,11 @@ def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
     Nothing is changed unless the whole configuration fits. Raises UsageError (pattern that matches nothing, group that
     does not divide a row, tied weight without a decision), FormatError (NaN or infinite weight).
     """
-    selected = _select(model, config)
-    quantizers = _quantizers(model, selected, config)
+    layers = _layers(model)
+    selected = _select(model, layers, config)
+    quantizers = _quantizers(model, layers, selected, config)
     for name, rule in selected.items():
-        module = model.get_submodule(name)
-        _replace(model, name, _twin(module, quantizers.get(name), rule, name))
+        _replace(model, name, _twin(layers[name], quantizers.get(name), rule, name))
     if config.kv is not None:
         attach_kv_quantization(model, config.kv)
     return model
@@ -71,7 +78,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
         else:
             key, values = module.weight.data_ptr(), module.weight.detach()
         weight = shared.setdefault(key, nn.Parameter(values.clone()))
-        _replace(model, name, _plain(module, weight))
+        stack = isinstance(module, (QuantStack, PackedStack))
+        _replace(model, name, weight if stack else _plain(module, weight))
     return model
 
 
@@ -90,10 +98,23 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _select(model: nn.Module, config: QuantConfig) -> dict[str, Rule]:
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """Everything that can be quantised, by name: layers, and the stacks of matrices that modules name as theirs."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QUANTIZABLE):
+            found[name] = module
+        for stack in getattr(module, "weight_stacks", ()):
+            if isinstance(weight := getattr(module, stack), nn.Parameter):
+                owned = f"{name}.{stack}" if name else stack
+                found[owned] = WeightStack(weight, getattr(module, "group_axis", "in"))
+    return found
+
+
+def _select(model: nn.Module, layers: dict[str, Any], config: QuantConfig) -> dict[str, Rule]:
     if quantized_modules(model):
         raise UsageError("the model is under quantisation already; call convert_ or dequantize_ before quantize_")
-    names = [name for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)]
+    names = list(layers)
     for rule in config.rules:
         if not any(fnmatchcase(name, rule.pattern) for name in names):
             raise UsageError(
@@ -105,7 +126,7 @@ def _select(model: nn.Module, config: QuantConfig) -> dict[str, Rule]:
         chosen = config.rule_for(name)
         if chosen is None or (chosen.weight is None and chosen.activation is None):
             continue
-        if chosen.weight is None and isinstance(model.get_submodule(name), nn.Embedding):
+        if chosen.weight is None and isinstance(layers[name], nn.Embedding):
             continue  # an embedding's input is a token id: there is no activation to quantise
         selected[name] = chosen
     if config.rules and not selected:
@@ -113,20 +134,21 @@ def _select(model: nn.Module, config: QuantConfig) -> dict[str, Rule]:
     return selected
 
 
-def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig) -> dict[str, WeightQuantizer]:
+def _quantizers(
+    model: nn.Module, layers: dict[str, Any], selected: dict[str, Rule], config: QuantConfig
+) -> dict[str, WeightQuantizer]:
     """One WeightQuantizer per weight; tied modules share it or are untied, as the configuration says."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QUANTIZABLE):
-            owners.setdefault(id(module.weight), []).append(name)
+    for name, module in layers.items():
+        owners.setdefault(id(module.weight), []).append(name)
     quantizers: dict[str, WeightQuantizer] = {}
     untie: list[str] = []
     for name, rule in selected.items():
         if rule.weight is None or name in quantizers:
             continue
-        weight: Any = model.get_submodule(name).weight
+        weight = layers[name].weight
         partners = [other for other in owners[id(weight)] if other != name]
-        quantizer = WeightQuantizer(weight, rule.weight, name)
+        quantizer = WeightQuantizer(weight, rule.weight, name, getattr(layers[name], "group_axis", "in"))
         quantizers[name] = quantizer
         if not partners:
             continue
@@ -143,7 +165,7 @@ def _quantizers(model: nn.Module, selected: dict[str, Rule], config: QuantConfig
                 raise UsageError(f"tied='together' needs one rule for {name} and {other}, which share their weight")
             quantizers[other] = quantizer
     for name in untie:
-        tied: Any = model.get_submodule(name)
+        tied = layers[name]
         tied.weight = nn.Parameter(tied.weight.detach().clone(), requires_grad=tied.weight.requires_grad)
         config_of_model: Any = getattr(model, "config", None)
         if getattr(config_of_model, "tie_word_embeddings", False):
@@ -158,6 +180,9 @@ def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule, name
     if isinstance(module, nn.Conv2d):
         inputs = rule.activation.build(name, module.in_channels) if rule.activation else None
         return QuantConv2d(module, quantizer, inputs)
+    if isinstance(module, WeightStack):
+        inputs = rule.activation.build(name, module.weight.shape[2]) if rule.activation else None
+        return QuantStack(module, quantizer, inputs)
     assert isinstance(module, nn.Embedding) and quantizer is not None
     return QuantEmbedding(module, quantizer)
 
@@ -205,9 +230,12 @@ def _modules_of(model: nn.Module, kinds: tuple[type, ...], complaint: str) -> li
     return found
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    owner = model.get_submodule(parent)
+    if isinstance(getattr(owner, child), nn.Parameter):
+        delattr(owner, child)  # a parameter gives its name to a module only when it is gone
+    setattr(owner, child, module)
 
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Fake-quantised twins of nn.Linear, nn.Embedding and nn.Conv2d.
+"""Fake-quantised twins of nn.Linear, nn.Embedding, nn.Conv2d, and of stacks of matrices such as a layer's experts.
 
 A twin shares the parameter object of the layer it replaces (same state_dict name, tied weights stay tied) and adds
 `weight_scale` [out, groups]: the clip scale alpha, a trained parameter or a fixed buffer, absent where the scale is
@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError
-from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.io.packed import (
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
+    PackedStack,
+    PackedTensor,
+    as_matrix,
+    as_stack,
+)
 from edgewright.quantization.config import SCALE_DTYPES, WeightConfig
 from edgewright.quantization.fake_quantize import Quantizer, fake_quantize, fake_quantized_linear
 from edgewright.quantization.noise import Noise
@@ -25,16 +33,16 @@ class WeightQuantizer(nn.Module):
     """The clip scales of one weight matrix and the rule that gives them. Shared by modules that share the weight.
 
     noise: what linear and convolution layers add to both while they train, or None (see `quantization.winq`).
+    group_axis: of a stack [E, out, in], the axis along which the groups of a step run.
     """
 
-    def __init__(self, weight: Tensor, config: WeightConfig, layer: str) -> None:
+    def __init__(self, weight: Tensor, config: WeightConfig, layer: str, group_axis: str = "in") -> None:
         super().__init__()
         self.config = config
         self.layer = layer
+        self.group_axis = group_axis
         self.noise: Noise | None = None
-        matrix = weight.detach().reshape(
-            weight.shape[0], -1
-        )  # [out, in] ; convolutions: in = channels * height * width
+        matrix = as_matrix(weight.detach(), group_axis)
         if not torch.isfinite(matrix).all():
             raise FormatError(f"weight of layer {layer} holds NaN or infinity; it cannot be quantised")
         self.groups = config.groups(matrix.shape[1], layer)
@@ -65,21 +73,22 @@ class WeightQuantizer(nn.Module):
     def alpha(self, weight: Tensor) -> Tensor:
         """Clip scales [out, groups]: the stored ones, or recomputed from the weight (then without gradient)."""
         if self.weight_scale is None:
-            return self._alpha_from(weight.detach().reshape(weight.shape[0], -1), self.config.scale)
+            return self._alpha_from(as_matrix(weight.detach(), self.group_axis), self.config.scale)
         if self.config.granularity == "tensor":  # one value: the gradient reaches it through the mean over rows
             return self.weight_scale.mean().expand_as(self.weight_scale)
         return self.weight_scale
 
     def operands(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(matrix [out, in] whose codes are taken, clip scales [out, groups]) of a weight, for any fake quantiser."""
-        matrix = weight.reshape(weight.shape[0], -1)
+        matrix = as_matrix(weight, self.group_axis)
         alpha = self.alpha(weight)
         return (matrix - matrix.detach().mean() if self.config.center else matrix), alpha
 
     def values(self, weight: Tensor, noise: Noise | None = None) -> Tensor:
         """The weight as it will ship, in its own shape and dtype, with straight-through gradients; or a noisy one."""
         matrix, alpha = self.operands(weight)
-        return fake_quantize(matrix, alpha, self.quantizer, noise=noise).reshape(weight.shape)
+        values = fake_quantize(matrix, alpha, self.quantizer, noise=noise)
+        return as_stack(values, weight.shape[0], self.group_axis) if weight.ndim == 3 else values.reshape(weight.shape)
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTensor:
@@ -190,3 +199,44 @@ class QuantConv2d(nn.Conv2d):
         if self.quantizer is None:
             return self
         return PackedConv2d(self.quantizer.pack(self.weight), self, self.input_quantizer)
+
+
+class WeightStack(nn.Module):
+    """A parameter [E, out, in] seen as a layer. A module offers such parameters by naming them in `weight_stacks`.
+
+    group_axis: the owner's, "in" where it has none. The owner takes the quantised stack in the parameter's place.
+    """
+
+    def __init__(self, weight: nn.Parameter, group_axis: str = "in") -> None:
+        super().__init__()
+        self.weight, self.group_axis = weight, group_axis
+
+
+class QuantStack(nn.Module):
+    """A stack of matrices [E, out, in] under quantisation; called without arguments it gives them as they will ship.
+
+    The owner multiplies, and puts its inputs through `input_quantizer` where there is one.
+    """
+
+    def __init__(
+        self, stack: WeightStack, quantizer: WeightQuantizer | None, input_quantizer: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.weight, self.group_axis = stack.weight, stack.group_axis
+        self.quantizer = quantizer
+        self.input_quantizer = input_quantizer
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def forward(self) -> Tensor:
+        if self.quantizer is None:
+            return self.weight
+        return self.quantizer.values(self.weight, self.quantizer.noise if self.training else None)
+
+    def packed(self) -> nn.Module:
+        if self.quantizer is None:
+            return self
+        codes = self.quantizer.pack(self.weight)
+        return PackedStack(codes, self.weight.shape[0], self.group_axis, self.input_quantizer)
