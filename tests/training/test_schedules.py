@@ -17,6 +17,16 @@ def test_shapes_without_warmup() -> None:
         assert learning_rate_scale("constant", step, 10) == 1.0
 
 
+def test_the_shapes_of_the_papers() -> None:
+    for step in range(100):
+        assert learning_rate_scale("cosine-10", step, 100) == pytest.approx(
+            0.1 + 0.9 * math.cos(math.pi * step / 200) ** 2
+        )
+        assert learning_rate_scale("linear-10", step, 100) == pytest.approx(1 - 0.009 * step)
+        decayed = 1.0 if step <= 80 else (100 - step) / 20
+        assert learning_rate_scale("constant-decay", step, 100) == pytest.approx(decayed)
+
+
 @pytest.mark.parametrize("schedule", SHAPES)
 def test_warmup_rises_from_above_zero_to_exactly_one(schedule: str) -> None:
     scales = [learning_rate_scale(schedule, step, 20, 4) for step in range(20)]

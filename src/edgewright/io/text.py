@@ -5,17 +5,20 @@ The two splits never share a topic, paragraph or line, and do not change between
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import json
 import re
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from edgewright.errors import UsageError
+from edgewright.errors import MissingPackage, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +28,11 @@ SPLITS = ("calibration", "evaluation", "all")
 CALIBRATION_SHARE = 0.8
 # Topics shorter than this are single cross-references, not prose.
 SHORTEST_TOPIC = 400
+# A document to train on is at most about this many characters; longer texts are cut at the ends of paragraphs.
+LONGEST_DOCUMENT = 20_000
+TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
+# Parts of the standard library that are no prose, no idiomatic code, or not there everywhere.
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
 
 
 def load_texts(source: str | Path | None = None, split: Split = "all") -> list[str]:
@@ -53,6 +61,45 @@ def load_texts(source: str | Path | None = None, split: Split = "all") -> list[s
         return [_side(_cut_text(texts[0], path), split)]
     cut = min(max(1, round(CALIBRATION_SHARE * len(texts))), len(texts) - 1)
     return texts[:cut] if split == "calibration" else texts[cut:]
+
+
+class TextFiles:
+    """Documents of text files, .jsonl files and folders (TEXT_SUFFIXES in them), read again at each iteration.
+
+    A line of a .jsonl file is a document, so is a text file; texts beyond LONGEST_DOCUMENT are cut between paragraphs.
+    Raises UsageError for a path that does not exist, a folder without text, and while reading as `load_texts`.
+    """
+
+    def __init__(self, paths: Iterable[str | Path]) -> None:
+        self.files: list[Path] = []
+        for path in (Path(path).expanduser() for path in paths):
+            if path.is_dir():
+                found = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file())
+                found = [file for file in found if file.stat().st_size]
+                if not found:
+                    raise UsageError(f"the folder {path} holds no text: files of {', '.join(TEXT_SUFFIXES)}")
+                self.files += found
+            elif path.is_file():
+                self.files.append(path)
+            else:
+                raise UsageError(f"no such text file or folder: {path}")
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.files:
+            text = _read(path)
+            for document in _read_jsonl(text, path) if path.suffix == ".jsonl" else [text]:
+                yield from _chapters(document)
+
+
+def builtin_documents(kind: Literal["english", "python", "both"] = "both") -> list[str]:
+    """Text that every Python has, as documents to train on: its topics in English, the sources of its library."""
+    documents = [part for topic in _topics("all") for part in _chapters(topic)] if kind != "python" else []
+    if kind != "english":
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        for path in sorted(folder.rglob("*.py")):
+            if not NOT_LIBRARY.intersection(path.relative_to(folder).parts) and path.stat().st_size:
+                documents += _chapters(_read(path))
+    return documents
 
 
 def token_blocks(
@@ -86,6 +133,17 @@ def token_blocks(
     blocks = torch.tensor(ids[: count * block_length], dtype=torch.int64).reshape(count, block_length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return blocks[order[:max_blocks]]
+
+
+def _chapters(text: str) -> list[str]:
+    """The text, cut at the last paragraph end (line end, any place) before every LONGEST_DOCUMENT characters."""
+    parts = []
+    while len(text) > LONGEST_DOCUMENT:
+        cuts = [text.rfind(mark, LONGEST_DOCUMENT // 2, LONGEST_DOCUMENT) for mark in ("\n\n", "\n")]
+        cut = next((cut for cut in cuts if cut > 0), LONGEST_DOCUMENT)
+        parts.append(text[:cut])
+        text = text[cut:].lstrip("\n")
+    return [*parts, text] if text.strip() else parts
 
 
 def _topics(split: Split) -> list[str]:
@@ -146,3 +204,26 @@ def _cut_text(text: str, path: Path) -> tuple[str, str]:
             start, end = min(gaps, key=lambda gap: abs(gap[0] - target))
             return text[:start], text[end:]
     raise UsageError(f"{path} is a single word and cannot be split into calibration and evaluation text")
+
+
+def docstrings(packages: Iterable[str], shortest: int = 300) -> list[str]:
+    """The documentation inside installed packages: their docstrings of `shortest` characters and more, each once.
+
+    Sources are parsed, not imported. Raises MissingPackage for a package that is not installed.
+    """
+    found: dict[str, None] = {}
+    for name in packages:
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.submodule_search_locations:
+            raise MissingPackage(f"the package {name} is not installed here; pip install {name}, or name another")
+        for path in sorted(Path(next(iter(spec.submodule_search_locations))).rglob("*.py")):
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, ValueError, RecursionError):  # sources for other Pythons, or of other encodings
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node)
+                    if text and len(text) >= shortest:
+                        found[text] = None
+    return list(found)

@@ -1,7 +1,8 @@
 """Checkpoint folders: tensors in safetensors, everything else in JSON, each folder complete or absent. No pickle.
 
 `<output>/checkpoints/step-00000012.0/` holds `model.safetensors` (by parameter name), `state.safetensors` and
-`state.json`. The number after the dot counts the micro steps of a step that was interrupted within accumulation.
+`state.json`, and `sharded/` where the weights are split over processes. The number after the dot counts the micro steps
+of a step that was interrupted within accumulation.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from torch import Tensor
 
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_directory
+from edgewright.training.sharded import FOLDER as PARTS
+from edgewright.training.sharded import Part, begin_folder, finish_folder, is_split, part_names, write_parts
 
 FORMAT = 1
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})\.(\d+)")
 MODEL, TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
+PART = "model."  # before the names of the model's tensors among the parts
 
 
 def checkpoint_path(output: Path, step: int, micro: int) -> Path:
@@ -38,24 +42,48 @@ def latest_checkpoint(output: str | Path) -> Path | None:
     return max(_checkpoints(Path(output)), key=_order, default=None)
 
 
-def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any) -> None:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return _order(path)[0]
+
+
+def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any, accelerator: Any = None) -> None:
     """Write one checkpoint folder, flushed to disk before it gets its name.
 
+    Tensors that are split over processes go into a folder of parts: then every process calls, with its `accelerator`.
     `state` is a tree of dicts, lists, tuples, tensors, arrays, numbers, strings and None. Raises UsageError for
     anything else (naming its place) and OutputError when the disk refuses; neither leaves a folder behind.
     """
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, tensors, "state")
-    with atomic_directory(path) as folder:
-        _save(model, folder / MODEL)
-        _save(tensors, folder / TENSORS)
-        (folder / STATE).write_text(json.dumps({"format": FORMAT, "state": tree}, indent=1), encoding="utf-8")
-        for name in (MODEL, TENSORS, STATE):
-            descriptor = os.open(folder / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    parts = {PART + name: tensor for name, tensor in model.items() if is_split(tensor)}
+    parts |= {name: tensor for name, tensor in tensors.items() if is_split(tensor)}
+    model = {name: tensor for name, tensor in model.items() if PART + name not in parts}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    if not parts:
+        with atomic_directory(path) as folder:
+            _write_files(folder, model, tensors, tree)
+        return
+    if accelerator.is_main_process:
+        begin_folder(path)
+    accelerator.wait_for_everyone()
+    temporary = path.parent / f".{path.name}.part"
+    write_parts(temporary / PARTS, parts)
+    if accelerator.is_main_process:
+        _write_files(temporary, model, tensors, tree)
+        finish_folder(temporary, path)
+
+
+def _write_files(folder: Path, model: Mapping[str, Tensor], tensors: Mapping[str, Tensor], tree: Any) -> None:
+    _save(model, folder / MODEL)
+    _save(tensors, folder / TENSORS)
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, "state": tree}, indent=1), encoding="utf-8")
+    for name in (MODEL, TENSORS, STATE):
+        descriptor = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_state(value: Any, place: str) -> None:
@@ -77,9 +105,10 @@ def read_state(path: Path) -> Any:
 
 def model_names(path: Path) -> set[str]:
     """Names of the model tensors in a checkpoint."""
+    split = {name.removeprefix(PART) for name in part_names(path / PARTS) if name.startswith(PART)}
     try:
         with safe_open(path / MODEL, framework="pt") as opened:
-            return set(opened.keys())
+            return set(opened.keys()) | split
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -161,7 +190,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
             raise UsageError(f"{place} is a {value.layout} tensor, which a checkpoint cannot hold: make it dense")
         key = f"{len(tensors):05d} {place}"
         tensors[key] = value
-        return {"__tensor__": key}
+        return {"__part__" if is_split(value) else "__tensor__": key}
     if isinstance(value, np.ndarray):
         return {"__array__": _encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, place)}
     if isinstance(value, np.generic):
@@ -190,6 +219,8 @@ def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tree
     if "__tensor__" in tree:
         return tensors[tree["__tensor__"]]
+    if "__part__" in tree:
+        return Part(tree["__part__"])
     if "__array__" in tree:
         return _decode(tree["__array__"], tensors).numpy()
     if "__tuple__" in tree:

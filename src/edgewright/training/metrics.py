@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +31,12 @@ class MetricsLog:
         self._file: io.TextIOWrapper | None = None
         if path is not None:
             self._rewrite()
+
+    @staticmethod
+    def last_step(path: Path) -> int:
+        """The last step that a file of rows has, 0 where there is none."""
+        rows = _read(path, sys.maxsize)
+        return int(rows[-1]["step"]) if rows else 0
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.training.sharded import is_sharded
 
 
 def process_accelerator() -> Any:
@@ -39,9 +40,15 @@ def place(model: nn.Module, wanted: str | None, accelerator: Any) -> torch.devic
 
 
 def wrap(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Any, output: Path | None) -> nn.Module:
-    """The model as the loss function sees it: itself, or inside accelerate's wrapper in a distributed run."""
-    if not accelerator.use_distributed:
+    """The model as the loss function sees it: itself, or inside accelerate's wrapper in a distributed run.
+
+    A model that `training.sharded.shard_` split is a distributed model by itself and can be checkpointed.
+    """
+    if not accelerator.use_distributed or is_sharded(model):
         return model
     if accelerator.distributed_type == "FSDP" and output is not None:
-        raise Unsupported("a sharded (FSDP) run cannot be checkpointed yet: use DDP, or fit(..., output=None)")
+        raise Unsupported(
+            "accelerate's FSDP cannot be checkpointed here: split the model with edgewright.training.sharded.shard_, "
+            "use DDP, or fit(..., output=None)"
+        )
     return accelerator.prepare(model, optimizer, device_placement=[False, False])[0]

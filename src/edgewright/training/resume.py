@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
-from edgewright.training import checkpoint, snapshot
+from edgewright.training import checkpoint, sharded, snapshot
+from edgewright.training.metrics import MetricsLog
 
 RESUME = ("auto", "never", "must")
 
@@ -25,6 +26,14 @@ class Position:
     micro: int = 0
     losses: list[float | Tensor] = field(default_factory=list)
     metrics: list[dict[str, float | Tensor]] = field(default_factory=list)
+
+
+def steps_lost(output: str | Path) -> tuple[int | None, int]:
+    """(step that the run in `output` goes on from, or None; steps that it had done beyond and does again)."""
+    path = checkpoint.latest_checkpoint(output)
+    step = None if path is None else checkpoint.step_of(path)
+    done = MetricsLog.last_step(Path(output) / "metrics.csv")
+    return step, max(0, done - (step or 0))
 
 
 class Keeper:
@@ -88,7 +97,12 @@ class Keeper:
         names = checkpoint.model_names(path)
         snapshot.check_model(path, self._model, names, state["shapes"], state["frozen"])
         snapshot.restore_batches(self._batches, state["batches"])
-        checkpoint.read_model(path, snapshot.model_tensors(self._model))
+        tensors = snapshot.model_tensors(self._model)
+        checkpoint.read_model(path, tensors)
+        parts = {checkpoint.PART + name: tensor for name, tensor in tensors.items() if sharded.is_split(tensor)}
+        if parts:
+            parts |= sharded.fill_optimizer(self._optimizer, state["optimizer"])
+            sharded.read_parts(path / sharded.FOLDER, parts)
         self._frozen = state["frozen"]
         snapshot.restore_optimizer(self._optimizer, state["optimizer"])
         snapshot.restore_gradients(self._model, state["gradients"])
@@ -117,7 +131,8 @@ class Keeper:
             from accelerate.utils import gather_object
 
             random = gather_object(random)
-        if self._accelerator.is_main_process and path != self.saved:
+        split = sharded.is_sharded(self._model)
+        if (self._accelerator.is_main_process or split) and path != self.saved:
             losses = [float(loss) for loss in position.losses]
             if not all(math.isfinite(loss) for loss in losses):
                 raise CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {self.saved} is kept")
@@ -136,8 +151,10 @@ class Keeper:
                 "frozen": self._frozen,
                 "shapes": {n: checkpoint.describe(t) for n, t in snapshot.model_tensors(self._model).items()},
             }
-            checkpoint.write_checkpoint(path, snapshot.changing_tensors(self._model, self._frozen), state)
-            checkpoint.remove_checkpoints(self.folder, keep=path)
+            tensors = snapshot.changing_tensors(self._model, self._frozen)
+            checkpoint.write_checkpoint(path, tensors, state, self._accelerator)
+            if self._accelerator.is_main_process:
+                checkpoint.remove_checkpoints(self.folder, keep=path)
         self._accelerator.wait_for_everyone()
         self.saved = path
         return path

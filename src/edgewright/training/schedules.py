@@ -13,7 +13,11 @@ SHAPES: dict[str, Callable[[float], float]] = {  # progress in [0, 1) after the 
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1.0 - progress,
     "constant": lambda progress: 1.0,
+    "cosine-10": lambda progress: 0.1 + 0.45 * (1.0 + math.cos(math.pi * progress)),
+    "linear-10": lambda progress: 1.0 - 0.9 * progress,
+    "constant-decay": lambda progress: min(1.0, (1.0 - progress) / DECAY),
 }
+DECAY = 0.2  # the part of a "constant-decay" run in which the rate falls
 
 
 def check_schedule(schedule: Schedule) -> None:
@@ -28,8 +32,10 @@ def learning_rate_scale(schedule: Schedule, step: int, steps: int, warmup_steps:
     """Multiplier of the base learning rate for update number `step` (0 .. steps - 1).
 
     Warm-up rises as (step + 1) / (warmup_steps + 1), so no update is spent at rate 0 and only the first one after
-    the warm-up runs at the full rate. After it "cosine" and "linear" fall towards 0, which they would reach at
-    `step == steps`. A function replaces the shape and gets the step within what is left after the warm-up.
+    the warm-up runs at the full rate. After it "cosine" and "linear" fall towards 0, "cosine-10" and "linear-10"
+    towards a tenth, which they would reach at `step == steps`; "constant-decay" holds the rate and lets it fall
+    linearly to 0 in the last fifth. A function replaces the shape and gets the step within what is left after the
+    warm-up.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

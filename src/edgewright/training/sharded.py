@@ -1,0 +1,144 @@
+"""Models whose weights are split over the processes of a run (FSDP2): splitting, and checkpoints that every process
+writes its part of.
+
+The parts go through torch.distributed.checkpoint into safetensors files (never pickles), each with its place in the
+whole tensor, so that any number of processes, or one, can read them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import FormatError, OutputError, UsageError
+
+FOLDER = "sharded"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stands in a saved state for a tensor that lies in the folder of parts, under `key`."""
+
+    key: str
+
+
+def shard_(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """Split the weights of `model` in place over all processes: each block for itself, then what is left together.
+
+    A block is gathered when it runs. Needs an initialised process group; every process must come with the same weights.
+    Make the optimizer, or let `fit` make it, afterwards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not torch.distributed.is_initialized():
+        raise UsageError("weights are split over processes: start the command with torchrun --nproc-per-node N")
+    device = next(model.parameters()).device.type
+    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether this process holds a part of the tensor alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard_` was here."""
+    return any(is_split(parameter) for parameter in model.parameters())
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Every parameter and buffer by name, put together; every process calls, those with `keep` get them."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        full = tensor.full_tensor() if is_split(tensor) else tensor
+        if keep:
+            state[name] = full.detach().cpu()
+    return state
+
+
+def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the parts of split tensors into `folder`; every process calls with the same names. Raises OutputError."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except (OSError, CheckpointException) as error:
+        raise OutputError(f"cannot write {folder}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
+    """Fill `targets`, split or whole, from the parts that any number of processes wrote. Raises FormatError."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    alone = not torch.distributed.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read them: `alone`
+            load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except (OSError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        raise FormatError(
+            f"the parts in {folder} are damaged ({str(error).strip().splitlines()[-1]}): remove that checkpoint"
+        ) from error
+
+
+def part_names(folder: Path) -> set[str]:
+    """Names of the tensors in a folder of parts, which may be absent."""
+    from safetensors import SafetensorError, safe_open
+
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"the part {file} is damaged ({error}): remove that checkpoint") from error
+    return names
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Put empty tensors, split like their parameters, in the places of `Part`s; the tensors by key, to be read."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found: dict[str, Tensor] = {}
+    for index, entries in state.get("state", {}).items():
+        for name, value in entries.items():
+            if isinstance(value, Part):
+                entries[name] = found[value.key] = torch.zeros_like(parameters[index]).detach()
+    return found
+
+
+def begin_folder(path: Path) -> Path:
+    """A fresh temporary folder beside `path`, under a name that all processes know."""
+    temporary = path.parent / f".{path.name}.part"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"cannot write into {path.parent}: {error.strerror}") from error
+    return temporary
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Give the complete folder its name."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
