@@ -14,7 +14,7 @@ from edgewright.language.decoder_config import EdgeDecoderConfig
 GOLDEN = 8 / 3  # feed-forward over hidden width at which SwiGLU has as many weights as a plain layer of 4
 TOLERANCE = 0.01
 NARROW = 0.1  # what a head of 32 counts against a head of 64, in parts of those ratios
-STEP = 8  # widths of feed-forwards are multiples of it
+STEPS = (32, 8, 2, 1)  # widths of feed-forwards are multiples of the first that hits the size: 32 is a block of codes
 LEAST_RATIO, MOST_RATIO = 1.0, 6.0  # of feed-forward over hidden width
 
 
@@ -60,6 +60,23 @@ def solve(
     **settings: Any,
 ) -> EdgeDecoderConfig | None:
     """The configuration of one depth, or None where no width comes within 1 %."""
+    for step in STEPS:
+        found = _solve(target, depth, vocab_size, kv_ratio, head_dim, layer_sharing, step, settings)
+        if found is not None:
+            return found
+    return None
+
+
+def _solve(
+    target: float,
+    depth: int,
+    vocab_size: int,
+    kv_ratio: int,
+    head_dim: int | None,
+    layer_sharing: bool,
+    step: int,
+    settings: dict[str, Any],
+) -> EdgeDecoderConfig | None:
     best: tuple[float, EdgeDecoderConfig] | None = None
     tables = 1 if settings.get("tie_word_embeddings", True) else 2
     for width in (head_dim,) if head_dim else (64, 32, 16):
@@ -67,7 +84,7 @@ def solve(
             hidden, groups = heads * width, _groups(heads, kv_ratio)
             attention = 2 * hidden * hidden + 2 * hidden * groups * width
             fixed = tables * vocab_size * hidden + hidden + depth * (attention + 2 * hidden)
-            feed_forward = round((target - fixed) / (3 * hidden * depth) / STEP) * STEP
+            feed_forward = round((target - fixed) / (3 * hidden * depth) / step) * step
             if not LEAST_RATIO <= feed_forward / hidden <= MOST_RATIO:
                 continue
             total = fixed + depth * 3 * hidden * feed_forward
