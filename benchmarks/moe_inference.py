@@ -3,7 +3,7 @@
 The layer is MobileMoE S's (60 experts of 384 and a shared one at width 768, float32), its inputs random, so that the
 experts' load is near even. "dense-masked" lets every expert compute every token. The models are blocks of S cut to few
 layers and a small vocabulary, each matched by a dense model of the same bytes: decoding reads the active weights, so
-the ratio of the bytes read is what memory bandwidth alone would give.
+the ratio of the bytes read is what memory bandwidth alone would give. The same pair at 4 bits runs in llama.cpp.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgewright.export.gguf import export_gguf
+from edgewright.io.text import builtin_documents
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.moe import Experts, MoEConfig, SparseMoE
 from edgewright.language.moe_design import moe_parameters
 from edgewright.language.presets_moe import SHAPES, mobilemoe
+from edgewright.language.tokenizer import train_tokenizer
 from edgewright.measure.memory import current_rss, peak_rss, release_free_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
+from edgewright.quantization.api import convert_, quantize_
+from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
+from edgewright.runtime.benchmark import benchmark_files
 from results import save
 
 BACKENDS = {"sorted": "sorted", "grouped_mm": "grouped_mm", "loop": "loop", "dense-masked": "dense"}
@@ -135,11 +141,33 @@ def prompt_memory(report: Report) -> None:
             report.add("memory_touched", (peak.bytes - before) / 1e6, subject=f"prompt, {subject}", unit="MB")
 
 
+def llama_cpp_times(report: Report, repeats: int) -> None:
+    """The same two models at 4 bits as glm4moe and qwen3 files in llama.cpp."""
+    config = QuantConfig(rules=(Rule("model.layers.*", WeightConfig("int4", 32, scale="absmax")),))
+    tokenizer = train_tokenizer(builtin_documents("english"), VOCABULARY)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, model in zip(("mixture", "dense of equal memory"), pair(), strict=True):
+            path = Path(folder) / f"{name.replace(' ', '-')}.gguf"
+            convert_(quantize_(model, config))
+            export_gguf(model, tokenizer, path, verify=False, progress=False)
+            files[path.name] = f"{name}, 4 bits in llama.cpp"
+        paths = [Path(folder) / file for file in files]
+        measured = benchmark_files(paths, prompt_tokens=PROMPT, decode_tokens=64, repeats=repeats)
+    for row in measured.rows:
+        if row.metric in ("file_size", "prefill", "decode"):
+            report.add(row.metric, row.value, subject=files[row.subject], se=row.se, n=row.n, unit=row.unit)
+    first, second = files.values()
+    for phase in ("prefill", "decode"):
+        report.add(f"{phase}_speedup", report.value(phase, first) / report.value(phase, second), subject=first)
+
+
 def main(repeats: int = 7) -> None:
     report = Report("Mixture of experts at inference: back-ends, and a dense model of equal memory")
     report.notes.append(f"float32; models of {LAYERS} layers of MobileMoE S, vocabulary {VOCABULARY}")
     layer_times(report, repeats)
     model_times(report, repeats)
+    llama_cpp_times(report, repeats)
     prompt_memory(report)
     report.print_table()
     print(save(report, "moe_inference"))
