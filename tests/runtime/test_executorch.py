@@ -112,6 +112,18 @@ def test_chat_answers_from_the_path_alone(language_file, capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
+def test_threads_of_an_open_engine_are_not_taken_from_it(engine, language_file):
+    ids = list(b"Two engines, one pool")
+    before = engine.next_logits(ids)
+    other = 1 if engine.threads > 1 else 2
+    with pytest.warns(UserWarning, match=f"open with {engine.threads} threads: {other} have to wait"):
+        second = ExecuTorchEngine(language_file, threads=other, check=False)
+    assert second.threads == engine.threads
+    second.next_logits(ids)
+    second.close()
+    assert np.array_equal(engine.next_logits(ids), before)
+
+
 def test_next_logits_is_the_last_row_and_reuses_the_cache(engine):
     ids = list(b"As far as it is the same")
     row = engine.next_logits(ids)

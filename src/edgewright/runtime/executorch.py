@@ -42,8 +42,8 @@ class ExecuTorchEngine:
     """A .pte of `export_executorch` with a language model in it; answers to `runtime.engine.Engine`.
 
     `context` is fixed in the file. `vocabulary` is the width of the logits: fewer than `tokens` where the head was cut,
-    and then `kept_ids[i]` is the token of output i. Threads belong to the whole process: the last engine opened sets
-    them. Raises FormatError (damaged or foreign file), Unsupported (a .pte that is no language model).
+    and then `kept_ids[i]` is the token of output i. Threads belong to the whole process: they are set where no other
+    .pte is open. Raises FormatError (damaged or foreign file), Unsupported (a .pte that is no language model).
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None, check: bool = True) -> None:
@@ -52,7 +52,7 @@ class ExecuTorchEngine:
         read_layout(self.path)
         if check:
             first_run_in_child("edgewright.runtime.executorch_program", "first_run", self.path)
-        self.threads = set_threads(threads)
+        self.threads = set_threads(threads, self)
         module, metadata = open_file(self.path)
         if metadata.get("kind") != "language":
             raise Unsupported(f"{self.path} holds no language model of edgewright; open it with open_program(path)")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -42,15 +43,32 @@ def library() -> Any:
     return portable_lib
 
 
-def set_threads(threads: int | None) -> int:
-    """Give the runtime's one thread pool this many threads (None: every core); returns the number."""
+_open: weakref.WeakSet[Any] = weakref.WeakSet()  # engines and programs of this process
+
+
+def set_threads(threads: int | None, opened: Any) -> int:
+    """Give the runtime's one thread pool this many threads (None: every core); returns the number that it has.
+
+    A pool that an open file computes with cannot be exchanged: its next call would wait for ever. While one is open
+    the number stays, and another that was asked for is said with a warning. opened: the object that asks, which is
+    open as long as its `_module` is something.
+    """
     wanted = usable_cores() if threads is None else threads
     if not 1 <= wanted <= 1024:
         raise UsageError(f"threads must be 1 to 1024, got {threads}; leave it out to use every core")
     bindings = library()
-    if bindings._threadpool_get_thread_count() != wanted:
-        with silent():
-            bindings._unsafe_reset_threadpool(wanted)
+    now = int(bindings._threadpool_get_thread_count())
+    if now != wanted:
+        if any(one._module is not None for one in _open):
+            if threads is not None:
+                warnings.warn(
+                    f"another .pte is open with {now} threads: {wanted} have to wait until it is closed", stacklevel=3
+                )
+            wanted = now
+        else:
+            with silent():
+                bindings._unsafe_reset_threadpool(wanted)
+    _open.add(opened)
     return wanted
 
 

@@ -44,7 +44,7 @@ class ExecuTorchProgram:
         read_layout(self.path)
         if check:
             first_run_in_child("edgewright.runtime.executorch_program", "first_run", self.path)
-        set_threads(threads)
+        set_threads(threads, self)
         module, self.metadata = open_file(self.path)
         if self.metadata.get("kind") == "language":
             raise Unsupported(f"{self.path} is a language model; open it with open_engine(path), or edgewright chat")
