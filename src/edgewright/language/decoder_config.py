@@ -123,7 +123,7 @@ class EdgeDecoderConfig(PreTrainedConfig):
             if kind in self.ffn_types and getattr(self, kind) is None:
                 raise UsageError(f"{kind} is not set, but ffn_types has {kind!r}")
         if self.ffn_types[0] == "stem" and not (self.stem or {}).get("allow_first"):
-            raise UsageError("ffn_types[0] is 'stem'; layer 0 stays dense in the paper, or set stem={'allow_first': True}")
+            raise UsageError("ffn_types[0] is 'stem'; layer 0 stays dense, or set stem={'allow_first': True}")
         self._check_share_map()
 
     def _check_share_map(self) -> None:
