@@ -130,8 +130,8 @@ def export_executorch(
     )
     placed = Placed()
     if has_fake_quantization(exported):
-        exported = copy.deepcopy(exported) if exported is model else exported
-        placed = place_codes_(exported)
+        own: Any = copy.deepcopy(exported) if exported is model else exported
+        placed, exported = place_codes_(own), own
         notes = [*notes, *placed.notes]
     static = {"layers": placed.layers, "activations": placed.activations} if placed.activations else {}
     if static:

@@ -27,8 +27,8 @@ from edgewright.errors import Unsupported
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from torch.fx import Node
 
+Node = Any  # torch.fx.Node, whose arguments are typed as a union of everything a graph can hold
 aten = torch.ops.aten
 OPERATOR = "fixed_rounding"  # ours while a model is traced: torch's own cannot be traced with a free batch
 PER_TENSOR = (aten.fake_quantize_per_tensor_affine.default, aten.fake_quantize_per_tensor_affine.tensor_qparams)
@@ -100,7 +100,7 @@ def _is_rounding(node: Node) -> bool:
 def _axis(node: Node) -> int | None:
     """The axis of a rounding with a scale a channel, else None."""
     axis = node.args[3] if len(node.args) == 6 else -1  # in torch's operators per tensor there are five arguments
-    return None if axis == -1 else int(axis)  # type: ignore[call-overload]
+    return None if axis == -1 else int(axis)
 
 
 def place_codes_(program: ExportedProgram) -> Placed:
@@ -326,7 +326,7 @@ class _Placer:
                 f"the fake quantisation in {_where(node)} computes its scale from the input; XNNPACK takes fixed "
                 "scales: calibrate the model first"
             )
-        low, high = int(node.args[-2]), int(node.args[-1])  # type: ignore[call-overload]
+        low, high = int(node.args[-2]), int(node.args[-1])
         return x, torch.as_tensor(self._value(step)), torch.as_tensor(self._value(zero)), low, high
 
     # ---- the graph
@@ -383,7 +383,7 @@ def _bounds(node: Node) -> tuple[float, float]:
         names, ends = ("min", "max"), (-infinity, infinity)
     given = [node.args[i + 1] if len(node.args) > i + 1 else node.kwargs.get(names[i]) for i in range(2)]
     low, high = (end if one is None else one for one, end in zip(given, ends, strict=True))
-    return float(low), float(high)  # type: ignore[arg-type]
+    return float(low), float(high)
 
 
 def _where(node: Node) -> str:

@@ -206,7 +206,10 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        makers: dict[str, Any] = {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }
         return {kind: make(**arguments) for kind, make in makers.items() if kind in self.config.mixers}  # type: ignore[operator]
 
     def _check_length(self, seen: Any, new: int, past_key_values: Cache | None) -> None:
@@ -271,11 +274,11 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
             attentions=output.attentions,
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
     ) -> None:
         """transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not any(mixer in ATTENTION for mixer in self.config.mixers):  # type: ignore[union-attr]
             model_kwargs["past_key_values"] = LonghornCache.around(cache)

@@ -9,6 +9,7 @@ can hold a model, `NotRepresentable` says why.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def from_native(model: PreTrainedModel) -> EdgeDecoderForCausalLM:
     """
     config = EdgeDecoderConfig(**edge_settings(model.config, NotRepresentable))
     with no_init_weights():
-        edge = EdgeDecoderForCausalLM(config)
+        edge: Any = EdgeDecoderForCausalLM(config)
     edge = edge.to(dtype=model.dtype, device=model.device)
     state = {_edge_name(name): tensor for name, tensor in model.state_dict().items()}
     sinks = {name: tensor for name, tensor in state.items() if name.endswith("self_attn.sinks")}
@@ -104,7 +105,7 @@ def unroll(model: EdgeDecoderForCausalLM) -> EdgeDecoderForCausalLM:
     settings |= {"share_map": None, "rope_interleaved": False}
     order = _row_order(model.config, native_pairs=False)
     with no_init_weights():
-        wide = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
+        wide: Any = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
     wide = wide.to(dtype=model.dtype, device=model.device)
     _place_packed(model, wide, order)
     wide.load_state_dict(_without_twins(_executed_state(model, order), wide), strict=False)
@@ -128,7 +129,7 @@ def share_blocks(model: EdgeDecoderForCausalLM, every: int = 2) -> EdgeDecoderFo
         value = settings[name]
         settings[name] = [entry for entry in value for _ in range(every)] if isinstance(value, list) else value
     with no_init_weights():
-        shared = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
+        shared: Any = EdgeDecoderForCausalLM(EdgeDecoderConfig(**settings))
     shared = shared.to(dtype=model.dtype, device=model.device)
     shared.load_state_dict(model.state_dict())
     return shared.train(model.training)

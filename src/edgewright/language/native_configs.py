@@ -94,9 +94,8 @@ def why_not(config: EdgeDecoderConfig, kind: str) -> str:
         return f"it has sliding windows, which {', '.join(windows)} have"
     if config.qkv_bias and kind not in ("qwen2", "glm4_moe"):
         return "its projections have biases"
-    if kind in ("qwen2", "granite_swa") and config.head_dim * config.of_layer("num_attention_heads", 0) != (
-        config.hidden_size
-    ):
+    together = (config.head_dim or 0) * config.of_layer("num_attention_heads", 0)
+    if kind in ("qwen2", "granite_swa") and together != config.hidden_size:
         return f"its heads are not {config.hidden_size} wide together"
     return _why_no_experts(config) if kind == "glm4_moe" else ""
 

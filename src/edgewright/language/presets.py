@@ -72,6 +72,6 @@ def mobilellm_config(name: str, layer_sharing: bool = False, **changes: Any) -> 
         stored = settings["num_hidden_layers"]
         settings["share_map"] = [block for block in range(stored) for _ in range(2)]
         settings["num_hidden_layers"] = 2 * stored
-        if isinstance(mixers := settings.get("mixers"), list):
-            settings["mixers"] = [mixer for mixer in mixers for _ in range(2)]
+        if isinstance(once := settings.get("mixers"), list):
+            settings["mixers"] = [mixer for mixer in once for _ in range(2)]
     return EdgeDecoderConfig(**settings)

@@ -149,7 +149,7 @@ def run(settings: RSparse, output: Path) -> Report:
     for sparsity in settings.sparsities:
         for method in METHODS:
             subject = at(method, sparsity)
-            rows = measured(subject, lambda b, m=method, s=sparsity: b.sparse(m, s, plans.get(m)))
+            rows = measured(subject, lambda b, m=method, s=sparsity: b.sparse(m, s, plans.get(m)))  # type: ignore[misc]
             for row in rows:
                 report.add(**row, subject=subject)
     for row in measured("quantized", lambda bench: bench.quantized()):

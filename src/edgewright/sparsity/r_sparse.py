@@ -252,11 +252,12 @@ def model_traffic(model: nn.Module, achieved: dict[str, float] | None = None) ->
         sparse += stored * (1.0 - left_out) + factors - down * (1.0 - left_out)
         factor_bytes += factors
     rest, seen = 0.0, set()
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head: Any = find() if find is not None else None
     for module in model.modules():
         if id(module) in inside:
             continue
-        tensors = list(module.parameters(recurse=False))
+        tensors: list[Tensor] = list(module.parameters(recurse=False))
         if isinstance(module, PackedLinear | PackedEmbedding):
             tensors += [module.codes, module.step]
         is_table = isinstance(module, nn.Embedding | PackedEmbedding)

@@ -175,7 +175,7 @@ def _description(folder: Path) -> tuple[dict[str, Any], RSparseConfig]:
     layers = data.get("layers")
     if not isinstance(layers, dict) or not layers or not all(map(_is_layer, layers.values())):
         raise FormatError(f"{path}: every layer needs sparsity, rho, a rank and a threshold, and there must be one")
-    settings = data.get("config")
+    settings: Any = data.get("config")
     fits = isinstance(settings, dict) and isinstance(data.get("model"), str)
     if not fits or len(str(settings.get("targets", ""))) > MAX_TARGETS:
         raise FormatError(f"{path} needs a configuration with targets of at most {MAX_TARGETS} characters, and a hash")
