@@ -121,8 +121,8 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ()
 HEADLINE: Headline | None = Headline(
-    "a reset moves no code and no loss; over 120 steps at 1 bit it does not help: 1 - cosine {both:.3f} with resets and "
-    "noise, {plain:.3f} without",
+    "a reset moves no code and no loss; 120 steps at 1 bit are too few to gain: 1 - cosine {both:.3f} with resets "
+    "and noise, {plain:.3f} without",
     {name: Cell("winq.csv", {"metric": "embedding_error", "subject": f"1 bit, {name}"}) for name in ("both", "plain")},
 )
 
