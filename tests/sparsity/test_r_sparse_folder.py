@@ -132,7 +132,7 @@ def test_files_that_are_broken(tiny_llama, tokenizer, tmp_path):
 
     for bad in ("[1", "[" * 100_000, "3"):
         (folder / DESCRIPTION).write_text(bad)
-        refused("is not JSON|no format 1")
+        refused("is not JSON|object is needed|no format 1")
     (folder / DESCRIPTION).write_text(text)
     holed = copy.deepcopy(tensors)
     holed[f"{Q}.scale"][0] = math.nan

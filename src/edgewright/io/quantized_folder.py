@@ -10,7 +10,6 @@ each, row after row, lowest bits first) and "<name>.step" [out, groups]; the res
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError
+from edgewright.io.json_file import read_json
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 
@@ -104,16 +104,7 @@ def load_quantized(
 def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, Any]]:
     """(modules, shared, config settings without the description) of a quantised folder, shape of the JSON checked."""
     path = folder / "config.json"
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise FormatError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{path} is not JSON: {error}") from error
+    settings = read_json(path, MAX_CONFIG_BYTES)
     description = settings.pop(QUANTIZATION_KEY, None) if isinstance(settings, dict) else None
     if not isinstance(description, dict):
         raise FormatError(f"{path} has no {QUANTIZATION_KEY!r}; load it with edgewright.load(folder)")

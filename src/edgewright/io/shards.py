@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_file, write_text
+from edgewright.io.json_file import read_json
 
 FORMAT = "edgewright token shards 1"
 MANIFEST = "manifest.json"
@@ -284,14 +285,7 @@ def _write_manifest(folder: Path, settings: Mapping[str, Any], shards: Sequence[
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Shard], bool]:
     path = folder / MANIFEST
-    try:
-        if path.stat().st_size > MOST_MANIFEST:
-            raise FormatError(f"{path} is too large to be a manifest of shards")
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{folder} has no readable {MANIFEST}; pass a folder that write_shards made") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
+    document = read_json(path, MOST_MANIFEST, "pass a folder that write_shards made")
     try:
         shards = [Shard(**entry) for entry in document.pop("shards")]
         complete = document.pop("complete") is True

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import atomic_directory
+from edgewright.io.json_file import read_object
 from edgewright.io.models import load
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.quantized_folder import CODE_BITS
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DESCRIPTION, ROWS = "pruned_head.json", "pruned_head.safetensors"
-MAX_DESCRIPTION_BYTES = 16 << 20
 
 
 def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
@@ -147,20 +147,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
-    try:
-        if path.stat().st_size > MAX_DESCRIPTION_BYTES:
-            raise FormatError(f"{path} is larger than {MAX_DESCRIPTION_BYTES} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}; save_cut(model, tokenizer, folder) writes it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    kept = data.get("kept_ids") if isinstance(data, dict) else None
-    vocabulary = data.get("vocabulary") if isinstance(data, dict) else None
+    data = read_object(path, hint="save_cut(model, tokenizer, folder) writes it")
+    kept, vocabulary = data.get("kept_ids"), data.get("vocabulary")
     fits = (
         isinstance(kept, list)
         and type(vocabulary) is int

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
+from edgewright.io.json_file import read_object
 from edgewright.io.models import load
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION, TENSORS = "rsparse.json", "rsparse.safetensors"
 FORMAT = 1
-MAX_DESCRIPTION_BYTES = 16 << 20
 MAX_TARGETS = 200
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -158,19 +158,8 @@ def _linear(folder: Path, model: nn.Module, name: str) -> Any:
 
 def _description(folder: Path) -> tuple[dict[str, Any], RSparseConfig]:
     path = folder / DESCRIPTION
-    try:
-        if path.stat().st_size > MAX_DESCRIPTION_BYTES:
-            raise FormatError(f"{path} is larger than {MAX_DESCRIPTION_BYTES} bytes")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}; edgewright sparsify MODEL --output FOLDER writes it"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    data = read_object(path, hint="edgewright sparsify MODEL --output FOLDER writes it")
+    if data.get("format") != FORMAT:
         raise FormatError(f"{path} has no format {FORMAT}, the one that this version reads")
     layers = data.get("layers")
     if not isinstance(layers, dict) or not layers or not all(map(_is_layer, layers.values())):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_json
 from edgewright.sparsity.r_sparse import apply_plan, apply_rsparse, remove_rsparse, setting, sparse_layers
 from edgewright.sparsity.r_sparse_calibration import Calibration, calibrate, check_text, shown, text_hash
 from edgewright.sparsity.r_sparse_factors import Factors
@@ -309,16 +310,7 @@ class _Scores:
             write_text(self.path, json.dumps({**self.identity, "quick": self.quick, "full": self.full}) + "\n")
 
     def _read(self, path: Path) -> None:
-        try:
-            if path.stat().st_size > MAX_RESUME_BYTES:
-                raise FormatError(f"{path} is larger than {MAX_RESUME_BYTES} bytes and no file of a search")
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(f"{path} is not JSON: {error}") from error
+        data = read_json(path, MAX_RESUME_BYTES)
         tables = [data.get("quick"), data.get("full")] if isinstance(data, dict) else []
         for table in tables or [None]:
             if not isinstance(table, dict) or not all(isinstance(v, float) and len(k) == 24 for k, v in table.items()):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 STEPS, VOCABULARY = 1000, 4096
 DEPTHS = (2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30)
 SLENDER = 576 / 30  # hidden width over blocks of MobileLLM-125M
-MOST_CONFIG = 2**20  # bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,18 +170,10 @@ def _by_weights(weights: float, vocab_size: int, context: int, depth: int | None
 
 
 def _from_file(path: Path, vocab_size: int | None) -> EdgeDecoderConfig:
+    from edgewright.io.json_file import read_object
     from edgewright.language.decoder_config import EdgeDecoderConfig
 
-    try:
-        if path.stat().st_size > MOST_CONFIG:
-            raise FormatError(f"{path} is too large to be a configuration")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise FormatError(f"{path} is no configuration: a JSON object is needed")
+    fields = read_object(path)
     if (kind := fields.get("model_type", EdgeDecoderConfig.model_type)) != EdgeDecoderConfig.model_type:
         raise UsageError(f"{path} is a configuration of {kind!r}; edgewright design --output writes ones that fit")
     try:

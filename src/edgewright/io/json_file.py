@@ -1,0 +1,38 @@
+"""JSON files from outside, read with a limit: each failure is one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgewright.errors import FormatError, UsageError
+
+LARGEST = 16 << 20  # bytes; what describes a model or a run has kilobytes
+
+
+def read_json(path: str | Path, largest: int = LARGEST, hint: str = "") -> Any:
+    """The value in a JSON file in UTF-8.
+
+    hint: what to do where there is no such file, added to the sentence. Raises UsageError for a file that cannot be
+    read, FormatError for one larger than `largest` bytes or not JSON.
+    """
+    path = Path(path)
+    try:
+        if (size := path.stat().st_size) > largest:
+            raise FormatError(f"{path} has {size} bytes; at most {largest} are allowed")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}{'; ' + hint if hint else ''}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is not JSON: {error}") from error
+
+
+def read_object(path: str | Path, largest: int = LARGEST, hint: str = "") -> dict[str, Any]:
+    """The same where only an object will do. Raises FormatError for any other value."""
+    value = read_json(path, largest, hint)
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds {type(value).__name__} where a JSON object is needed")
+    return value

@@ -1,0 +1,35 @@
+"""JSON from outside: every way in which a file can be wrong is one sentence that names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.json_file import read_json, read_object
+
+
+def test_values_and_objects(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"é": [1, 2]}', encoding="utf-8")
+    assert read_json(path) == read_object(path) == {"é": [1, 2]}
+    path.write_text("[1]")
+    assert read_json(path) == [1]
+    with pytest.raises(FormatError, match="a.json holds list where a JSON object is needed"):
+        read_object(path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[" * 100_000, b""])
+def test_what_is_not_json_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(FormatError, match="a.json is not JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_size_and_absence(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1, 2, 3]")
+    with pytest.raises(FormatError, match="a.json has 9 bytes; at most 8 are allowed"):
+        read_json(tmp_path / "a.json", largest=8)
+    with pytest.raises(UsageError, match="cannot read .*b.json: No such file or directory; make it"):
+        read_json(tmp_path / "b.json", hint="make it")
