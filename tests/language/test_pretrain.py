@@ -194,7 +194,7 @@ def test_bad_input_is_one_sentence(one, tmp_path: Path) -> None:
         (lambda: toy.settings(precision="fp16"), "choose from no, bf16"),
         (lambda: toy.settings(batch_size=6, micro_batch=4).train_config(2), "take batch_size=8"),
         (lambda: toy.run(one.output, learning_rate=1.0), "cannot resume"),
-        (lambda: pretrain(toy.shape(), tmp_path / "none", run, tmp_path), "no readable manifest"),
+        (lambda: pretrain(toy.shape(), tmp_path / "none", run, tmp_path), "manifest.json: No such file"),
         (lambda: toy.run(tmp_path / "one-process", parallel="fsdp"), "torchrun"),
     ):
         with pytest.raises(UsageError, match=message):
