@@ -120,6 +120,16 @@ def test_orders_of_rows_are_inverse() -> None:
     assert halves_to_pairs(8, 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
+def test_halves_compute_what_pairs_compute() -> None:
+    from edgewright.language.native import in_halves
+
+    model = decoder(rope_interleaved=True, qkv_bias=True, share_map=[0, 0, 1])
+    halves = in_halves(model)
+    assert not halves.config.rope_interleaved and model.config.rope_interleaved and in_halves(halves) is halves
+    assert halves.config.share_map == [0, 0, 1]
+    torch.testing.assert_close(logits(halves), logits(model), rtol=1e-5, atol=2e-5)
+
+
 def test_unrolled_and_shared_blocks() -> None:
     model = decoder()
     twice = share_blocks(model, every=2)

@@ -9,7 +9,7 @@ from toy_gguf import write_toy
 
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, UsageError
 from edgewright.io.gguf import GGUFFile
-from edgewright.runtime import llamacpp, llamacpp_library, open_engine
+from edgewright.runtime import generation, llamacpp, llamacpp_library, open_engine
 from edgewright.runtime.generation import sample
 
 TEXT = "The tides are caused by the gravity of the Moon and, to a lesser degree, of the Sun."
@@ -197,7 +197,7 @@ def test_start_token_comes_once(tmp_path):
 def test_streaming_never_splits_a_character(toy, monkeypatch):
     written = list("😀é".encode()) + [0xF0, 0x9F]
     script = iter(written)
-    monkeypatch.setattr(toy, "_sample", lambda temperature, rng: next(script))
+    monkeypatch.setattr(generation, "sample", lambda row, temperature, rng: next(script))
     pieces: list[str] = []
     answer = toy.generate([1], len(written), on_token=pieces.append, ignore_end=True)
     assert pieces == ["😀", "é", "\ufffd"] and answer.text == "😀é\ufffd"

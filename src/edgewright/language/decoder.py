@@ -283,6 +283,12 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         if cache is not None and not any(mixer in ATTENTION for mixer in self.config.mixers):  # type: ignore[union-attr]
             model_kwargs["past_key_values"] = LonghornCache.around(cache)
 
+    def for_executorch(self) -> PreTrainedModel:
+        """The form of this model that `export_executorch` traces."""
+        from edgewright.language.native import in_halves
+
+        return in_halves(self)
+
     def for_gguf(self) -> PreTrainedModel:
         """The form of this model that `export_gguf` writes."""
         from edgewright.language.native import gguf_form

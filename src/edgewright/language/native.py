@@ -8,6 +8,7 @@ can hold a model, `NotRepresentable` says why.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,25 @@ def gguf_form(model: EdgeDecoderForCausalLM) -> PreTrainedModel:
             raise NotRepresentable("llama.cpp has no architecture with layers of different kinds and these heads")
         return unroll(model)
     return to_native(model, "granite_swa" if "sliding_attention" in config.mixers else "auto")
+
+
+def in_halves(model: EdgeDecoderForCausalLM) -> EdgeDecoderForCausalLM:
+    """The model with rotary positions on halves: itself, or a copy whose rows of queries and keys are sorted.
+
+    A compiler for devices need not know how to sort a tensor's last axis. Shared blocks stay shared, packed ones
+    packed.
+    """
+    order = _row_order(model.config, native_pairs=False)
+    if order is None:
+        return model
+    twin = copy.deepcopy(model)
+    twin.config.rope_interleaved = False
+    for block in twin.model.layers:
+        for name in ROTATED:
+            layer: Any = getattr(getattr(block, "self_attn", None), name, None)
+            for tensor in () if layer is None else (*layer.parameters(), *layer.buffers()):
+                tensor.data = tensor.data[order(model.config.head_dim, len(tensor)).to(tensor.device)]  # type: ignore[arg-type]
+    return twin
 
 
 def unroll(model: EdgeDecoderForCausalLM) -> EdgeDecoderForCausalLM:
