@@ -23,6 +23,7 @@ VERBS = {
     "prune": ("edgewright.verbs.prune", "cut blocks and MLP neurons by importance; the result is a plain checkpoint"),
     "sparsify": ("edgewright.verbs.sparsify", "skip the weights of small inputs while a model decodes (R-Sparse)"),
     "pretrain": ("edgewright.verbs.pretrain", "train a language model from scratch on text"),
+    "train": ("edgewright.verbs.train", "train a model of clicks (DLRM) on your own log"),
     "stem": ("edgewright.verbs.stem", "tables in place of up-projections (STEM): convert a dense model, edit facts"),
     "design": ("edgewright.verbs.design", "shapes of a decoder for a number of weights, with predicted size and speed"),
     "export": ("edgewright.verbs.export", "write a model for a runtime, then run what was written and compare"),

@@ -1,0 +1,385 @@
+"""APOLLO (arXiv 2412.05270): AdamW's loss with a sketch of its state, against what else saves memory.
+
+A byte-level Llama learns English from nothing with every optimizer, each at the best of three learning rates, over
+several seeds; SmolLM2-135M is tuned for a few steps at fixed rates; state is counted in the live optimizers.
+
+deviation: a million weights, minutes and Python's documentation instead of 60M to 7B weights on C4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.seeds import over_seeds
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgewright.measure.report import Report
+
+OPTIMIZERS = (
+    "AdamW",
+    "AdamW 8-bit (torchao)",
+    "Adafactor",
+    "Muon",
+    "GaLore",
+    "SGD with momentum",
+    "APOLLO",
+    "APOLLO 8-bit",
+    "APOLLO without limiter",
+    "APOLLO rank 1 by channel",
+    "APOLLO-Mini",
+)
+# Learning rates that are tried: GaLore's are AdamW's over its scale of 0.25, Adafactor's are relative to the weights.
+USUAL = (1e-3, 3e-3, 1e-2)
+RATES: dict[str, tuple[float, ...]] = {
+    **dict.fromkeys(OPTIMIZERS, USUAL),
+    "Adafactor": (1e-2, 3e-2, 1e-1),
+    "GaLore": (4e-3, 1.2e-2, 4e-2),
+    "SGD with momentum": (0.1, 0.3, 1.0),
+}
+TUNED = ("AdamW", "AdamW 8-bit (torchao)", "Adafactor", "Muon", "GaLore", "APOLLO", "APOLLO-Mini")
+SMOOTH, EARLY, LAST = 10, 100, 0.2
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """SmolLM2-135M, its last `layers` blocks trained (0: all of it); seeds 0 leaves this part out."""
+
+    seeds: int = 2
+    steps: int = 20
+    batch: int = 4
+    tokens: int = 64
+    layers: int = 4
+    rank: int = 64
+    learning_rate: float = 1e-4
+    held_out_blocks: int = 32
+    methods: tuple[str, ...] = TUNED
+
+
+@dataclass(frozen=True)
+class Apollo:
+    """search_steps: of the runs that choose a learning rate, on the first seed. rank: of APOLLO and GaLore."""
+
+    seed: int = 0
+    seeds: int = 3
+    steps: int = 200
+    search_steps: int = 40
+    batch: int = 8
+    context: int = 128
+    hidden: int = 128
+    layers: int = 4
+    rank: int = 32
+    held_out_blocks: int = 128
+    methods: tuple[str, ...] = tuple(RATES)
+    tuning: Tuning = field(default_factory=Tuning)
+
+
+def tiny() -> Apollo:
+    return Apollo(
+        seeds=1,
+        steps=4,
+        search_steps=0,
+        batch=2,
+        context=16,
+        hidden=32,
+        layers=1,
+        rank=8,
+        held_out_blocks=4,
+        methods=("AdamW", "SGD with momentum", "APOLLO", "APOLLO-Mini"),
+        tuning=Tuning(seeds=0),
+    )
+
+
+def small() -> Apollo:
+    return Apollo()
+
+
+def paper() -> Apollo:
+    """The length of the published 60M run, at a width that this text can feed."""
+    whole = Tuning(seeds=3, steps=500, batch=16, tokens=256, layers=0, held_out_blocks=256)
+    return Apollo(steps=10_000, search_steps=1000, batch=64, context=256, hidden=512, layers=8, rank=128, tuning=whole)
+
+
+BOTH = ("small", "paper")
+CLAIMS = (
+    Claim("state", "APOLLO", "<", against="AdamW", factor=0.5, sizes=BOTH),
+    Claim("state", "APOLLO-Mini", "<", against="AdamW", factor=0.25, sizes=BOTH),
+    Claim("smollm2_saving", "APOLLO", ">", 3.2),
+    Claim("smollm2_saving", "APOLLO-Mini", ">", 4.7),
+    Claim("loss", "APOLLO", "<", against="AdamW", factor=1.03, sizes=BOTH),
+    Claim("loss", "APOLLO-Mini", "<", against="AdamW", factor=1.03, sizes=BOTH),
+    Claim("loss", "SGD with momentum", ">", against="AdamW", factor=1.1, sizes=BOTH),
+    Claim("loss", "APOLLO rank 1 by channel", ">", against="APOLLO-Mini", sizes=BOTH),
+    Claim("jump", "APOLLO without limiter", ">", against="APOLLO", sizes=BOTH),
+    Claim("tuned_loss", "APOLLO", "<", against="AdamW", factor=1.02, sizes=BOTH),
+)
+CLOCKED: tuple[str, ...] = ()
+HEADLINE: Headline | None = None
+
+
+def plan(settings: Apollo) -> Plan:
+    part = settings.tuning
+    tried = sum(len(RATES[method]) for method in settings.methods) if settings.search_steps else 0
+    steps = tried * settings.search_steps + len(settings.methods) * settings.seeds * settings.steps
+    weights = 12 * settings.layers * settings.hidden**2
+    pretraining = steps * (0.01 + settings.batch * settings.context * 6 * weights / 6e10)
+    tuned = len(part.methods) * part.seeds
+    lines = [f"choose learning rates in {tried} runs of {settings.search_steps} steps"] if tried else []
+    lines.append(f"train a byte-level Llama with {len(settings.methods)} optimizers, {settings.seeds} seed(s) each")
+    if part.seeds:
+        lines.append(f"tune {part.layers or 30} blocks of SmolLM2-135M, {tuned} runs of {part.steps} steps")
+    share = (2 * 30 + 4 * (part.layers or 30)) / 180 if part.seeds else 0
+    return Plan(
+        steps=tuple(lines),
+        seconds=4 + pretraining + tuned * part.steps * (part.batch * part.tokens * 135e6 * 6 * share / 1e11 + 0.5),
+        memory_bytes=int(2.2e9 if part.seeds else 6e8),
+        disk_bytes=10**7,
+        outputs=("loss.png", "scales.png", "state.png", "points.json"),
+    )
+
+
+def run(settings: Apollo, output: Path) -> Report:
+    """Every finished training is kept in points.json, so a second call goes on after the last one."""
+    from edgewright.io.atomic import write_text
+    from edgewright.measure.report import Report
+
+    store = output / "points.json"
+    points: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+
+    def kept(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if key not in points:
+            points[key] = measure()
+            write_text(store, json.dumps(points) + "\n")
+        return points[key]
+
+    report = Report("APOLLO: loss and state of optimizers on equal steps")
+    runs = _pretraining(settings, report, kept)
+    _saving(settings, report)
+    if settings.tuning.seeds:
+        _tuning(settings, report, kept)
+    report.notes.append("standard errors are over seeds of initialisation and order of the text, the same for all")
+    _plots(runs, output)
+    return report
+
+
+# -- from nothing ------------------------------------------------------------------------------------------------------
+
+
+def _bytes(split: Any, context: int) -> Tensor:
+    """The built-in text as int64 [blocks, context] of its bytes."""
+    import torch
+
+    from edgewright.io.text import load_texts
+
+    data = torch.frombuffer(bytearray("\n".join(load_texts(None, split)).encode()), dtype=torch.uint8).long()
+    return data[: len(data) // context * context].view(-1, context)
+
+
+def _llama(settings: Apollo, seed: int) -> nn.Module:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width = settings.hidden
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of tokens [B, T]."""
+    import torch.nn.functional as F
+
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _trained(
+    model: nn.Module,
+    optimizer: Any,
+    blocks: Tensor,
+    held_out: Tensor,
+    steps: int,
+    batch: int,
+    seed: int,
+    **options: Any,
+) -> dict[str, Any]:
+    """Losses of the training, loss on held-out text, and bytes of state."""
+    import torch
+
+    from edgewright.optim import APOLLO, state_bytes
+    from edgewright.training.batches import BlockBatches
+    from edgewright.training.loop import TrainConfig, fit
+
+    config = TrainConfig(steps, schedule="cosine", warmup_steps=steps // 10, seed=seed)
+    # torchao compiles its step for every shape, which takes minutes on a CPU; the arithmetic is the same.
+    compiles = type(optimizer).__module__.startswith("torchao")
+    with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+        data = BlockBatches(blocks, batch, seed)
+        result = fit(model, next_token_loss, data, config, optimizer=optimizer, progress=False)
+    model.eval()
+    with torch.no_grad():
+        losses = [float(next_token_loss(model, part)) for part in held_out.split(16)]
+    sizes = [len(part) for part in held_out.split(16)]
+    facts = optimizer.layer_facts() if isinstance(optimizer, APOLLO) else {}
+    return {
+        "loss": sum(a * b for a, b in zip(losses, sizes, strict=True)) / sum(sizes),
+        "losses": [float(row["loss"]) for row in result.history],
+        "state": state_bytes(optimizer),
+        "scales": {name: float(fact.scale) for name, fact in facts.items()},
+        **options,
+    }
+
+
+def _pretraining(settings: Apollo, report: Report, kept: Any) -> dict[str, list[dict[str, Any]]]:
+    from edgewright.optim.apollo_peers import named_optimizer
+
+    blocks, held_out = (_bytes(split, settings.context) for split in ("calibration", "evaluation"))
+    held_out = held_out[:: max(1, len(held_out) // settings.held_out_blocks)][: settings.held_out_blocks]
+
+    def measure(method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
+        model = _llama(settings, seed)
+        optimizer = named_optimizer(method, model, rate, settings.rank)
+        return _trained(model, optimizer, blocks, held_out, steps, settings.batch, seed, rate=rate)
+
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for method in settings.methods:
+        rates = RATES.get(method, USUAL)
+        rate = rates[len(rates) // 2]
+        if settings.search_steps:
+            tried = {
+                r: kept(f"search/{method}/{r:g}", partial(measure, method, r, settings.seed, settings.search_steps))
+                for r in rates
+            }
+            last = max(1, round(LAST * settings.search_steps))
+            rate = min(tried, key=lambda r: (mean(tried[r]["losses"][-last:]), r))  # noqa: B023
+        seeds = range(settings.seed, settings.seed + settings.seeds)
+        runs[method] = [kept(f"{method}/{s}", partial(measure, method, rate, s, settings.steps)) for s in seeds]
+        found = runs[method]
+        report.add("loss", subject=method, unit="nats a byte, held out", **over_seeds([r["loss"] for r in found]))
+        jumps = [_jump(r["losses"]) for r in found]
+        report.add("jump", subject=method, unit="nats between two steps", **over_seeds(jumps))
+        report.add("state", found[0]["state"] / 1e6, subject=method, unit="MB")
+        report.add("learning_rate", rate, subject=method)
+    return runs
+
+
+def _jump(losses: list[float]) -> float:
+    """The largest rise of the training loss from one step to the next, early on."""
+    return max((b - a for a, b in zip(losses[:EARLY], losses[1:EARLY], strict=False)), default=0.0)
+
+
+# -- SmolLM2 -----------------------------------------------------------------------------------------------------------
+
+
+def _saving(settings: Apollo, report: Report) -> None:
+    """State of SmolLM2-135M by the shapes of its weights, in MB, and how many times less than AdamW's it is."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from edgewright.optim import apollo_param_groups, optimizer_memory
+
+    shape: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "vocab_size": 49152,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True))
+    rank = settings.tuning.rank
+    cases: dict[str, dict[str, Any]] = {
+        "AdamW": {"rank": None},
+        "APOLLO": {"rank": rank},
+        "APOLLO 8-bit": {"rank": rank, "state_dtype": "8bit"},
+        "APOLLO, embedding too": {"rank": rank, "include_embeddings": True},
+        "APOLLO-Mini": {"rank": 1},
+        "APOLLO-Mini, embedding too": {"rank": 1, "include_embeddings": True},
+    }
+    for name, options in cases.items():
+        groups = apollo_param_groups(model, **options)
+        for group in groups:
+            group["state_dtype"] = options.get("state_dtype")
+        memory = optimizer_memory(model, groups)
+        report.add("smollm2_state", memory["total"] / 1e6, subject=name, unit="MB")
+        report.add("smollm2_saving", memory["vs_adamw"], subject=name, unit="times less than AdamW")
+
+
+def _tuning(settings: Apollo, report: Report, kept: Any) -> None:
+    import copy
+
+    part = settings.tuning
+    loaded: list[Any] = []
+
+    def measure(method: str, seed: int) -> dict[str, Any]:
+        import edgewright
+        from edgewright.io.text import load_texts, token_blocks
+        from edgewright.optim.apollo_peers import named_optimizer
+
+        if not loaded:
+            model, tokenizer = edgewright.load("smollm2-135m")
+            cut = {"tokenizer": tokenizer, "block_length": part.tokens}
+            blocks = token_blocks(load_texts(None, "calibration"), **cut)
+            held_out = token_blocks(load_texts(None, "evaluation"), **cut, max_blocks=part.held_out_blocks)
+            if part.layers:
+                model.requires_grad_(False)
+                model.model.layers[-part.layers :].requires_grad_(True)
+            loaded.extend((model, blocks, held_out))
+        student, (_, blocks, held_out) = copy.deepcopy(loaded[0]), loaded
+        rate = part.learning_rate * {"GaLore": 4.0, "Adafactor": 10.0}.get(method, 1.0)
+        optimizer = named_optimizer(method, student, rate, part.rank)
+        if method == "APOLLO-Mini":
+            for group in optimizer.param_groups:
+                group["scale"] = "auto"
+        return _trained(student, optimizer, blocks, held_out, part.steps, part.batch, seed, rate=rate)
+
+    for method in part.methods:
+        seeds = range(settings.seed, settings.seed + part.seeds)
+        found = [kept(f"SmolLM2 {method}/{seed}", partial(measure, method, seed)) for seed in seeds]
+        losses = over_seeds([point["loss"] for point in found])
+        report.add("tuned_loss", subject=method, unit="nats a token, held out", **losses)
+        report.add("tuned_state", found[0]["state"] / 1e6, subject=method, unit="MB")
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+def _plots(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+    from edgewright.measure.plot import plot
+
+    with plot(output / "loss.png", (7.5, 4.5)) as axes:
+        for method, found in runs.items():
+            losses = [mean(step) for step in zip(*(point["losses"] for point in found), strict=True)]
+            axes.plot([mean(losses[max(0, i - SMOOTH) : i + 1]) for i in range(len(losses))], label=method)
+        axes.set(xlabel="step", ylabel="training loss, nats a byte, smoothed")
+        axes.legend(fontsize="small")
+    with plot(output / "scales.png", (7.5, 4)) as axes:
+        for method, found in runs.items():
+            scales = found[0]["scales"]
+            if scales:
+                axes.plot(list(scales.values()), "o-", markersize=3, label=method)
+        axes.set(xlabel="weight, from the first layer to the last", ylabel="mean factor s, last step", yscale="log")
+        axes.legend(fontsize="small")
+    with plot(output / "state.png", (6.5, 0.8 + 0.3 * len(runs))) as axes:
+        axes.barh(list(runs), [found[0]["state"] / 1e6 for found in runs.values()])
+        axes.invert_yaxis()
+        axes.set_xlabel("optimizer state, MB")
