@@ -30,6 +30,7 @@ COMPARISONS = (
     "executorch",
     "ternary_decode",
     "guard_head",
+    "lion_link",
     "dlrm_speed",
     "recipes",
     "figures",

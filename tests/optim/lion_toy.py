@@ -1,0 +1,494 @@
+"""Distributed Lion in several processes: `python lion_toy.py FOLDER [PART...]` leaves tensors and texts there.
+
+Processes are forked from one that has imported torch and never run a backward pass, which autograd would not survive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from edgewright.errors import EdgewrightError
+from edgewright.optim.lion import Lion
+from edgewright.optim.lion_checkpoint import consolidated_state, load_replicas, save_replicas
+from edgewright.optim.lion_distributed import DistributedLion, lion_groups
+from edgewright.optim.lion_hook import LocalGradients, disable_gradient_allreduce, register_distributed_lion_hook
+from edgewright.training import BlockBatches, TrainConfig, fit
+
+STEPS, LR, DECAY = 4, 0.01, 0.1
+SHAPES = {"embed": (9, 4), "weight": (7, 13), "bias": (3,), "scalar": (1,), "absent": (5,), "sometimes": (6,)}
+CASES = [
+    (world, aggregate, topology, zero, reply)
+    for world in (2, 3, 4)
+    for aggregate in ("mavo", "avg")
+    for topology in ("two_phase", "all_gather")
+    for zero in ("auto", "alternate")
+    for reply in (("bits", "int8") if aggregate == "avg" and topology == "two_phase" else ("bits",))
+]
+
+
+def parameters() -> list[tuple[str, nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(name, nn.Parameter(torch.randn(shape, generator=generator))) for name, shape in SHAPES.items()]
+
+
+def gradient(name: str, step: int, rank: int) -> Tensor | None:
+    """None everywhere for "absent", on some for "sometimes"; most rows of "embed" are zero, some on this rank only."""
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + len(name))
+    value = torch.randn(SHAPES[name], generator=generator)
+    if name == "absent" or (name == "sometimes" and (rank + step) % 2):
+        return None
+    if name == "embed":
+        value[rank + 1 :] = 0
+    if name == "bias":
+        value[1] = 0.0
+    return value
+
+
+def model(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Embedding(12, 6), nn.Flatten(), nn.Linear(18, 17), nn.Tanh(), nn.Linear(17, 12))
+
+
+def rows(step: int, rank: int) -> Tensor:
+    return torch.randint(0, 12, (4, 4), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def backward(network: nn.Module, step: int, rank: int) -> None:
+    data = rows(step, rank)
+    for parameter in network.parameters():
+        parameter.grad = None
+    F.cross_entropy(network(data[:, :3]), data[:, 3]).backward()
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except EdgewrightError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+# -- four processes ----------------------------------------------------------------------------------------------------
+
+
+def four(rank: int, folder: Path) -> None:
+    groups = {world: dist.new_group(list(range(world))) for world in (2, 3, 4)}
+    found: dict[str, Tensor] = {}
+    stats: dict[str, Any] = {}
+    for world, aggregate, topology, zero, reply in CASES:
+        if rank < world:
+            named, case = parameters(), f"{world} {aggregate} {topology} {zero} {reply}"
+            options = {"aggregate": aggregate, "topology": topology, "zero": zero, "reply": reply}
+            # a bucket of 100 elements: several of them, and some parameters larger than one
+            optimizer = DistributedLion(
+                named, LR, weight_decay=DECAY, process_group=groups[world], bucket_mb=4e-4, **options
+            )
+            for step in range(STEPS):
+                for name, parameter in named:
+                    parameter.grad = gradient(name, step, rank)
+                optimizer.step()
+            for name, parameter in named:
+                found[f"{case}/{name}"] = parameter.detach()
+                found[f"{case}/{name}/momentum"] = optimizer.momentum(parameter)
+            stats[case] = optimizer.comm_stats()
+    save_file(found, folder / f"cases-{rank}.safetensors")
+    (folder / f"stats-{rank}.json").write_text(json.dumps(stats))
+    texts = {"one": refusals(rank, groups[4]), "parallel": parallel(rank), "checkpoint": checkpoints(rank, folder)}
+    texts["traffic"] = traffic(groups)
+    (folder / f"texts-{rank}.json").write_text(json.dumps(texts))
+
+
+def refusals(rank: int, group: Any) -> dict[str, Any]:
+    texts: dict[str, Any] = {}
+
+    def fresh(**options: Any) -> tuple[list[tuple[str, nn.Parameter]], DistributedLion]:
+        named = parameters()
+        return named, DistributedLion(named, LR, process_group=group, **options)
+
+    def give(named: list[tuple[str, nn.Parameter]], who: int) -> None:
+        for name, parameter in named:
+            parameter.grad = gradient(name, 0, who)
+
+    named, optimizer = fresh()
+    give(named, 0)
+    texts["averaged"] = refusal(optimizer.step)
+
+    same, optimizer = fresh(check_gradients=False, zero="ternary")
+    alone = parameters()
+    lion = Lion([parameter for _, parameter in alone], LR)
+    for step in range(STEPS):
+        for pairs in (same, alone):
+            for name, parameter in pairs:
+                parameter.grad = gradient(name, step, 0)
+        optimizer.step()
+        lion.step()
+    texts["identical"] = all(torch.equal(a, b) for (_, a), (_, b) in zip(same, alone, strict=True))
+
+    named, optimizer = fresh()
+    if rank == 2:
+        named[1][1].data[3, 4] += 1e-7
+    give(named, rank)
+    texts["different"] = refusal(optimizer.step)
+
+    named, optimizer = fresh()
+    before = [parameter.detach().clone() for _, parameter in named]
+    give(named, rank)
+    if rank == 3:
+        named[1][1].grad[0, 0] = torch.inf
+    optimizer.step()
+    untouched = all(torch.equal(p, b) for (_, p), b in zip(named, before, strict=True))
+    texts["infinite"] = [optimizer.skipped_steps, optimizer.steps, untouched]
+
+    named, optimizer = fresh()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    give(named, rank)
+    for _, parameter in named:
+        if parameter.grad is not None:
+            parameter.grad.mul_(4.0)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    plain, other = fresh()
+    give(plain, rank)
+    other.step()
+    texts["scaled"] = all(torch.equal(a, b) for (_, a), (_, b) in zip(named, plain, strict=True))
+
+    named, optimizer = fresh(momentum_sync_every=2)
+    for step in range(2):
+        give(named, rank)
+        optimizer.step()
+        holder = optimizer.state_dict()["param_groups"][0]["momentum_of"]
+        texts[f"holder {step}"] = holder
+    total = optimizer.momentum(named[1][1]).clone()
+    dist.all_reduce(total, dist.ReduceOp.MAX, group=group)
+    texts["synced"] = torch.equal(total, optimizer.momentum(named[1][1]))
+
+    clipped, optimizer = fresh(clip_local=0.01)
+    give(clipped, rank)
+    optimizer.step()
+    norm = torch.nn.utils.get_total_norm([p.grad for _, p in clipped if p.grad is not None])
+    texts["clipped"] = float(norm)
+
+    other_state = {**optimizer.state_dict()}
+    other_state["param_groups"] = [{**g, "momentum_of": "process 1 of 7"} for g in other_state["param_groups"]]
+    texts["other"] = refusal(lambda: optimizer.load_state_dict(other_state))
+    return texts
+
+
+def parallel(rank: int) -> dict[str, Any]:
+    """DDP in both forms against processes that train without it; buckets of DDP so small that they are rebuilt."""
+    texts: dict[str, Any] = {}
+    trained: dict[str, list[Tensor]] = {}
+    for aggregate in ("mavo", "avg"):
+        for form in ("bare", "local", "hook"):
+            network = model()
+            optimizer = DistributedLion(lion_groups(network, DECAY), LR, aggregate=aggregate, topology="two_phase")
+            wrapped: nn.Module = network
+            if form != "bare":
+                wrapped = DDP(network, bucket_cap_mb=0.0005)
+                if form == "local":
+                    disable_gradient_allreduce(wrapped)
+                else:
+                    register_distributed_lion_hook(wrapped, optimizer)
+            for step in range(STEPS):
+                if step == 1 and form != "bare":
+                    with wrapped.no_sync():  # two backward passes, one exchange
+                        backward(wrapped, 50, rank)
+                    data = rows(step, rank)
+                    F.cross_entropy(wrapped(data[:, :3]), data[:, 3]).backward()
+                elif step == 1:
+                    backward(wrapped, 50, rank)
+                    data = rows(step, rank)
+                    F.cross_entropy(wrapped(data[:, :3]), data[:, 3]).backward()
+                else:
+                    backward(wrapped, step, rank)
+                optimizer.step()
+            optimizer.replica_checksum()
+            momenta = [optimizer.momentum(p) for _, p in optimizer.members()]
+            trained[form] = [p.detach() for p in network.parameters()] + momenta
+        for form in ("local", "hook"):
+            texts[f"{aggregate} {form}"] = all(map(torch.equal, trained["bare"], trained[form]))
+    network = model()
+    wrapped = DDP(network)
+    backward(wrapped, 0, rank)
+    texts["ddp without the hook"] = refusal(DistributedLion(network.named_parameters()).step)
+    clipping = DistributedLion(network.named_parameters(), clip_local=1.0)
+    texts["clip in the hook"] = refusal(lambda: register_distributed_lion_hook(wrapped, clipping))
+    texts["no ddp"] = refusal(lambda: disable_gradient_allreduce(network))
+    lacking = DistributedLion(list(network.parameters())[1:])
+    texts["lacking"] = refusal(lambda: register_distributed_lion_hook(DDP(model()), lacking))
+
+    network = model()
+    optimizer = DistributedLion(lion_groups(network), LR)
+    wrapped = DDP(network)
+    register_distributed_lion_hook(wrapped, optimizer)
+    before = [p.detach().clone() for p in network.parameters()]
+    data = rows(0, rank)
+    (F.cross_entropy(wrapped(data[:, :3]), data[:, 3]) * (torch.inf if rank == 1 else 1.0)).backward()
+    optimizer.step()
+    texts["infinite in the hook"] = [optimizer.skipped_steps, all(map(torch.equal, before, network.parameters()))]
+
+    long = nn.Parameter(torch.zeros(50))
+    optimizer = DistributedLion([long], 1e-3)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(300):
+        long.grad = torch.randn(50, generator=generator)
+        optimizer.step()
+    texts["300 steps"] = optimizer.replica_checksum()
+    return texts
+
+
+def sharded(rank: int, folder: Path) -> None:
+    """Weights split over 2 and copied 2 times against two processes that hold them whole; splits alone are refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    texts: dict[str, Any] = {}
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    network = model()
+    fully_shard(network, mesh=mesh["shard"])
+    group = mesh["replicate"].get_group()
+    optimizer = DistributedLion(network.named_parameters(), LR, process_group=group, zero="ternary")
+    for step in range(3):  # the two shards of a copy read different rows: their gradients are averaged
+        backward(network, step, rank)
+        optimizer.step()
+    whole = [parameter.full_tensor() for parameter in network.parameters()]
+    pair = model()
+    both = dist.new_subgroups_by_enumeration([[0, 2], [1, 3]])[0]
+    reference = DistributedLion(pair.named_parameters(), LR, process_group=both, zero="ternary")
+    copy = rank // 2
+    for step in range(3):
+        halves = []
+        for shard in range(2):
+            backward(pair, step, 2 * copy + shard)
+            halves.append([parameter.grad for parameter in pair.parameters()])
+        for parameter, a, b in zip(pair.parameters(), *halves, strict=True):
+            parameter.grad = (a + b) / 2
+        reference.step()
+    texts["same"] = all(map(torch.equal, whole, pair.parameters()))
+    texts["moved"] = not any(map(torch.equal, whole, model().parameters()))
+    texts["saving"] = refusal(lambda: save_replicas("nowhere", network, optimizer))
+    split = model()
+    fully_shard(split, mesh=init_device_mesh("cpu", (4,)))
+    texts["fsdp"] = refusal(lambda: DistributedLion(split.named_parameters(), LR))
+    (folder / f"sharded-{rank}.json").write_text(json.dumps(texts))
+
+
+def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
+    texts: dict[str, Any] = {}
+    whole = model()
+    first = DistributedLion(lion_groups(whole, DECAY), LR)
+    for step in range(STEPS):
+        if step == 2:
+            save_replicas(folder / "checkpoint", whole, first, {"seen": 2})
+        backward(whole, step, rank)
+        first.step()
+    resumed = model(seed=5)
+    second = DistributedLion(lion_groups(resumed, DECAY), LR)
+    texts["extra"] = load_replicas(folder / "checkpoint", resumed, second)
+    for step in range(2, STEPS):
+        backward(resumed, step, rank)
+        second.step()
+    texts["resumed"] = all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    texts["again"] = refusal(lambda: save_replicas(folder / "checkpoint", whole, first))
+    state = consolidated_state(first)
+    plain = Lion(whole.parameters(), LR)
+    plain.load_state_dict({**state, "param_groups": Lion(model().parameters(), LR).state_dict()["param_groups"]})
+    mean = first.momentum(whole[2].weight).clone()
+    dist.all_reduce(mean)
+    place = [id(p) for _, p in first.members()].index(id(whole[2].weight))
+    texts["mean"] = torch.equal(mean / 4, state["state"][place]["exp_avg"])
+    return texts
+
+
+def traffic(groups: dict[int, Any]) -> dict[str, float]:
+    """comm_stats of one step on 10 000 elements, all four processes."""
+    parameter = nn.Parameter(torch.zeros(10_000))
+    found = {}
+    for aggregate in ("mavo", "avg"):
+        for topology in ("two_phase", "all_gather"):
+            for zero in ("alternate", "ternary"):
+                options = {"aggregate": aggregate, "topology": topology, "zero": zero}
+                optimizer = DistributedLion([parameter], process_group=groups[4], check_gradients=False, **options)
+                parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+                stats = optimizer.comm_stats()
+                key = f"{aggregate} {topology}" + (" ternary" if zero == "ternary" else "")
+                found[key] = stats["sent_bytes"] - stats["pad_bytes"] - stats["control_bytes"]
+    return found
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def two(rank: int, folder: Path) -> None:
+    """A checkpoint of four processes goes on in two; `fit` trains, saves and resumes."""
+    texts: dict[str, Any] = {}
+    found: dict[str, Tensor] = {}
+    for strategy in ("exact", "mean", "reset"):
+        network = model(seed=1)
+        optimizer = DistributedLion(lion_groups(network, DECAY), LR)
+        if strategy == "exact":
+            texts[strategy] = refusal(lambda o=optimizer, n=network: load_replicas(folder / "checkpoint", n, o))
+            continue
+        load_replicas(folder / "checkpoint", network, optimizer, strategy)
+        texts[f"{strategy} steps"] = optimizer.steps
+        for number, (_, parameter) in enumerate(optimizer.members()):
+            found[f"{strategy}/{number}"] = optimizer.momentum(parameter).clone()
+        for step in range(3):
+            backward(network, step, rank)
+            optimizer.step()
+        optimizer.replica_checksum()
+    save_file(found, folder / f"elastic-{rank}.safetensors")
+
+    def run(steps: int, output: str | None, stop: int = 0) -> list[Tensor]:
+        network, calls = model(seed=rank), [0]
+
+        def loss(module: nn.Module, batch: Tensor) -> Tensor:
+            calls[0] += 1
+            if calls[0] == stop:
+                signal.raise_signal(signal.SIGINT)
+            return F.cross_entropy(module(batch[:, :3]), batch[:, 3])
+
+        optimizer = DistributedLion(lion_groups(network, DECAY), LR, momentum_sync_every=2)
+        data = torch.randint(0, 12, (30, 4), generator=torch.Generator().manual_seed(3))
+        config = TrainConfig(steps, clip_norm=None, checkpoint_every=2, log_every=2)
+        where = None if output is None else folder / output
+        batches = BlockBatches(data, 3, seed=1)
+        try:
+            fit(network, LocalGradients(loss), batches, config, optimizer=optimizer, output=where, progress=False)
+        except KeyboardInterrupt:
+            texts["interrupted"] = optimizer.steps
+        return [parameter.detach().clone() for parameter in network.parameters()]
+
+    whole = run(6, None)
+    run(6, "run", stop=4)  # in step 4, which ends with shared momenta
+    texts["fit resumes"] = all(map(torch.equal, whole, run(6, "run")))
+    run(6, "odd", stop=3)
+    texts["odd"] = refusal(lambda: run(6, "odd"))
+    (folder / f"pair-{rank}.json").write_text(json.dumps(texts))
+
+
+# -- a process that dies -----------------------------------------------------------------------------------------------
+
+
+DEATHS = ("killed", "stopped", "hook")
+
+
+def dying(how: str) -> Callable[[int, Path], None]:
+    def process(rank: int, folder: Path) -> None:
+        named = [(name, parameter) for name, parameter in parameters() if name != "absent"]
+        form = "hook" if how == "hook" else "plain"
+        network = model()
+        if form == "hook":
+            optimizer = DistributedLion(lion_groups(network), LR, timeout=1.0)
+            wrapped = DDP(network)
+            register_distributed_lion_hook(wrapped, optimizer)
+        else:
+            optimizer = DistributedLion(named, LR, timeout=1.0)
+        for step in range(3):
+            if rank == 2 and step == 2:
+                os.kill(os.getpid(), signal.SIGSTOP if how == "stopped" else signal.SIGKILL)
+            began = time.monotonic()
+            try:
+                if form == "hook":
+                    backward(wrapped, step, rank)
+                else:
+                    for name, parameter in named:
+                        parameter.grad = gradient(name, step, rank)
+                before = [p.detach().clone() for _, p in optimizer.members()]
+                optimizer.step()
+            except EdgewrightError as error:
+                same = (
+                    all(torch.equal(p, b) for (_, p), b in zip(optimizer.members(), before, strict=True))
+                    if (form == "plain")
+                    else True
+                )
+                seconds = time.monotonic() - began
+                text = {"step": step, "seconds": seconds, "error": f"{type(error).__name__}: {error}", "same": same}
+                (folder / f"{how}-{rank}.json").write_text(json.dumps(text))
+                raise
+
+    return process
+
+
+# -- frame -------------------------------------------------------------------------------------------------------------
+
+
+def launch(world: int, process: Callable[[int, Path], None], folder: Path) -> tuple[list[int], float]:
+    """Exit codes of `world` processes and the seconds until the last one that was not stopped or killed was gone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            torch.set_num_threads(1)
+            try:
+                dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+                process(rank, folder)
+                dist.barrier()
+                dist.destroy_process_group()
+            except BaseException as error:
+                if not isinstance(error, EdgewrightError):
+                    sys.excepthook(*sys.exc_info())
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    began, codes = time.monotonic(), {}
+    while len(codes) < world:
+        child, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            stopped = child
+            codes[children.index(stopped)] = -signal.SIGSTOP
+        elif children.index(child) not in codes:
+            codes[children.index(child)] = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - began
+    for rank, code in codes.items():
+        if code == -signal.SIGSTOP:
+            os.kill(children[rank], signal.SIGKILL)
+            os.waitpid(children[rank], 0)
+    return [codes[rank] for rank in range(world)], seconds
+
+
+def import_everything() -> None:
+    """What the processes would each import, before they are forked."""
+    import accelerate.utils  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
+
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    DistributedLion([parameter]).step()
+
+
+def main(folder: Path, names: list[str]) -> None:
+    runs = {"four": (4, four), "two": (2, two), "sharded": (4, sharded)} | {how: (3, dying(how)) for how in DEATHS}
+    ends = {name: launch(*runs[name], folder) for name in names or runs}
+    (folder / "ends.json").write_text(json.dumps(ends))
+
+
+if __name__ == "__main__":
+    import_everything()
+    main(Path(sys.argv[1]), sys.argv[2:])
