@@ -175,11 +175,8 @@ def test_the_run_ends_with_everything_in_its_folder(recipe: Any, first: First) -
     assert not list(outcome.folder.rglob("*.part"))
 
 
-def test_it_repeats_bit_for_bit(recipe: Any, first: First, tmp_path: Path) -> None:
-    check_repeats(recipe, first.outcome, tmp_path / "run")
-
-
-def test_it_resumes_to_the_same_bits(recipe: Any, first: First, tmp_path: Path) -> None:
+def test_it_repeats_and_resumes_to_the_same_bits(recipe: Any, first: First, tmp_path: Path) -> None:
+    """In a new folder: what comes before the interruption is computed again, and so is what comes after."""
     check_resumes(recipe, first.outcome, tmp_path, first.seconds)
 
 
