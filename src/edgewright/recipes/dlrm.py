@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class DLRMSettings:
     """samples 0: all of them, otherwise the first ones of every part. The tables' rows start from the same seeds.
 
-    Rates and epochs were chosen on the validation part, which also picks the weights that are judged.
+    Rates and epochs come from pilots of one seed and were not searched; the validation part picks the weights that are
+    judged.
     """
 
     seed: int = 0

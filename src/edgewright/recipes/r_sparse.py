@@ -84,6 +84,7 @@ def at(method: str, sparsity: float) -> str:
 LARGE = ("small", "paper")
 CLAIMS = (
     Claim("perplexity", at("low rank", 0.5), ">", against=at("weighted", 0.5), factor=2.0, sizes=LARGE),
+    Claim("perplexity", at("weighted", 0.5), "<", against=at("magnitude", 0.5), sizes=LARGE),
     Claim("kl", at("weighted", 0.5), "<", against=at("magnitude", 0.5), sizes=LARGE),
     Claim("kl", at("weighted", 0.5), "<", against=at("low rank", 0.5), factor=0.5),
     Claim("kl", at("weighted", 0.3), "<", against=at("weighted", 0.5), sizes=LARGE),

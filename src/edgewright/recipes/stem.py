@@ -110,6 +110,9 @@ CLAIMS = (
     Claim("loss", "gate 1/3", ">", against="stem 1/3", sizes=LARGE),
     Claim("row_cosine", "stem 1/3", "<", threshold=0.1, sizes=LARGE),
     Claim("row_cosine", "stem 1/3", "<", against="dense", sizes=LARGE),
+    # of the paper's kind of start first, then of ours
+    Claim("perplexity", "one layer, calibrated", "<", against="one layer, mean", sizes=LARGE),
+    Claim("perplexity", "one layer, calibrated", "<", against="one layer, zero", sizes=LARGE),
     Claim("perplexity", "one layer, weighted", "<", against="one layer, mean", sizes=LARGE),
     Claim("perplexity", "one layer, weighted", "<", against="one layer, zero", sizes=LARGE),
     Claim("perplexity", "a third, weighted", "<", against="a third, mean", factor=0.8, sizes=LARGE),
