@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import subprocess
 import sys
@@ -46,8 +47,8 @@ MAPS = {
 @pytest.mark.parametrize(("quantizer", "bits", "targets"), SETTINGS)
 @pytest.mark.parametrize("where", ["row", "tensor"])
 def test_step_for_step_equal_to_torchao(peer_map, quantizer, bits, targets, where):
-    optim = pytest.importorskip("torchao.prototype.parq.optim")
-    quant = pytest.importorskip("torchao.prototype.parq.quant")
+    optim = importlib.import_module("torchao.prototype.parq.optim")
+    quant = importlib.import_module("torchao.prototype.parq.quant")
     arguments, prox = MAPS[peer_map]
     theirs, mine = network(), network()
     peer = optim.QuantOptimizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import importlib
 import json
 import math
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     path = tmp_path / "log.parquet"
     columns = {"label": [0, 1, 1], "I1": [1.5, None, 7.0], "C1": ["a", None, "b"], "C2": [-5, 12, 3]}
     parquet.write_table(pyarrow.table(columns), path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def test_auc_counts_pairs() -> None:
 
 
 def test_figures_of_scikit_learn() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+    metrics = importlib.import_module("sklearn.metrics")
     logits = torch.randn(500, generator=torch.Generator().manual_seed(1))
     labels = (torch.rand(500, generator=torch.Generator().manual_seed(2)) < logits.sigmoid()).float()
     found = click_metrics(logits, labels)

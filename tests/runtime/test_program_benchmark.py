@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,7 @@ from edgewright.runtime import program_benchmark
 from edgewright.runtime.benchmark import FILE_METRICS, benchmark_files, report_columns
 from edgewright.runtime.program_benchmark import PROGRAM_METRICS, time_programs
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnx = importlib.import_module("onnx")
 
 TensorProto, helper, numpy_helper = onnx.TensorProto, onnx.helper, onnx.numpy_helper
 

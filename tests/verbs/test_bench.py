@@ -36,8 +36,6 @@ def test_a_missing_file_is_one_sentence(tmp_path, capsys):
 
 
 def test_programs_and_language_models_share_a_table(toy_file, tmp_path, capsys):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     from onnx import TensorProto, helper
 
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])

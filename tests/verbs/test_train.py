@@ -55,7 +55,6 @@ def test_it_trains_and_says_how_well(log: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_the_model_leaves_as_a_file(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxruntime")
     assert cli.main([*arguments(log, tmp_path / "run"), "--rows", "300", "--to", "onnx"]) == 0
     assert "model.onnx: " in json.loads(capsys.readouterr().out)["notes"][-1]
     assert (tmp_path / "run" / "model.onnx").stat().st_size > 1000
