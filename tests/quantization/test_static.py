@@ -21,7 +21,6 @@ from edgewright.quantization.static import (
     quantization,
     quantize_static,
     static_report,
-    unsigned_weights_,
 )
 from edgewright.quantization.static_file import load_static, pack_bits, save_static, unpack_bits
 
@@ -83,14 +82,6 @@ def test_conversion_and_the_frozen_training_step_are_the_same_arithmetic(bits: i
         if isinstance(layer, StaticLayer):
             assert int(layer.codes.abs().max()) == 2 ** (bits - 1) - 1
             assert torch.equal(layer.codes * layer.step.reshape(-1, *[1] * (layer.weight.ndim - 1)), layer.weight)
-
-
-def test_unsigned_codes_mean_the_same() -> None:
-    converted = convert_static(prepared())
-    x = images(4, seed=1)
-    expected = converted(x)
-    assert torch.equal(unsigned_weights_(unsigned_weights_(converted))(x), expected)
-    assert all(int(m.codes.min()) >= 1 for m in converted.modules() if isinstance(m, StaticLayer))
 
 
 def test_zero_padding_is_exact() -> None:

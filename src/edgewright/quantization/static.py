@@ -187,20 +187,6 @@ def convert_static(model: nn.Module) -> nn.Module:
     return converted
 
 
-def unsigned_weights_(converted: nn.Module) -> nn.Module:
-    """Store symmetric weights as unsigned codes around a zero point of N/2, in place; no value changes a bit.
-
-    For ONNX Runtime on x86 without VNNI, whose kernel for uint8 inputs with int8 weights adds two products in 16 bits
-    and clips them: an 8-bit network then gives other answers. Its kernel for uint8 with uint8 is exact.
-    """
-    for layer in converted.modules():
-        if isinstance(layer, StaticLayer) and layer.scheme is not None and layer.scheme.symmetric and layer.lowest < 0:
-            middle = 2 ** (layer.scheme.bits - 1)
-            layer.zero += middle
-            layer.lowest, layer.highest = layer.lowest + middle, layer.highest + middle
-    return converted
-
-
 def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     """All activation quantisers of a prepared model, in its order. Raises UsageError when there is no layer at all."""
     found = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]

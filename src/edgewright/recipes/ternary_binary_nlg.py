@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
 if TYPE_CHECKING:
@@ -117,7 +117,14 @@ CLAIMS = (
     Claim("kl", "SmolLM2 ternary, entropy", "<", against="SmolLM2 ternary, entropy, not trained", sizes=LONG),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None  # the row stays planned until all claims hold at size small
+HEADLINE: Headline | None = Headline(
+    "numbers and dates rewritten without a mistake by {full:.1%} in full precision, {ternary:.1%} with ternary weights, "
+    "{both:.1%} with ternary activations too, {binary:.1%} all binary; training on labels alone does as well",
+    {
+        name: Cell("ternary-binary-nlg.csv", {"metric": "exact_match", "subject": subject})
+        for name, subject in (("full", "fp32"), ("ternary", "W1.58A8"), ("both", "W1.58A1.58"), ("binary", "W1A1"))
+    },
+)
 
 
 def plan(settings: TernaryBinaryNLG) -> Plan:
