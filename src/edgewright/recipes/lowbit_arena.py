@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from edgewright.measure.report import Report
 
 GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4"}
-UNTRAINED = ("RTN", "MSE", "GPTQ-style", "llama.cpp")
+ON_SEQ = "GPTQ-style, no zero"
+UNTRAINED = ("RTN", "MSE", "GPTQ-style", ON_SEQ, "llama.cpp")
 TRAINED = ("LLM-QAT", "torchao QAT", "PARQ", "ParetoQ", "ParetoQ + WinQ")
 # Formats of llama.cpp nearest to each width, and what it falls back to where rows are no multiple of 256.
 LLAMA_CPP = {
@@ -35,6 +36,11 @@ LLAMA_CPP = {
     "4": ("Q4_0", "Q4_0"),
 }
 TORCHAO_WIDTHS = ("2", "3", "4")  # its grids are integers: no binary, no ternary
+INTEGER_AT_TWO = (
+    "RTN",
+    "MSE",
+    "GPTQ-style",
+)  # as their sources have it; SEQ's four levels, none of them zero, are ParetoQ's
 SCALE_BITS = 16  # one bfloat16 step a row
 CALIBRATION_BLOCKS = 128
 
@@ -98,7 +104,7 @@ def plan(settings: LowBitArena) -> Plan:
     layers = settings.layers or 6
     per_step = 0.5 * layers / 6 * settings.batch * settings.tokens / 512
     trained = [m for m in settings.methods if m in TRAINED]
-    trainings = sum(m != "torchao QAT" or w in TORCHAO_WIDTHS for m in trained for w in settings.widths)
+    trainings = sum(applies(m, w) for m in trained for w in settings.widths)
     return Plan(
         steps=(
             f"embed {settings.held_out_sentences} held-out sentences with MiniLM-L6 in full precision",
@@ -113,6 +119,13 @@ def plan(settings: LowBitArena) -> Plan:
     )
 
 
+def applies(method: str, width: str) -> bool:
+    """Whether a method has a grid of this width."""
+    if method == ON_SEQ:
+        return width == "2"
+    return method != "torchao QAT" or width in TORCHAO_WIDTHS
+
+
 def run(settings: LowBitArena, output: Path) -> Report:
     """Every point is kept in points.json when it is done, so a second call goes on after the last one."""
     from edgewright.io.atomic import write_text
@@ -123,7 +136,7 @@ def run(settings: LowBitArena, output: Path) -> Report:
     bench: SentenceBench | None = None
     for width in settings.widths:
         for method in settings.methods:
-            if method == "torchao QAT" and width not in TORCHAO_WIDTHS:
+            if not applies(method, width):
                 continue
             for seed in range(settings.seeds if method in TRAINED else 1):
                 key = f"{method} {width} bit/{seed}"
@@ -141,7 +154,7 @@ def run(settings: LowBitArena, output: Path) -> Report:
                     points[key] = {"embedding_error": bench.error(student), "bits_per_weight": bits}
                     write_text(store, json.dumps(points, indent=1) + "\n")
     report = Report("Low-bit arena: MiniLM-L6 distilled to itself, by method and width")
-    for subject in dict.fromkeys(key.rpartition("/")[0] for key in points):
+    for subject in (f"{m} {w} bit" for w in settings.widths for m in settings.methods if applies(m, w)):
         found = [value for key, value in points.items() if key.rpartition("/")[0] == subject]
         errors = [value["embedding_error"] for value in found]
         report.add("embedding_error", subject=subject, unit="1 - cosine", **over_seeds(errors))
@@ -149,6 +162,7 @@ def run(settings: LowBitArena, output: Path) -> Report:
     report.notes.append(
         "standard errors are over seeds of the training order; bits per weight of the linear layers, scales included"
     )
+    report.notes.append("at 2 bits RTN, MSE and GPTQ use integers (-2 to 1); 'no zero' is GPTQ on SEQ's ±1/2, ±3/2")
     _plot(report, output / "arena.png")
     return report
 
@@ -202,7 +216,7 @@ def _ours(
     from edgewright.quantization.gptq import gptq_
     from edgewright.quantization.winq import WinQ
 
-    grid = GRIDS[width]
+    grid = "int2" if width == "2" and method in INTEGER_AT_TWO else GRIDS[width]
     nearest = "absmean" if grid == "binary" else "absmax"  # absmax would make every weight of a binary row huge
     # LLM-QAT: min-max at 3 bits and more, its statistics of the mean below.
     statistic = "absmax" if width in ("3", "4") else "absmean"
@@ -210,12 +224,13 @@ def _ours(
         "RTN": WeightConfig(grid, scale=nearest),
         "MSE": WeightConfig(grid, scale="mse"),
         "GPTQ-style": WeightConfig(grid, scale="mse"),
+        ON_SEQ: WeightConfig(grid, scale="mse"),
         "LLM-QAT": WeightConfig(grid, scale=statistic),
         "ParetoQ": WeightConfig(grid, initial="mse"),
         "ParetoQ + WinQ": WeightConfig(grid, initial="mse"),
     }[method]
     config = QuantConfig(rules=(Rule("encoder.layer.*", weight),))
-    if method == "GPTQ-style":
+    if method in ("GPTQ-style", ON_SEQ):
         texts = load_texts(None, "calibration")
         gptq_(student, config, token_blocks(texts, bench.tokenizer, settings.tokens, CALIBRATION_BLOCKS, seed=seed))
     else:
