@@ -5,6 +5,7 @@ python benchmarks/tables.py --check    # exit code 1 if a table is not what resu
 
 A marker is an HTML comment naming the file and, if wanted, columns: <!-- table demo: file_size, kl --> ... <!-- end -->
 or a recipe whose claims are listed: <!-- claims parq --> ... <!-- end -->
+or one metric of subjects that end in a width, a line a method: <!-- widths lowbit-arena: embedding_error --> ...
 """
 
 from __future__ import annotations
@@ -21,6 +22,25 @@ from results import load, load_claims  # noqa: E402
 MARKER = re.compile(r"(<!-- table (?P<name>[\w.-]+)(?:: (?P<metrics>[^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 CLAIMS = re.compile(r"(<!-- claims (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+WIDTHS = re.compile(r"(<!-- widths (?P<name>[\w.-]+): (?P<metric>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render_widths(match: re.Match[str]) -> str:
+    """Subjects are "METHOD WIDTH bit"; the best of every width is bold."""
+    report = load(match["name"])
+    _, lines = report.table([match["metric"]])
+    cells = {subject.removesuffix(" bit"): cell for subject, cell in lines}
+    split = [subject.rpartition(" ") for subject in cells]
+    methods, widths = dict.fromkeys(s[0] for s in split), dict.fromkeys(s[2] for s in split)
+    for width in widths:
+        there = [f"{method} {width}" for method in methods if f"{method} {width}" in cells]
+        best = min(there, key=lambda name: report.value(match["metric"], f"{name} bit"))
+        cells[best] = f"**{cells[best]}**"
+    rows = [["", *(f"{width} bit" for width in widths)], ["---", *["---:"] * len(widths)]]
+    rows += [[method, *(cells.get(f"{method} {width}", "") for width in widths)] for method in methods]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{match[1]}{table}\n{match[4]}"
 
 
 def render_claims(match: re.Match[str]) -> str:
@@ -44,7 +64,7 @@ def main() -> int:
     stale = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        filled = CLAIMS.sub(render_claims, MARKER.sub(render, text))
+        filled = WIDTHS.sub(render_widths, CLAIMS.sub(render_claims, MARKER.sub(render, text)))
         if filled != text:
             stale.append(path.relative_to(ROOT).as_posix())
             if "--check" not in sys.argv[1:]:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4"}
 ON_SEQ = "GPTQ-style, no zero"
 UNTRAINED = ("RTN", "MSE", "GPTQ-style", ON_SEQ, "llama.cpp")
-TRAINED = ("LLM-QAT", "torchao QAT", "PARQ", "ParetoQ", "ParetoQ + WinQ")
+FROM_GPTQ = "GPTQ, then ParetoQ"  # how `edgewright compress` trains
+TRAINED = ("LLM-QAT", "torchao QAT", "PARQ", "ParetoQ", "ParetoQ + WinQ", FROM_GPTQ)
 # Formats of llama.cpp nearest to each width, and what it falls back to where rows are no multiple of 256.
 LLAMA_CPP = {
     "1": ("Q1_0", "Q1_0"),
@@ -162,7 +163,9 @@ def run(settings: LowBitArena, output: Path) -> Report:
     report.notes.append(
         "standard errors are over seeds of the training order; bits per weight of the linear layers, scales included"
     )
-    report.notes.append("at 2 bits RTN, MSE and GPTQ use integers (-2 to 1); 'no zero' is GPTQ on SEQ's ±1/2, ±3/2")
+    report.notes.append(
+        "at 2 bits RTN, MSE and GPTQ (also before training) use integers (-2 to 1); 'no zero': GPTQ on SEQ's four levels"
+    )
     _plot(report, output / "arena.png")
     return report
 
@@ -228,9 +231,10 @@ def _ours(
         "LLM-QAT": WeightConfig(grid, scale=statistic),
         "ParetoQ": WeightConfig(grid, initial="mse"),
         "ParetoQ + WinQ": WeightConfig(grid, initial="mse"),
+        FROM_GPTQ: WeightConfig(grid, initial="mse"),
     }[method]
     config = QuantConfig(rules=(Rule("encoder.layer.*", weight),))
-    if method in ("GPTQ-style", ON_SEQ):
+    if method in ("GPTQ-style", ON_SEQ, FROM_GPTQ):
         texts = load_texts(None, "calibration")
         gptq_(student, config, token_blocks(texts, bench.tokenizer, settings.tokens, CALIBRATION_BLOCKS, seed=seed))
     else:

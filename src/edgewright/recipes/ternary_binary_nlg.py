@@ -118,7 +118,7 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ()
 HEADLINE: Headline | None = Headline(
-    "numbers and dates rewritten without a mistake by {full:.1%} in full precision, {ternary:.1%} with ternary weights, "
+    "numbers and dates rewritten without a mistake: {full:.1%} in full precision, {ternary:.1%} with ternary weights, "
     "{both:.1%} with ternary activations too, {binary:.1%} all binary; training on labels alone does as well",
     {
         name: Cell("ternary-binary-nlg.csv", {"metric": "exact_match", "subject": subject})
