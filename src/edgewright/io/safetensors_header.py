@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgewright.errors import FormatError, UsageError
 
@@ -64,18 +64,23 @@ def check_safetensors(path: str | Path) -> dict[str, SafetensorsEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as handle:
-            prefix = handle.read(8)
-            if len(prefix) < 8:
-                raise _broken(path, f"it has {size} bytes, the header length alone takes 8")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > size - 8:
-                raise _broken(path, f"the header claims {length} bytes, but {size - 8} are left (truncated?)")
-            if length > MAX_HEADER_BYTES:
-                raise _broken(path, f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
-            text = handle.read(length)
+            return read_header(handle, size, path)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    header = _parse(path, text)
+
+
+def read_header(handle: IO[bytes], size: int, path: str | Path) -> dict[str, SafetensorsEntry]:
+    """As `check_safetensors`, of an open stream at its start that has `size` bytes; `path` is its name in messages."""
+    path = Path(path)
+    prefix = handle.read(8)
+    if len(prefix) < 8:
+        raise _broken(path, f"it has {size} bytes, the header length alone takes 8")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > size - 8:
+        raise _broken(path, f"the header claims {length} bytes, but {size - 8} are left (truncated?)")
+    if length > MAX_HEADER_BYTES:
+        raise _broken(path, f"the header claims {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    header = _parse(path, handle.read(length))
     entries = {
         name: _entry(path, name, fields, 8 + length) for name, fields in header.items() if name != "__metadata__"
     }

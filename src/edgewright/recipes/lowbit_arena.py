@@ -164,7 +164,7 @@ def run(settings: LowBitArena, output: Path) -> Report:
         "standard errors are over seeds of the training order; bits per weight of the linear layers, scales included"
     )
     report.notes.append(
-        "at 2 bits RTN, MSE and GPTQ (also before training) use integers (-2 to 1); 'no zero': GPTQ on SEQ's four levels"
+        "at 2 bits RTN, MSE and GPTQ (also before training) use integers (-2 to 1); 'no zero': GPTQ on SEQ's levels"
     )
     _plot(report, output / "arena.png")
     return report
