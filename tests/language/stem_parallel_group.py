@@ -3,15 +3,15 @@ that what they import is torch and the package alone."""
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import run_group
 from safetensors.torch import save_file
 from stem_toys import stem, tokens
 from torch import Tensor
@@ -46,8 +46,7 @@ def whole(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in state.items()}
 
 
-def _process(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def _process(world: int, folder: Path, rank: int) -> None:
     dist.init_process_group("gloo")
     share = 4 // world
     for shape in [(1, world), (2, world // 2)] if world == 4 else [(1, world), (world, 1)]:
@@ -73,27 +72,6 @@ def _process(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def start(world: int, folder: Path) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            try:
-                _process(rank, world, folder)
-                sys.stdout.flush()
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                sys.stderr.flush()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return int(any(codes))
-
-
 if __name__ == "__main__":
-    sys.exit(max(start(world, Path(sys.argv[1])) for world in (2, 4)))
+    for size in (2, 4):
+        run_group(size, partial(_process, size, Path(sys.argv[1])))

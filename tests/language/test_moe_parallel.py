@@ -5,10 +5,8 @@ Run as a script, this file is the two processes.
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import run_group, run_script
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -71,8 +70,7 @@ def whole(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone() for name, v in state.items()}
 
 
-def _process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def _process(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo")
     for name, shape in (("ep", (1, 2)), ("dp", (2, 1))):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "ep"))
@@ -95,35 +93,10 @@ def _process(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            try:
-                _process(rank, folder)
-                sys.stdout.flush()
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                sys.stderr.flush()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(int(codes != [0, 0]))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(__file__, folder)
     return folder
 
 
@@ -159,4 +132,4 @@ def test_experts_that_do_not_divide_are_refused(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_group(2, partial(_process, Path(sys.argv[1])))

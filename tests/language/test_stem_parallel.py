@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from processes import run_script
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,7 +24,7 @@ from edgewright.language.stem_parallel import shard_tables
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("group")
-    subprocess.run([sys.executable, group.__file__, str(path)], check=True, timeout=150)
+    run_script(group.__file__, path, timeout=150)
     return path
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
+from processes import run_group
 from torch import nn
 
 from edgewright.errors import CheckFailed
@@ -63,7 +63,7 @@ def flat(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in whole])
 
 
-def _one_of_two(folder: Path) -> None:
+def _one_of_two(folder: Path, rank: int) -> None:
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -97,11 +97,11 @@ def _one_of_two(folder: Path) -> None:
             train(part, twin, 6, 12)
         whole = flat(model)
         assert torch.equal(whole, flat(again)), name
-        if dist.get_rank() == 0:
+        if rank == 0:
             torch.save(whole, folder / f"{name}.pt")
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        if dist.get_rank() == 1:
+        if rank == 1:
             model[3].weight.grad.to_local().fill_(float("nan"))  # one process alone: both must stop
         try:
             optimizer.step()
@@ -113,28 +113,5 @@ def _one_of_two(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            try:
-                _one_of_two(folder)
-                os._exit(0)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], codes
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_group(2, partial(_one_of_two, Path(sys.argv[1])))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import fork
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -433,28 +433,14 @@ def dying(how: str) -> Callable[[int, Path], None]:
 
 def launch(world: int, process: Callable[[int, Path], None], folder: Path) -> tuple[list[int], float]:
     """Exit codes of `world` processes and the seconds until the last one that was not stopped or killed was gone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            torch.set_num_threads(1)
-            try:
-                dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-                process(rank, folder)
-                dist.barrier()
-                dist.destroy_process_group()
-            except BaseException as error:
-                if not isinstance(error, EdgewrightError):
-                    sys.excepthook(*sys.exc_info())
-                sys.stderr.flush()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
+
+    def member(rank: int) -> None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        process(rank, folder)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    children = fork(world, member, quiet=(EdgewrightError,))
     began, codes = time.monotonic(), {}
     while len(codes) < world:
         child, status = os.waitpid(-1, os.WUNTRACED)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
-import subprocess
-import sys
 
 import optim.apollo_toys as toy
 import pytest
 import torch
 from optim.apollo_toys import apollo, flat, network, train
+from processes import run_script
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
@@ -219,7 +218,7 @@ def test_the_trainer_of_transformers(tiny_llama, tmp_path):
 
 
 def test_two_processes_that_share_the_weights(tmp_path):
-    subprocess.run([sys.executable, toy.__file__, str(tmp_path)], check=True, timeout=120)
+    run_script(toy.__file__, tmp_path)
     for name, options in toy.SHARDED.items():
         model = network()
         train(model, apollo(model, **options), 0, 12)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from optim import lion_toy as toy
+from processes import run_script
 from safetensors.torch import load_file
 
 from edgewright.errors import FormatError, UsageError
@@ -24,18 +23,10 @@ from edgewright.optim.lion_simulated import SimulatedLion
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lion")
-    done = subprocess.run(
-        [sys.executable, toy.__file__, str(folder)],
-        timeout=240,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"OMP_NUM_THREADS": "1", "PATH": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(toy.__file__, folder, timeout=240)
     ends = json.loads((folder / "ends.json").read_text())
     for name, world in (("four", 4), ("two", 2), ("sharded", 4)):
-        assert ends[name][0] == [0] * world, done.stderr[-3000:]
+        assert ends[name][0] == [0] * world
     return folder
 
 

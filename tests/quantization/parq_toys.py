@@ -6,14 +6,14 @@ python parq_toys.py FOLDER      two processes over gloo: FSDP2 shards against wh
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import run_group
 from torch import Tensor, nn
 
 from edgewright.quantization.lsbq import LSBQ, TargetConfig, Uniform
@@ -77,7 +77,7 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in whole])
 
 
-def _one_of_two(folder: Path) -> None:
+def _one_of_two(folder: Path, rank: int) -> None:
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.device_mesh import init_device_mesh
@@ -105,33 +105,10 @@ def _one_of_two(folder: Path) -> None:
         assert torch.equal(whole, flat(again))
         with optimizer.latent_weights():
             latent = flat(model)
-        if dist.get_rank() == 0:
+        if rank == 0:
             torch.save({"whole": whole, "latent": latent}, folder / f"{name}.pt")
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            try:
-                _one_of_two(folder)
-                os._exit(0)
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-                os._exit(1)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], codes
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_group(2, partial(_one_of_two, Path(sys.argv[1])))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.quantization.affine import AffineScheme
@@ -92,5 +91,5 @@ def test_bad_settings(settings: dict) -> None:
 def test_two_processes_share_ranges_and_statistics(tmp_path: Path) -> None:
     """Ranges and synchronised batch-norm statistics of two halves are those of the whole batch."""
     script = Path(__file__).with_name("static_pair.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
+    run_script(script, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("equal-*")) == ["equal-0", "equal-1"]

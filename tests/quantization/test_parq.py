@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import quantization.parq_toys as toy
 import torch
+from processes import run_script
 from quantization.parq_toys import STEPS, adamw, batch, flat, groups_of, network, parq, sgd, train
 from torch import nn
 
@@ -305,7 +304,7 @@ def test_trainer_of_transformers(tiny_llama, tmp_path):
 
 
 def test_two_processes_with_shards_equal_one(tmp_path):
-    subprocess.run([sys.executable, toy.__file__, str(tmp_path)], check=True, timeout=120)
+    run_script(toy.__file__, tmp_path)
     for name, targets in toy.SHARDED.items():
         model = network()
         optimizer = parq(model, targets, ProxPARQ(2, 10), sgd)

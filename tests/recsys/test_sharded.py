@@ -5,16 +5,15 @@ Run as a script, this file is the processes: `test_sharded.py FOLDER WORLD TASK`
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from processes import run_group, run_script
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -77,8 +76,7 @@ def train(model: DLRM | ShardedDLRM, rank: int, world: int) -> RowwiseAdagrad:
     return tables
 
 
-def _process(rank: int, world: int, folder: Path, task: str) -> None:
-    torch.set_num_threads(1)
+def _process(world: int, folder: Path, task: str, rank: int) -> None:
     dist.init_process_group("gloo")
     if task == "train":
         for name, plan in PLANS.items():
@@ -101,36 +99,11 @@ def _process(rank: int, world: int, folder: Path, task: str) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path, world: int, task: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(world):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            try:
-                _process(rank, world, folder, task)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                sys.stderr.flush()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(int(any(codes)))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     for world, task in ((2, "train"), (3, "load")):
-        done = subprocess.run(
-            [sys.executable, __file__, str(folder), str(world), task],
-            timeout=180, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(__file__, folder, world, task, timeout=180)
     return folder
 
 
@@ -197,4 +170,4 @@ def test_a_batch_that_does_not_divide_is_padded() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    run_group(int(sys.argv[2]), partial(_process, int(sys.argv[2]), Path(sys.argv[1]), sys.argv[3]))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import training_toy as toy
+from processes import run_script
 from safetensors.torch import load_file
 from training_toy import STEPS, Plain, cross_entropy, data, seeded
 
@@ -15,7 +14,7 @@ from edgewright.training import TrainConfig, fit
 
 
 def test_two_processes_equal_one_that_accumulates_and_resume(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, toy.__file__, "pair", str(tmp_path)], check=True, timeout=120)
+    run_script(toy.__file__, "pair", tmp_path)
     model = seeded(Plain)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

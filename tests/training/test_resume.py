@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 import training_toy as toy
+from processes import run_script
 from safetensors.torch import load_file
 from torch import nn
 from training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
@@ -92,8 +91,7 @@ def test_crash_at_every_micro_step(at: int, every: int, tmp_path: Path, whole) -
 
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     expected, _ = toy_run(tmp_path / "whole", steps=20)
-    command = [sys.executable, toy.__file__, "killed", str(tmp_path), "0"]
-    kills = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+    kills = int(run_script(toy.__file__, "killed", tmp_path, 0))
     assert kills > 3
     state = load_file(tmp_path / "end.safetensors")
     assert all(torch.equal(state[name], value) for name, value in expected.items())

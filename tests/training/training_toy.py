@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from processes import run_group
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -149,24 +150,12 @@ def _killed(folder: Path, seed: int) -> None:
         kills += 1
 
 
-def _pair(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-            _one_of_pair(folder, "whole", 0)
-            _one_of_pair(folder, "cut", 3 if rank else 0)  # one of the two is asked to stop, in the middle of a step
-            _one_of_pair(folder, "cut", 0)
-            torch.distributed.destroy_process_group()
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0, 0], codes
+def _pair(folder: Path, rank: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _one_of_pair(folder, "whole", 0)
+    _one_of_pair(folder, "cut", 3 if rank else 0)  # one of the two is asked to stop, in the middle of a step
+    _one_of_pair(folder, "cut", 0)
+    torch.distributed.destroy_process_group()
 
 
 def _one_of_pair(folder: Path, name: str, interrupt_at: int) -> None:
@@ -193,4 +182,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "killed":
         _killed(Path(sys.argv[2]), int(sys.argv[3]))
     else:
-        _pair(Path(sys.argv[2]))
+        run_group(2, partial(_pair, Path(sys.argv[2])))

@@ -1,0 +1,62 @@
+"""Processes that meet over gloo, for tests.
+
+A test starts a script of the tests (itself, as a rule) in a fresh Python; the script forks a group, which is quick
+because torch has been imported by then. pytest's own process is not forked: autograd's threads do not survive it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def run_script(script: str | Path, *arguments: object, timeout: float = 120) -> str:
+    """Run a script of the tests, which may import what tests import; its standard output. Fails as the script does."""
+    command = [sys.executable, str(script), *(str(argument) for argument in arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def fork(world: int, process: Callable[[int], None], quiet: tuple[type[BaseException], ...] = ()) -> list[int]:
+    """Ids of `world` forked processes that call `process(rank)` with torchrun's environment and one thread each.
+
+    An exception is printed, unless it is one of `quiet`, and ends its process with exit code 1.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            torch.set_num_threads(1)
+            code = 0
+            try:
+                process(rank)
+            except BaseException as error:
+                code = 1
+                if not isinstance(error, quiet):
+                    sys.excepthook(*sys.exc_info())
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        children.append(child)
+    return children
+
+
+def run_group(world: int, process: Callable[[int], None]) -> None:
+    """`fork`, and fail unless all processes end well."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in fork(world, process)]
+    assert not any(codes), codes
