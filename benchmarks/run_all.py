@@ -27,7 +27,7 @@ COMPARISONS = (
     "layer_sharing",
     "apollo_step",
     "onnx_minilm",
-    "executorch",
+    "executorch_smollm2",
     "ternary_decode",
     "guard_head",
     "lion_link",
