@@ -22,6 +22,11 @@ def hang(path: str) -> None:
     time.sleep(60)
 
 
+def rest(path: str) -> str:
+    time.sleep(1.2)
+    return "rested"
+
+
 def leave(path: str) -> None:
     os._exit(0)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgewright.errors import FormatError, Unsupported
+from edgewright.runtime import child_check
 from edgewright.runtime.child_check import first_run_in_child
 
 CASES = "child_cases"
@@ -48,6 +49,18 @@ def test_typed_errors_arrive_as_they_are(file):
         first_run_in_child(CASES, "refuse", file)
     with pytest.raises(FormatError, match="cannot read"):
         first_run_in_child(CASES, "size", file.with_name("none"))
+
+
+def test_time_without_a_processor_does_not_count(file, monkeypatch):
+    asked = []
+
+    def kept_waiting(pid):
+        asked.append(pid)
+        return 30.0
+
+    monkeypatch.setattr(child_check, "_kept_waiting", kept_waiting)
+    assert first_run_in_child(CASES, "rest", file, timeout=1) == "rested"
+    assert asked
 
 
 def test_a_child_that_hangs_is_ended(file):

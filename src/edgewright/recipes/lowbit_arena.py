@@ -316,8 +316,10 @@ def _plot(report: Report, path: Path) -> None:
     with plot(path, (7.5, 4.5)) as axes:
         for method, found in series.items():
             x, y, error = zip(*sorted(found), strict=True)
-            style = "--" if method in UNTRAINED else "-"
-            axes.errorbar(x, y, yerr=error, marker="o", linestyle=style, label=method)
+            style = {"linestyle": "--" if method in UNTRAINED else "-", "marker": "o"}
+            if method == ON_SEQ:  # a single point
+                style = {"linestyle": "", "marker": "x", "color": "black"}
+            axes.errorbar(x, y, yerr=error, label=method, **style)
         axes.set_yscale("log")
         axes.set_xlabel("bits per weight, scales included")
         axes.set_ylabel("1 - cosine to full precision, held out")

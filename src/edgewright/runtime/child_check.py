@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def first_run_in_child(
     """Call `module.function(path)` in a fresh Python process and return its result, which must be JSON.
 
     module: dotted name, imported in the child only. function: top-level function of one argument, the path as text;
-    it loads the file and runs it once. timeout: seconds in all. memory: bytes of address space that the child may
-    take (where the system keeps such a limit); default: 8 GiB and sixteen times the file.
+    it loads the file and runs it once. timeout: seconds in all; those in which other work kept the child from running
+    do not count (where the system tells, and at most ten times as many). memory: bytes of address space that the child
+    may take (where the system keeps such a limit); default: 8 GiB and sixteen times the file.
 
     Raises FormatError when the child dies, hangs or refuses the file; errors of `edgewright.errors` that the function
     raises arrive here as they are. A file that passed is not run again in this process while its size and time of
@@ -62,13 +64,13 @@ def first_run_in_child(
                 start_new_session=True,
             )
             try:
-                code = process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                raise FormatError(
-                    f"{file} was not loaded and run within {timeout:g} s by {module}; it is broken or far too large"
-                ) from None
+                code = _wait(process, timeout)
             finally:
                 _end(process)
+            if code is None:
+                raise FormatError(
+                    f"{file} was not loaded and run within {timeout:g} s by {module}; it is broken or far too large"
+                )
         # the child writes its answer last: without one it died, whatever its exit code
         text = answer.read_text(encoding="utf-8") if answer.exists() else ""
         words = said.read_bytes()[-OUTPUT_LIMIT:].decode("utf-8", "replace")
@@ -80,6 +82,24 @@ def first_run_in_child(
         raise kind(value["message"])
     _passed.add(key)
     return value["result"]
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | None:
+    """The exit code, or None when the time is over."""
+    began, left = time.monotonic(), timeout
+    while left > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(left)
+        left = min(timeout + _kept_waiting(process.pid), 10 * timeout) - (time.monotonic() - began)
+    return None
+
+
+def _kept_waiting(pid: int) -> float:
+    """Seconds that a process was ready to run and got no processor; 0 where the system does not tell (it is Linux)."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _key(module: str, function: str, file: Path) -> tuple[str, str, str, int, int]:
