@@ -27,16 +27,12 @@ WIDTHS = re.compile(r"(<!-- widths (?P<name>[\w.-]+): (?P<metric>\w+) -->\n).*?(
 
 
 def render_widths(match: re.Match[str]) -> str:
-    """Subjects are "METHOD WIDTH bit"; the best of every width is bold."""
+    """Subjects are "METHOD WIDTH bit"."""
     report = load(match["name"])
     _, lines = report.table([match["metric"]])
     cells = {subject.removesuffix(" bit"): cell for subject, cell in lines}
     split = [subject.rpartition(" ") for subject in cells]
     methods, widths = dict.fromkeys(s[0] for s in split), dict.fromkeys(s[2] for s in split)
-    for width in widths:
-        there = [f"{method} {width}" for method in methods if f"{method} {width}" in cells]
-        best = min(there, key=lambda name: report.value(match["metric"], f"{name} bit"))
-        cells[best] = f"**{cells[best]}**"
     rows = [["", *(f"{width} bit" for width in widths)], ["---", *["---:"] * len(widths)]]
     rows += [[method, *(cells.get(f"{method} {width}", "") for width in widths)] for method in methods]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
