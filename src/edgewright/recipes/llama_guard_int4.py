@@ -92,8 +92,8 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ("latency",)
 HEADLINE: Headline | None = Headline(
-    "SmolLM2 as a guard: F1 {before:.2f} in {start:,.0f} bytes, {after:.2f} in an ExecuTorch file of {end:,.0f} with 8 of "
-    "30 blocks and a quarter of the neurons gone",
+    "SmolLM2 as a guard: F1 {before:.2f} in {start:,.0f} bytes, {after:.2f} in an ExecuTorch file of {end:,.0f} with 8 "
+    "of 30 blocks and a quarter of the neurons gone",
     {
         "before": Cell("llama-guard-int4.csv", {"metric": "f1", "subject": "teacher"}),
         "after": Cell("llama-guard-int4.csv", {"metric": "f1", "subject": "export"}),
