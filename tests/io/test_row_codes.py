@@ -123,7 +123,9 @@ def test_chosen_rows_and_empty_tables():
     packed = quantize_rows(weight, 3, "greedy", 25, 0.6)
     chosen = torch.tensor([8, 0, 8])
     assert torch.equal(packed.dequantize(chosen), packed.dequantize()[chosen])
-    assert len(quantize_rows(weight[:0], 4)) == 0
+    for bits in (2, 3, 4, 8):
+        assert quantize_rows(weight[:0], bits).dequantize().shape == (0, 5)
+        assert pack_rows(weight, bits).dequantize(torch.tensor([], dtype=torch.int64)).shape == (0, 5)
 
 
 def test_tuning_takes_the_cheapest_setting_that_is_nearly_best():

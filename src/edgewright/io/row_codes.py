@@ -154,12 +154,12 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     per, count = (8, 3) if bits == 3 else (8 // bits, 1)  # codes that end with a byte, and the bytes that they fill
     width = _code_bytes(codes.shape[1], bits)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).reshape(len(codes), -1, per)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).unflatten(1, (-1, per))
     word = torch.zeros(codes.shape[:2], dtype=torch.int32, device=codes.device)
     for place in range(per):
         word |= codes[:, :, place].to(torch.int32) << (bits * place)
     found = torch.stack([(word >> (8 * byte)) & 255 for byte in range(count)], 2).to(torch.uint8)
-    return found.reshape(len(codes), -1)[:, :width]
+    return found.flatten(1)[:, :width]
 
 
 def _unpack(data: Tensor, bits: int) -> Tensor:
@@ -167,12 +167,12 @@ def _unpack(data: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return data
     per, count = (8, 3) if bits == 3 else (8 // bits, 1)
-    data = torch.nn.functional.pad(data, (0, -data.shape[1] % count)).reshape(len(data), -1, count)
+    data = torch.nn.functional.pad(data, (0, -data.shape[1] % count)).unflatten(1, (-1, count))
     word = torch.zeros(data.shape[:2], dtype=torch.int32, device=data.device)
     for byte in range(count):
         word |= data[:, :, byte].to(torch.int32) << (8 * byte)
     codes = torch.stack([(word >> (bits * place)) & (2**bits - 1) for place in range(per)], 2)
-    return codes.to(torch.uint8).reshape(len(data), -1)
+    return codes.to(torch.uint8).flatten(1)
 
 
 def _check_bits(bits: int) -> None:

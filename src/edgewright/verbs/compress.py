@@ -8,6 +8,7 @@ from the reference and speed. It can be interrupted and repeated at any time; fi
   edgewright compress MODEL --bits 4 --method rtn
   edgewright compress smollm2-135m --sweep --output runs/sweep
   edgewright compress efficientnet-lite0 --bits 8 --to onnx,pte    # an image classifier: int8
+  edgewright compress runs/dlrm-log --data new.csv --budget 0.0005    # a click model: precisions behind a gate
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import sys
 from pathlib import Path
 
+DEFAULT_BUDGET = "24"
 COLUMNS = ("file_size", "bits_per_weight", "kl", "perplexity", "top1_agreement", "decode", "roofline")
 
 
@@ -27,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-baselines", action="store_true", help="only the chosen method, no other row but the reference"
     )
-    parser.add_argument("--budget", default="24", help="training: optimizer steps such as 40, or minutes such as 4m")
+    parser.add_argument(
+        "--budget",
+        default=DEFAULT_BUDGET,
+        help="training: optimizer steps such as 40, or minutes such as 4m; of a click model the share of normalised "
+        "entropy that may be lost (default 0.0005)",
+    )
     parser.add_argument("--data", help="text or .jsonl file to calibrate, train and evaluate on (split by itself)")
     parser.add_argument("--kv", type=int, help="width of the key-value cache: 8 or 4 (default: float16)")
     parser.add_argument(
@@ -50,7 +57,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from edgewright.compression.settings import VISION_MODELS
 
-    return _run_vision(args) if args.model in VISION_MODELS else _run_language(args)
+    if args.model in VISION_MODELS:
+        return _run_vision(args)
+    if (Path(args.model) / "config.json").is_file() or (Path(args.model) / "model" / "config.json").is_file():
+        from edgewright.compression.clicks import click_folder
+
+        if (folder := click_folder(args.model)) is not None:
+            return _run_clicks(args, folder)
+    return _run_language(args)
+
+
+def _run_clicks(args: argparse.Namespace, folder: Path) -> int:
+    from edgewright.compression.clicks import BUDGET, compress_clicks
+    from edgewright.errors import UsageError
+
+    if args.data is None:
+        raise UsageError(f"{args.model} is a click model: --data names a log in its layout that it was not trained on")
+    try:
+        budget = BUDGET if args.budget == DEFAULT_BUDGET else float(args.budget)
+    except ValueError:
+        budget = -1.0
+    if not 0 <= budget < 1:
+        raise UsageError(f"--budget {args.budget}: of a click model the share of normalised entropy, such as 0.0005")
+    say = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr, flush=True))
+    targets = [part.strip() for part in (args.to or "").split(",") if part.strip()]
+    output = Path(args.output or f"runs/{Path(args.model).resolve().name}-low")
+    report = compress_clicks(folder, args.data, output, budget=budget, targets=targets, say=say)
+    if args.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return 0
+    report.print_table()
+    print(f"the model, recipe.json and report.md are in {output}")
+    return 0
 
 
 def _run_vision(args: argparse.Namespace) -> int:

@@ -1,0 +1,87 @@
+"""A click model that `edgewright train dlrm` wrote, at the precisions that a search finds behind the accuracy gate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgewright.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgewright.measure.report import Report
+    from edgewright.recsys.clicks import ClickData
+
+BUDGET = 5e-4  # of normalised entropy
+FILES = {"onnx": "model.onnx", "pte": "model.pte", "executorch": "model.pte"}
+
+
+def click_folder(model: str) -> Path | None:
+    """The folder with a click model's config.json: `model` itself or its model/; None where there is none."""
+    from edgewright.recsys.dlrm import CONFIG, MODEL_TYPE
+
+    for folder in (Path(model), Path(model) / "model"):
+        try:
+            if json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE:
+                return folder
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def compress_clicks(
+    folder: Path,
+    log: str | Path,
+    output: Path,
+    *,
+    budget: float = BUDGET,
+    targets: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Search, apply, save and report; the report is in `output` as well, beside model/ and the files asked for.
+
+    log: rows that the model was not trained on, in the layout of its vocabulary; the earlier half is searched on, the
+    later half confirms and is what the report tells. The same call goes on where it was stopped.
+    """
+    from edgewright.recsys.dlrm import DLRM
+    from edgewright.recsys.quant import AccuracyGate, apply_recipe, search, uniform_recipe
+    from edgewright.recsys.quant.choices import choices_report
+
+    if unknown := [name for name in targets if name not in FILES]:
+        raise UsageError(f"--to {unknown[0]}: a click model is written as {', '.join(FILES)}")
+    model = DLRM.from_pretrained(folder).eval()
+    early, late = read_clicks(folder, log).split(0.5)
+    say(f"{len(early)} rows to search on, {len(late)} to confirm with")
+    gate = AccuracyGate(budget=budget)
+    recipe = search(model, early, gate, log=output / "search", confirm=late, say=say)
+    recipe.save(output / "recipe.json")
+    low = apply_recipe(model, recipe)
+    low.save_pretrained(output / "model")
+    recipes = {"searched": recipe, "all int8": uniform_recipe(model, "int8", "int8-dynamic")}
+    recipes["all int4"] = uniform_recipe(model, "int4-greedy", "int8-dynamic")
+    report = choices_report(model, late, recipes, gate, calibration=early.rows(slice(0, 4096)), title=folder.name)
+    report.settings.update({"model": str(folder), "data": str(log), "budget": budget})
+    units = ", ".join(f"{name} {option}" for name, option in recipe.assignment.items())
+    report.notes += [f"searched: {units}", *recipe.about["notes"]]
+    for name in dict.fromkeys(FILES[target] for target in targets):
+        done = low.export("onnx" if name.endswith(".onnx") else "executorch", output / name)
+        report.notes.append(f"{name}: {done.bytes / 1e6:.2f} MB, {done.notes[-1]}")
+    report.save(output)
+    return report
+
+
+def read_clicks(folder: Path, log: str | Path) -> ClickData:
+    """A click log as the model's own vocabulary reads it. Raises UsageError for fewer than four rows."""
+    import torch
+
+    from edgewright.recsys.criteo import read_chunks
+    from edgewright.recsys.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.from_pretrained(folder)
+    parts = [vocabulary.encode(chunk) for chunk in read_chunks(log, vocabulary.layout)]
+    if sum(len(part) for part in parts) < 4:
+        raise UsageError(f"{log} has too few rows to judge a model by; give some thousands that it was not trained on")
+    dense, ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("dense", "ids", "labels"))
+    return dataclasses.replace(parts[0], dense=dense, ids=ids, labels=labels)
