@@ -1,8 +1,8 @@
 """Llama Guard INT4 (arXiv 2411.17713): a guard model made small by a chain of compressions, on SmolLM2-135M.
 
-A teacher learns a moderation task made by a program. Blocks and MLP neurons are cut, the rest learns from labels and
-teacher, first in float and then at 4 bits, the output words shrink to those of legal answers, and the exported file is
-what gets judged. Beside the chain, each choice is held against simpler ones at equal steps, on a model of fewer blocks.
+A teacher learns a moderation task made by a program. Blocks and neurons go, the rest learns from labels and teacher,
+in float and then at 4 bits, the output words shrink to legal answers, and the exported file is what gets judged.
+Beside the chain, each choice is held against simpler ones at equal steps, on a model of fewer blocks.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ("latency",)
 HEADLINE: Headline | None = Headline(
-    "SmolLM2 as a guard, cut and at 4 bits in one ExecuTorch file: F1 {after:.2f}, that of the whole model {before:.2f}",
+    "SmolLM2 as a guard, cut and at 4 bits in an ExecuTorch file: F1 {after:.2f}, the whole model {before:.2f}",
     {
         name: Cell("llama-guard-int4.csv", {"metric": "f1", "subject": subject})
         for name, subject in (("after", "export"), ("before", "teacher"))
@@ -153,13 +153,12 @@ def run(settings: LlamaGuardInt4, output: Path) -> Report:
     waterfall(result, "bytes", "f1", output / "waterfall.png")
     _plot(report, output / "comparisons.png")
     report.notes += [
-        f"stages: {settings.examples} test messages each, none of them seen in training; the teacher has "
-        f"{settings.chain_layers} blocks; bytes: codes at 4 bits, steps and floats at 16, of an exported file its size",
+        f"stages: {settings.examples} test messages that nobody trained on; the teacher has {settings.chain_layers} "
+        "blocks; bytes: codes at 4 bits, steps and floats at 16, of an exported file its size",
         f"comparisons: answers' nll among legal words on the same messages, {settings.fast_layers} blocks cut to "
         f"{settings.fast_keep}, {settings.compare_steps} steps each",
     ]
-    if settings.export == "none":
-        report.notes.append("no file was exported: the last stage is the packed model in PyTorch")
+    report.notes += ["no file was exported: the last stage is the packed model"] if settings.export == "none" else []
     return report
 
 
