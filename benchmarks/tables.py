@@ -4,6 +4,7 @@ python benchmarks/tables.py            # rewrites what stands between the marker
 python benchmarks/tables.py --check    # exit code 1 if a table is not what results/ gives
 
 A marker is an HTML comment naming the file and, if wanted, columns: <!-- table demo: file_size, kl --> ... <!-- end -->
+(and, after a bar, a part of the subjects' names: <!-- table binary_linear: speedup | batch 32 --> ... <!-- end -->),
 or a recipe whose claims are listed: <!-- claims parq --> ... <!-- end -->
 or one metric of subjects that end in a width, a line a method: <!-- widths lowbit-arena: embedding_error --> ...
 """
@@ -19,7 +20,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from results import load, load_claims  # noqa: E402
 
-MARKER = re.compile(r"(<!-- table (?P<name>[\w.-]+)(?:: (?P<metrics>[^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(
+    r"(<!-- table (?P<name>[\w.-]+)(?:: (?P<metrics>[^>|]*?))?(?: \| (?P<rows>[^>]*?))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
 
 CLAIMS = re.compile(r"(<!-- claims (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -51,9 +55,10 @@ def render(match: re.Match[str]) -> str:
     report = load(match["name"])
     metrics = [metric.strip() for metric in match["metrics"].split(",")] if match["metrics"] else None
     header, lines = report.table(metrics)
+    lines = [line for line in lines if match["rows"] is None or match["rows"] in line[0]]
     rows = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
-    return f"{match[1]}{table}\n{match[4]}"
+    return f"{match[1]}{table}\n<!-- end -->"
 
 
 def main() -> int:
