@@ -24,6 +24,10 @@ VERBS = {
     "sparsify": ("edgewright.verbs.sparsify", "skip the weights of small inputs while a model decodes (R-Sparse)"),
     "pretrain": ("edgewright.verbs.pretrain", "train a language model from scratch on text"),
     "train": ("edgewright.verbs.train", "train a model of clicks (DLRM) on your own log"),
+    "checkpoint": (
+        "edgewright.verbs.checkpoint",
+        "checkpoints of table rows: list, verify, restore, updates for devices",
+    ),
     "stem": ("edgewright.verbs.stem", "tables in place of up-projections (STEM): convert a dense model, edit facts"),
     "design": ("edgewright.verbs.design", "shapes of a decoder for a number of weights, with predicted size and speed"),
     "export": ("edgewright.verbs.export", "write a model for a runtime, then run what was written and compare"),

@@ -55,7 +55,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any, accele
     anything else (naming its place) and OutputError when the disk refuses; neither leaves a folder behind.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _encode(state, tensors, "state")
+    tree = encode_state(state, tensors, "state")
     parts = {PART + name: tensor for name, tensor in model.items() if is_split(tensor)}
     parts |= {name: tensor for name, tensor in tensors.items() if is_split(tensor)}
     model = {name: tensor for name, tensor in model.items() if PART + name not in parts}
@@ -88,7 +88,7 @@ def _write_files(folder: Path, model: Mapping[str, Tensor], tensors: Mapping[str
 
 def check_state(value: Any, place: str) -> None:
     """Raise UsageError now rather than at the first checkpoint when `value` could not be saved."""
-    _encode(value, {}, place)
+    encode_state(value, {}, place)
 
 
 def read_state(path: Path) -> Any:
@@ -98,7 +98,7 @@ def read_state(path: Path) -> Any:
         if document["format"] != FORMAT:
             raise FormatError(f"{path} has checkpoint format {document['format']}; this version reads {FORMAT}")
         tensors = {name: tensor.clone() for name, tensor in _tensors(path / TENSORS)}
-        return _decode(document["state"], tensors)
+        return decode_state(document["state"], tensors)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise error if isinstance(error, FormatError) else _damaged(path, error) from error
 
@@ -183,7 +183,7 @@ def _damaged(path: Path, error: Exception) -> FormatError:
     return FormatError(f"checkpoint {path} is damaged ({error}): remove that folder, or pass resume='never'")
 
 
-def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
+def encode_state(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     """JSON for a tree; tensors go to `tensors` and leave their key. Tags are dicts whose one key starts with "__"."""
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
@@ -192,29 +192,30 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
         tensors[key] = value
         return {"__part__" if is_split(value) else "__tensor__": key}
     if isinstance(value, np.ndarray):
-        return {"__array__": _encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, place)}
+        return {"__array__": encode_state(torch.from_numpy(np.ascontiguousarray(value)), tensors, place)}
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, tuple):
-        return {"__tuple__": [_encode(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]}
+        return {"__tuple__": [encode_state(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]}
     if isinstance(value, list):
-        return [_encode(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]
+        return [encode_state(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("__") for key in value):
-            return {key: _encode(part, tensors, f"{place}.{key}") for key, part in value.items()}
+            return {key: encode_state(part, tensors, f"{place}.{key}") for key, part in value.items()}
         pairs = [
-            [_encode(key, tensors, place), _encode(part, tensors, f"{place}.{key}")] for key, part in value.items()
+            [encode_state(key, tensors, place), encode_state(part, tensors, f"{place}.{key}")]
+            for key, part in value.items()
         ]
         return {"__pairs__": pairs}
     kind = type(value).__name__
     raise UsageError(f"{place} is of type {kind}, which a checkpoint cannot hold: use tensors and JSON values")
 
 
-def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def decode_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
-        return [_decode(part, tensors) for part in tree]
+        return [decode_state(part, tensors) for part in tree]
     if not isinstance(tree, dict):
         return tree
     if "__tensor__" in tree:
@@ -222,9 +223,9 @@ def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "__part__" in tree:
         return Part(tree["__part__"])
     if "__array__" in tree:
-        return _decode(tree["__array__"], tensors).numpy()
+        return decode_state(tree["__array__"], tensors).numpy()
     if "__tuple__" in tree:
-        return tuple(_decode(part, tensors) for part in tree["__tuple__"])
+        return tuple(decode_state(part, tensors) for part in tree["__tuple__"])
     if "__pairs__" in tree:
-        return {_decode(key, tensors): _decode(part, tensors) for key, part in tree["__pairs__"]}
-    return {key: _decode(part, tensors) for key, part in tree.items()}
+        return {decode_state(key, tensors): decode_state(part, tensors) for key, part in tree["__pairs__"]}
+    return {key: decode_state(part, tensors) for key, part in tree.items()}

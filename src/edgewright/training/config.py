@@ -13,7 +13,7 @@ from edgewright.errors import UsageError
 from edgewright.training.schedules import Schedule, check_schedule, schedule_name
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-FREE = ("device", "checkpoint_every")  # may change between a run and its resume
+FREE = ("device", "checkpoint_every", "checkpoint_async")  # may change between a run and its resume
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class TrainConfig:
 
     `steps` counts optimizer updates, each over `accumulation` batches (times the processes of a distributed run).
     `learning_rate` may be None when the optimizer or every parameter group brings its own; the schedule multiplies each
-    group's. `clip_norm` None: no clipping. `checkpoint_every` 0: only when interrupted. `precision` other than "no"
-    runs the loss function under autocast. `device` None: where the model is, "auto": accelerate's choice, or a torch
-    device; a distributed run always uses the device of its process.
+    group's. `clip_norm` None: no clipping. `checkpoint_every` 0: only when interrupted; `checkpoint_async`: those in
+    between are copied to the CPU's memory and written while training goes on (weights that are split over processes are
+    written at once all the same). `precision` other than "no" runs the loss function under autocast. `device` None:
+    where the model is, "auto": accelerate's choice, or a torch device; a distributed run always uses the device of its
+    process.
     """
 
     steps: int
@@ -36,6 +38,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     checkpoint_every: int = 0
+    checkpoint_async: bool = False
     log_every: int = 1
     seed: int = 0
     precision: str = "no"

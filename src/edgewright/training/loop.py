@@ -126,14 +126,15 @@ def fit(
         keeper = Keeper(
             folder, model, optimizer, source, loss_function, device, generator, scaler, accelerator, shaping
         )
+        stack.push(keeper.finish)
         position = keeper.restore(resume)
         resumed = position.step if keeper.saved else None
         log = stack.enter_context(MetricsLog(folder / "metrics.csv" if folder and main else None, resumed))
         bar = stack.enter_context(Progress(progress and main, label, position.step, config.steps))
 
-        def save() -> Path | None:
+        def save(behind: bool = False) -> Path | None:
             log.sync()
-            return keeper.save(position)
+            return keeper.save(position, behind)
 
         while position.step < config.steps:
             scale = learning_rate_scale(config.schedule, position.step, config.steps, config.warmup_steps)
@@ -157,7 +158,7 @@ def fit(
             if stopping:
                 raise TrainingInterrupted(position.step, config.steps, save())
             if config.checkpoint_every and (last or position.step % config.checkpoint_every == 0):
-                save()
+                save(behind=config.checkpoint_async and not last)
         if stop.requested and not accelerator.use_distributed:
             raise TrainingInterrupted(position.step, config.steps, save())
         if not config.checkpoint_every:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.training import checkpoint, sharded, snapshot
+from edgewright.training.background import Background
 from edgewright.training.metrics import MetricsLog
 
 RESUME = ("auto", "never", "must")
@@ -57,7 +58,9 @@ class Keeper:
         accelerator: Any,
         settings: Mapping[str, Any],
     ) -> None:
-        self.folder, self.saved = folder, None if folder is None else checkpoint.latest_checkpoint(folder)
+        self.folder, self._saved = folder, None if folder is None else checkpoint.latest_checkpoint(folder)
+        self._background = Background()
+        self._writing: Path | None = None
         self._model, self._optimizer, self._batches = model, optimizer, batches
         stateful = hasattr(loss_function, "load_state_dict") and not isinstance(loss_function, nn.Module)
         self._loss_function = loss_function if stateful else None
@@ -121,10 +124,33 @@ class Keeper:
             checkpoint.remove_checkpoints(self.folder, keep=path)
         return Position(state["step"], state["micro"], state["losses"], state["metrics"])
 
-    def save(self, position: Position) -> Path | None:
-        """Write the checkpoint for `position`, then remove the older ones. The folder, or None when none is kept."""
+    @property
+    def saved(self) -> Path | None:
+        """The last checkpoint that was written whole. Waits for one under way; raises OutputError where that failed."""
+        error = self._background.wait()
+        path, self._writing = self._writing, None
+        if error is not None:
+            raise error
+        if path is not None:
+            self._saved = path
+        return self._saved
+
+    def finish(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Wait for a checkpoint under way, as the end of a `with` block; its failure does not hide another error."""
+        try:
+            self.saved  # noqa: B018
+        except Exception:
+            if error is None:
+                raise
+
+    def save(self, position: Position, behind: bool = False) -> Path | None:
+        """Write the checkpoint for `position`, then remove the older ones. The folder, or None when none is kept.
+
+        behind: copy the state now and write while training goes on; what is split over processes is written now.
+        """
         if self.folder is None:
             return None
+        saved = self.saved
         path = checkpoint.checkpoint_path(self.folder, position.step, position.micro)
         random = [snapshot.random_state(self._device, self._generator)]
         if self._accelerator.use_distributed:
@@ -132,10 +158,10 @@ class Keeper:
 
             random = gather_object(random)
         split = sharded.is_sharded(self._model)
-        if (self._accelerator.is_main_process or split) and path != self.saved:
+        if (self._accelerator.is_main_process or split) and path != saved:
             losses = [float(loss) for loss in position.losses]
             if not all(math.isfinite(loss) for loss in losses):
-                raise CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {self.saved} is kept")
+                raise CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {saved} is kept")
             state = {
                 "step": position.step,
                 "micro": position.micro,
@@ -152,16 +178,34 @@ class Keeper:
                 "shapes": {n: checkpoint.describe(t) for n, t in snapshot.model_tensors(self._model).items()},
             }
             tensors = snapshot.changing_tensors(self._model, self._frozen)
+            if behind and not split:
+                self._write_behind(path, tensors, state)
+                return path
             checkpoint.write_checkpoint(path, tensors, state, self._accelerator)
             if self._accelerator.is_main_process:
                 checkpoint.remove_checkpoints(self.folder, keep=path)
+        if behind and not split:  # the first process writes; nobody waits
+            self._writing = path
+            return path
         self._accelerator.wait_for_everyone()
-        self.saved = path
+        self._saved = path
         return path
+
+    def _write_behind(self, path: Path, tensors: Mapping[str, Tensor], state: Any) -> None:
+        folder, tensors, state = self.folder, snapshot.copied(tensors), snapshot.copied(state)
+        assert folder is not None
+
+        def write() -> None:
+            checkpoint.write_checkpoint(path, tensors, state)
+            checkpoint.remove_checkpoints(folder, keep=path)
+
+        self._writing = path
+        self._background.start(write)
 
     def clear(self) -> None:
         """Remove every checkpoint of the run."""
+        self.saved  # noqa: B018  (wait for one under way)
         if self.folder is not None and self._accelerator.is_main_process:
             checkpoint.remove_checkpoints(self.folder)
         self._accelerator.wait_for_everyone()
-        self.saved = None
+        self._saved = None

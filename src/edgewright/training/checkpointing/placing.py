@@ -1,0 +1,217 @@
+"""A checkpoint beside the live objects it goes into: read, proved and compared first, put in place last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import UsageError
+from edgewright.training import snapshot
+from edgewright.training.checkpoint import decode_state
+from edgewright.training.checkpointing.chain import TableRows, dense_places, replay
+from edgewright.training.checkpointing.files import Files
+from edgewright.training.checkpointing.manifest import Manifest
+from edgewright.training.checkpointing.shards import DTYPES, Place, read_tensors
+from edgewright.training.checkpointing.state import ROWS
+from edgewright.training.checkpointing.tables import RowShard, leaves
+from edgewright.training.sharded import is_split
+
+_TAGS = ("__tensor__", "__part__")
+
+
+class Placing:
+    """What a restore will do, all of it read and checked; `apply` does it."""
+
+    def __init__(
+        self,
+        files: Files,
+        chain: list[Manifest],
+        model: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        reader: Any,
+        shards: Sequence[RowShard],
+        rank: int,
+        world: int,
+    ) -> None:
+        self.tip, self.model, self.reader, self.world = chain[-1], model, reader, world
+        tensors = snapshot.model_tensors(model)
+        given = {id(shard.parameter) for shard in shards}
+        self.rows: list[RowShard] = list(shards)
+        self.rows += [
+            RowShard(tensor, name)
+            for name, tensor in tensors.items()
+            if name in self.tip.tables and id(tensor) not in given
+        ]
+        self.dense = {
+            name: tensor for name, tensor in tensors.items() if name not in self.tip.tables and id(tensor) not in given
+        }
+        places = dense_places(files, self.tip, self.tip.dense)
+        self._compare(places)
+        self.leaves = list(leaves(optimizers))
+        self._compare_optimizers()
+        targets: dict[str, Tensor] = {}
+        for name, tensor in self.dense.items():
+            targets[f"model.{name}"] = torch.empty_like(tensor.detach(), device=None if is_split(tensor) else "cpu")
+        targets |= self._optimizer_targets(places, world, rank)
+        read_tensors(files, self.tip.id, {name: places[name] for name in targets}, targets)
+        self.values = targets
+        parts: dict[str, tuple[int, int]] = {}
+        for shard in self.rows:  # several parts of one table are read as what spans them
+            first, count = parts.get(shard.name, (shard.first, 0))
+            low, high = min(first, shard.first), max(first + count, shard.first + len(shard.parameter))
+            parts[shard.name] = low, high - low
+        self.tables = replay(files, chain, parts)
+        ranks = self.tip.state["ranks"]
+        own = decode_state(_whole(ranks[rank]), targets) if rank < len(ranks) and world == len(ranks) else None
+        self.random: Any = None if own is None else own["random"]
+        self.position = self._position(own, ranks)
+
+    def _compare(self, places: dict[str, list[Place]]) -> None:
+        """Raise UsageError naming every table and tensor that is another in the model."""
+        wrong = []
+        held = {shard.name: shard for shard in self.rows}
+        for name, table in self.tip.tables.items():
+            shard = held.get(name)
+            was = f"{table.dtype}{[table.rows, *table.shape]}"
+            if shard is None:
+                now = "absent"
+            else:
+                kind = str(shard.parameter.dtype).removeprefix("torch.")
+                now = f"{kind}{[shard.total, *shard.parameter.shape[1:]]}"
+            if was != now and not (shard is None and self.tip.world > 1):
+                wrong.append(f"table {name} was {was}, now {now}")
+        wrong += [f"table {name} is not in it" for name in held if name not in self.tip.tables]
+        saved = {name.removeprefix("model.") for name in places if name.startswith("model.")}
+        for name in sorted(saved | set(self.dense)):
+            was, now = "absent", "absent"
+            if name in saved:
+                parts = places[f"model.{name}"]
+                shape = [max(p.offsets[i] + p.entry.shape[i] for p in parts) for i in range(len(parts[0].offsets))]
+                was = f"{str(DTYPES[parts[0].entry.dtype]).removeprefix('torch.')}{shape}"
+            if name in self.dense:
+                tensor = self.dense[name]
+                now = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+            if was != now:
+                wrong.append(f"tensor {name} was {was}, now {now}")
+        if wrong:
+            raise UsageError(f"{self.tip.id} is of another model: {'; '.join(wrong[:8])}")
+
+    def _compare_optimizers(self) -> None:
+        saved = [entry["class"] for entry in self.tip.state["optimizers"]]
+        now = [type(leaf).__name__ for leaf in self.leaves]
+        groups = [len(entry["groups"]) for entry in self.tip.state["optimizers"]]
+        few = len(now) if self.tip.world > 1 or self.world > 1 else len(saved)  # a process without tables has fewer
+        if now and (saved[:few] != now or groups[:few] != [len(leaf.param_groups) for leaf in self.leaves]):
+            raise UsageError(
+                f"{self.tip.id} was saved with the optimizers {', '.join(saved)} ({groups} groups), here are "
+                f"{', '.join(now)}: give the same ones in the same order, or none"
+            )
+
+    def _optimizer_targets(self, places: dict[str, list[Place]], world: int, rank: int) -> dict[str, Tensor]:
+        """Memory for the tensors of optimizers and of this process, split like their parameters where those are."""
+        names = {shard.name: shard.parameter for shard in self.rows} | self.dense
+        split: dict[str, Tensor] = {}
+        for entry in self.tip.state["optimizers"] if self.leaves else ():
+            for name, labels in entry["state"].items():
+                parameter = names.get(name)
+                for value in labels.values():
+                    tag = next((value[t] for t in _TAGS if isinstance(value, dict) and t in value), None)
+                    if tag is not None and parameter is not None and is_split(parameter):
+                        split[tag] = parameter
+        targets = {}
+        for name, parts in places.items():
+            _, _, place = name.partition(" ")
+            mine = world == self.tip.world and place.startswith(f"rank.{rank}.")
+            if not (mine or (self.leaves and place.startswith("opt."))):
+                continue
+            if name in split and len(parts[0].entry.shape) == split[name].ndim:
+                targets[name] = torch.zeros_like(split[name]).detach()
+            else:
+                axes = range(len(parts[0].offsets))
+                shape = [max(p.offsets[i] + p.entry.shape[i] for p in parts) for i in axes]
+                targets[name] = torch.empty(shape, dtype=DTYPES[parts[0].entry.dtype])
+        return targets
+
+    def _position(self, own: Any, ranks: list[Any]) -> Any:
+        if self.reader is None:
+            return None
+        position = own["reader"] if own is not None else ranks[0]["reader"]
+        if own is None and any(entry["reader"] != position for entry in ranks):
+            raise UsageError(
+                f"{self.tip.id} was saved by {self.tip.world} processes, whose readers stood at different places: give "
+                "no reader, and place yours yourself"
+            )
+        if position is None:
+            raise UsageError(f"{self.tip.id} was saved without a reader, so that its position is unknown; give none")
+        return position
+
+    def apply(self, generator: torch.Generator | None) -> None:
+        """Change the live objects. The reader comes first: it alone can still refuse."""
+        if self.reader is not None:
+            self.reader.load_state_dict(self.position)
+        with torch.no_grad():
+            for name, tensor in self.dense.items():
+                tensor.copy_(self.values[f"model.{name}"])
+            for shard in self.rows:
+                shard.parameter.copy_(_slice(self.tables[shard.name], shard).values)
+        for leaf, entry in zip(self.leaves, self.tip.state["optimizers"], strict=False):
+            self._fill(leaf, entry)
+        if self.random is not None:
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            if generator is not None and self.random["generator"] is None:
+                generator = None
+            snapshot.restore_random_state(device, generator, self.random)
+
+    def _fill(self, leaf: torch.optim.Optimizer, entry: dict[str, Any]) -> None:
+        """Options and state in place: a pair of optimizers, or a schedule, goes on holding the same groups."""
+        names = {id(tensor): name for name, tensor in self.dense.items()}
+        shards = {id(shard.parameter): shard for shard in self.rows}
+        for group, saved in zip(leaf.param_groups, entry["groups"], strict=True):
+            for name, value in decode_state(_whole(saved), self.values).items():
+                if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
+                    group[name].copy_(value)
+                else:
+                    group[name] = value
+            for parameter in group["params"]:
+                shard = shards.get(id(parameter))
+                labels = entry["state"].get(names.get(id(parameter), "") if shard is None else shard.name, {})
+                found = {}
+                for label, value in labels.items():
+                    if shard is not None and isinstance(value, dict) and ROWS in value:
+                        value = _slice(self.tables[shard.name], shard).state[label].clone()
+                    else:
+                        value = decode_state(_whole(value), self.values)
+                    found[label] = _placed(value, label, leaf.state.get(parameter, {}), parameter, group)
+                if found:
+                    leaf.state[parameter] = found
+                else:
+                    leaf.state.pop(parameter, None)
+
+
+def _slice(table: TableRows, shard: RowShard) -> TableRows:
+    start = shard.first - table.first
+    part = slice(start, start + len(shard.parameter))
+    return TableRows(shard.first, table.values[part], {name: state[part] for name, state in table.state.items()})
+
+
+def _placed(value: Any, label: str, before: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+    """An entry where it belongs: in the memory that it had, or where torch's optimizers keep such a thing."""
+    if not isinstance(value, Tensor) or is_split(value):
+        return value
+    old = before.get(label)
+    if isinstance(old, Tensor) and old.shape == value.shape and old.dtype == value.dtype:
+        return old.copy_(value)
+    counts = label == "step" and not (group.get("capturable") or group.get("fused"))
+    return value.to("cpu" if counts else parameter.device)
+
+
+def _whole(tree: Any) -> Any:
+    """Tags of parts as tags of tensors: what is split was put together, or split anew, when it was read."""
+    if isinstance(tree, list):
+        return [_whole(part) for part in tree]
+    if isinstance(tree, dict):
+        return {("__tensor__" if key == "__part__" else key): _whole(value) for key, value in tree.items()}
+    return tree
