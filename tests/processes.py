@@ -23,6 +23,7 @@ def run_script(script: str | Path, *arguments: object, timeout: float = 120) -> 
     command = [sys.executable, str(script), *(str(argument) for argument in arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False, env=environment)
+    sys.stderr.write(done.stderr)  # pytest shows it where a test fails
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -15,16 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from training.checkpointing.checkpoint_toy import Run, same
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from checkpoint_toy import Run, same  # noqa: E402
-
-from edgewright.errors import FormatError, OutputError, UsageError  # noqa: E402
-from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer, restore  # noqa: E402
-from edgewright.training.checkpointing.faults import Killed, MemoryFiles, Operation, crashed  # noqa: E402
-from edgewright.training.checkpointing.files import LocalFiles  # noqa: E402
+from edgewright.errors import FormatError, OutputError, UsageError
+from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer, restore
+from edgewright.training.checkpointing.faults import Killed, MemoryFiles, Operation, crashed
+from edgewright.training.checkpointing.files import LocalFiles
 
 CONFIG = CheckpointConfig(policy="one-shot", bits="none", keep=1, every_steps=0)
 

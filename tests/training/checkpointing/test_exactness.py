@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from training.checkpointing.checkpoint_toy import DIM, Run, same
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from checkpoint_toy import DIM, Run, same  # noqa: E402
-
-from edgewright.errors import OutputError  # noqa: E402
-from edgewright.io.row_codes import unpackable_rows  # noqa: E402
-from edgewright.io.row_ranges import quantize_rows  # noqa: E402
-from edgewright.training.checkpointing import (  # noqa: E402
+from edgewright.errors import OutputError
+from edgewright.io.row_codes import unpackable_rows
+from edgewright.io.row_ranges import quantize_rows
+from edgewright.training.checkpointing import (
     CheckpointConfig,
     DiffCheckpointer,
     Prefetched,
     RestoreInfo,
     restore,
 )
-from edgewright.training.checkpointing.chain import catalogue, chain_of, replay  # noqa: E402
-from edgewright.training.checkpointing.faults import MemoryFiles, Operation  # noqa: E402
+from edgewright.training.checkpointing.chain import catalogue, chain_of, replay
+from edgewright.training.checkpointing.faults import MemoryFiles, Operation
 
 POLICIES = ("full", "one-shot", "consecutive", "intermittent")
 

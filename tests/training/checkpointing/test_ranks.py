@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import fork, run_script
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from edgewright.errors import OutputError, UsageError  # noqa: E402
-from edgewright.recsys.optimizers import RowwiseAdagrad  # noqa: E402
-from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer, RowShard, restore  # noqa: E402
+from edgewright.errors import OutputError, UsageError
+from edgewright.recsys.optimizers import RowwiseAdagrad
+from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer, RowShard, restore
 
 ROWS, DIM = 23, 4  # rows that neither two nor three processes divide
 STEPS = 6
@@ -88,8 +86,7 @@ def config(policy: str = "consecutive") -> CheckpointConfig:
     return CheckpointConfig(policy=policy, bits="none", every_steps=2, keep=9, timeout_seconds=20)  # type: ignore[arg-type]
 
 
-def process(rank: int, world: int, folder: Path, task: str) -> None:
-    torch.set_num_threads(1)
+def process(world: int, folder: Path, task: str, rank: int) -> None:
     dist.init_process_group("gloo")
     model, optimizers = make(rank, world, seed=0 if task in ("save", "die", "full disk") else 5)
     if task in ("save", "die", "full disk"):
@@ -142,14 +139,13 @@ class _Full:
         return []
 
 
-def dlrm(rank: int, world: int, folder: Path, task: str) -> None:
+def dlrm(world: int, folder: Path, task: str, rank: int) -> None:
     """A DLRM whose tables are split by whole tables when it saves, by rows when one process more restores."""
     from edgewright.recsys.bags import jagged
     from edgewright.recsys.checkpoints import row_shards
     from edgewright.recsys.dlrm import DLRM, DLRMConfig
     from edgewright.recsys.sharded import ShardedDLRM, mean_loss
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     saving = task == "dlrm"
     config = DLRMConfig(3, (30, 11, 7), 4, (8, 4), (8, 1), qr_threshold=25)
@@ -200,23 +196,8 @@ def main(folder: Path) -> None:
     failed = []
     for task, (name, world) in TASKS.items():
         (folder / name).mkdir(exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if not child:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-                os.environ["MASTER_PORT"] = port
-                try:
-                    (dlrm if name == "dlrm" else process)(rank, world, folder / name, task)
-                except BaseException:
-                    sys.excepthook(*sys.exc_info())
-                    sys.stderr.flush()
-                    os._exit(1)
-                os._exit(0)
-            children.append(child)
+        part = partial(dlrm if name == "dlrm" else process, world, folder / name, task)
+        children = fork(world, part)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if codes != [-signal.SIGKILL if task == "die" and rank == world - 1 else 0 for rank in range(world)]:
             failed.append(task)
@@ -224,19 +205,19 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """(folder, tasks that failed, what the processes said)."""
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """(folder, tasks that failed)."""
     folder = tmp_path_factory.mktemp("ranks")
-    run = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=300)
-    return folder, (folder / "failed.txt").read_text().split("\n"), run.stdout + run.stderr
+    run_script(__file__, folder, timeout=300)
+    return folder, (folder / "failed.txt").read_text().split("\n")
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_the_processes_end_as_they_should(done: tuple[Path, list[str], str], task: str) -> None:
-    assert task not in done[1], done[2]
+def test_the_processes_end_as_they_should(done: tuple[Path, list[str]], task: str) -> None:
+    assert task not in done[1]
 
 
-def test_two_processes_save_and_one_restores(done: tuple[Path, list[str], str]) -> None:
+def test_two_processes_save_and_one_restores(done: tuple[Path, list[str]]) -> None:
     model, optimizers = make(0, 1, seed=5)
     info = restore(done[0] / "saved", model, optimizers, shards=[model.shard])
     assert info.step == STEPS and len(info.chain) == 3 and not info.random
@@ -246,7 +227,7 @@ def test_two_processes_save_and_one_restores(done: tuple[Path, list[str], str]) 
 
 
 @pytest.mark.parametrize(("name", "said"), [("died", "lost another one"), ("full", "No space left")])
-def test_who_fails_takes_no_checkpoint_along(done: tuple[Path, list[str], str], name: str, said: str) -> None:
+def test_who_fails_takes_no_checkpoint_along(done: tuple[Path, list[str]], name: str, said: str) -> None:
     folder = done[0] / name
     assert said in (folder / "said-0.txt").read_text()
     assert name == "died" or (said in (folder / "said-1.txt").read_text() and not list(folder.glob("tmp-*")))

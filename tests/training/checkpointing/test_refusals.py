@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from training.checkpointing.checkpoint_toy import Clicks, Run, same
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from checkpoint_toy import Clicks, Run, same  # noqa: E402
-
-from edgewright.errors import CheckFailed, EdgewrightError, FormatError, Unsupported, UsageError  # noqa: E402
-from edgewright.training.checkpointing import (  # noqa: E402
+from edgewright.errors import CheckFailed, EdgewrightError, FormatError, Unsupported, UsageError
+from edgewright.training.checkpointing import (
     CheckpointConfig,
     DiffCheckpointer,
     RestoreInfo,
     RowShard,
     restore,
 )
-from edgewright.training.checkpointing.bits import expected_restores, stored_bits  # noqa: E402
-from edgewright.training.checkpointing.faults import MemoryFiles  # noqa: E402
-from edgewright.training.checkpointing.manifest import _digest  # noqa: E402
-from edgewright.training.checkpointing.policies import full_is_due, next_kind  # noqa: E402
-from edgewright.training.checkpointing.row_bits import RowBits  # noqa: E402
+from edgewright.training.checkpointing.bits import expected_restores, stored_bits
+from edgewright.training.checkpointing.faults import MemoryFiles
+from edgewright.training.checkpointing.manifest import _digest
+from edgewright.training.checkpointing.policies import full_is_due, next_kind
+from edgewright.training.checkpointing.row_bits import RowBits
 
 
 def test_the_predictor_resets_after_the_seventh_difference() -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training.checkpointing.checkpoint_toy import Run, same
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from checkpoint_toy import Run, same  # noqa: E402
-
-from edgewright import cli  # noqa: E402
-from edgewright.errors import CheckFailed, FormatError, UsageError  # noqa: E402
-from edgewright.training.checkpointing import (  # noqa: E402
+from edgewright import cli
+from edgewright.errors import CheckFailed, FormatError, UsageError
+from edgewright.training.checkpointing import (
     CheckpointConfig,
     DiffCheckpointer,
     apply_delta,
@@ -25,8 +22,8 @@ from edgewright.training.checkpointing import (  # noqa: E402
     merge,
     restore,
 )
-from edgewright.training.checkpointing import update as updates  # noqa: E402
-from edgewright.training.checkpointing.files import LOCK, open_files  # noqa: E402
+from edgewright.training.checkpointing import update as updates
+from edgewright.training.checkpointing.files import LOCK, open_files
 
 
 def trained(root: object, saves: int = 3, bits: object = 4, **changes: object) -> DiffCheckpointer:
@@ -160,26 +157,46 @@ def test_old_checkpoints_go_and_what_is_built_upon_stays(tmp_path: Path) -> None
     assert sorted(path.name for path in whole.glob("ckpt-*")) == [one.id for one in history[2:]]
 
 
-def test_a_root_behind_a_url() -> None:
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """URL of a bucket of an S3 server on this machine."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    wanted = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**wanted, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem().mkdir("checkpoints")
+        yield "s3://checkpoints"
+    server.stop()
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"])
+@pytest.mark.parametrize("policy", ["consecutive", "full"])
+def test_a_root_behind_a_url(place: str, policy: str, request: pytest.FixtureRequest) -> None:
     import fsspec
 
-    for policy in ("consecutive", "full"):
-        url = f"memory://checkpoints/{policy}"
-        checkpointer = trained(url, policy=policy, keep=1)
-        run = Run(seed=5)
-        info = restore(url, run.model, run.optimizers, run.reader)
-        assert info.id == checkpointer.history[-1].id and not info.skipped
-        assert len(inspect_dir(url).entries) == len(info.chain)
-        memory = fsspec.filesystem("memory")
-        for path in memory.find(f"/checkpoints/{policy}/{info.id}"):  # without its manifest it is no checkpoint
-            if path.endswith("manifest.json"):
-                memory.rm_file(path)
-        files = open_files(url)
-        if policy == "full":
-            with pytest.raises((FormatError, UsageError)):
-                restore(url, run.model)
-        assert LOCK not in files.names("")
-        held = files.lock()
-        with pytest.raises(UsageError, match="is being written by process"):
-            DiffCheckpointer(url, run.model, run.optimizers)
-        files.unlock(held)
+    root = request.getfixturevalue("bucket") if place == "s3" else "memory://checkpoints"
+    url = f"{root}/{policy}"
+    checkpointer = trained(url, policy=policy, keep=1)
+    run = Run(seed=5)
+    info = restore(url, run.model, run.optimizers, run.reader)
+    assert info.id == checkpointer.history[-1].id and not info.skipped
+    assert len(inspect_dir(url).entries) == len(info.chain)
+    system = fsspec.filesystem(place)
+    for path in system.find(f"{url.partition('//')[2]}/{info.id}"):  # without its manifest it is no checkpoint
+        if path.endswith("manifest.json"):
+            system.rm_file(path)
+    files = open_files(url)
+    if policy == "full":
+        with pytest.raises((FormatError, UsageError)):
+            restore(url, run.model)
+    assert LOCK not in files.names("")
+    held = files.lock()
+    with pytest.raises(UsageError, match="is being written by process"):
+        DiffCheckpointer(url, run.model, run.optimizers)
+    files.unlock(held)

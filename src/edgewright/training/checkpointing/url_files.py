@@ -27,7 +27,9 @@ class UrlFiles:
 
             self.system, self.base = url_to_fs(self.url)
         except ImportError as error:
-            raise MissingPackage(f"{self.url} needs a package ({error}); pip install fsspec s3fs") from error
+            raise MissingPackage(
+                f"{self.url} needs a package ({error}); for s3:// pip install 'edgewright[s3]'"
+            ) from error
         except ValueError as error:
             raise UsageError(f"{self.url} is no URL that fsspec knows ({error}); e.g. s3://bucket/run") from error
 
