@@ -124,7 +124,7 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ()
 HEADLINE: Headline | None = Headline(
-    "a third of the layers as tables: loss {ours:.2f} against {dense:.2f} of the dense model after 300 steps, bit-equal "
+    "a third of the layers as tables: loss {ours:.2f} against {dense:.2f} of the dense one after 300 steps, bit-equal "
     "from disk; exchanging rows edits {edited:.0%} of the facts",
     {
         "ours": Cell("stem.csv", {"metric": "loss", "subject": "stem 1/3"}),
