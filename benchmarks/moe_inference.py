@@ -69,6 +69,7 @@ def pair() -> tuple[EdgeDecoderForCausalLM, EdgeDecoderForCausalLM]:
     sparse = mobilemoe("s", VOCABULARY, num_hidden_layers=LAYERS)
     moe = MoEConfig(**sparse.moe or {})
     width = moe.num_experts * moe.expert_size + moe.shared_size + moe.num_experts // 3
+    width = round(width / 32) * 32  # 4-bit groups divide it
     fields: dict[str, Any] = {"ffn_types": "mlp", "moe": None, "intermediate_size": width}
     dense = mobilemoe("s", VOCABULARY, num_hidden_layers=LAYERS, **fields)
     assert moe_parameters(sparse)[0] == moe_parameters(dense)[0]
