@@ -6,6 +6,7 @@ what makes a checkpoint exist.
 
 from __future__ import annotations
 
+import math
 from typing import IO, Any, cast
 
 from edgewright.errors import MissingPackage, UsageError
@@ -88,10 +89,11 @@ class UrlFiles:
         return int(self.system.size(self._path(path)))
 
     def modified(self, path: str) -> float:
+        """Seconds since 1970; infinity where the system keeps no such time, so that nothing is taken for old."""
         try:
             return float(self.system.modified(self._path(path)).timestamp())
         except (NotImplementedError, FileNotFoundError, AttributeError):
-            return 0.0
+            return math.inf
 
     def open(self, path: str) -> IO[bytes]:
         return cast(IO[bytes], self.system.open(self._path(path), "rb"))
