@@ -20,7 +20,7 @@ from edgewright.training.checkpointing import (
     RowShard,
     restore,
 )
-from edgewright.training.checkpointing.bits import expected_restores, stored_bits
+from edgewright.training.checkpointing.bits import stored_bits
 from edgewright.training.checkpointing.faults import MemoryFiles
 from edgewright.training.checkpointing.manifest import _digest
 from edgewright.training.checkpointing.policies import full_is_due, next_kind
@@ -41,7 +41,6 @@ def test_bits_follow_the_expected_restores() -> None:
     assert {value: stored_bits("auto", value, 0) for value in wanted} == wanted
     assert stored_bits("auto", 1, 1) == 2 and stored_bits("auto", 1, 2) == 8  # more restores than expected
     assert stored_bits(2, 3, 3) == 2 and stored_bits(2, 3, 4) == 8 and stored_bits("none", 0, 99) is None
-    assert expected_restores(24.0, 0.125) == 3.0
 
 
 def test_more_restores_than_expected_give_eight_bits() -> None:

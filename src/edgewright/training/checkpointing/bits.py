@@ -30,13 +30,6 @@ def bits_for(expected_restores: float) -> int:
     return 2 if expected_restores <= 1 else 3 if expected_restores <= 3 else 4 if expected_restores < 20 else 8
 
 
-def expected_restores(job_hours: float, failures_an_hour: float) -> float:
-    """L = job length x failure rate."""
-    if not (job_hours >= 0 and failures_an_hour >= 0):
-        raise UsageError(f"job_hours={job_hours}, failures_an_hour={failures_an_hour}: both are at least 0")
-    return job_hours * failures_an_hour
-
-
 def stored_bits(bits: Bits, expected: float, happened: int) -> int | None:
     """Bits of the next checkpoint, None for plain float rows. happened: restores in this job's history so far."""
     check_bits(bits)

@@ -149,16 +149,15 @@ def decode_ids(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], total: 
         if first + count > total:
             raise _broken(fields, f"its rows {first}..{first + count - 1} are not of {total}")
         return torch.arange(first, first + count)
+    stored = _tensor(tensors, f"emb.{fields['key']}.ids")
+    if kind == "delta":
+        steps = stored.to(torch.int64)
+        if bool((steps < 1).any()) or len(steps) != count - 1:
+            raise _broken(fields, "its ids do not ascend")
+        ids = torch.cat([torch.zeros(1, dtype=torch.int64), steps.cumsum(0)]) + first
     else:
-        stored = _tensor(tensors, f"emb.{fields['key']}.ids")
-        if kind == "delta":
-            steps = stored.to(torch.int64)
-            if bool((steps < 1).any()) or len(steps) != count - 1:
-                raise _broken(fields, "its ids do not ascend")
-            ids = torch.cat([torch.zeros(1, dtype=torch.int64), steps.cumsum(0)]) + first
-        else:
-            ids = (stored.unsqueeze(1) & (1 << torch.arange(8)).to(torch.uint8)).ne(0).flatten().nonzero().squeeze(1)
-            ids = ids + first
+        ids = (stored.unsqueeze(1) & (1 << torch.arange(8)).to(torch.uint8)).ne(0).flatten().nonzero().squeeze(1)
+        ids = ids + first
     if len(ids) != count or int(ids[-1]) >= total or int(ids[0]) < 0 or bool((ids.diff() < 1).any()):
         raise _broken(fields, f"its ids are not {count} ascending rows of {total}")
     return ids
