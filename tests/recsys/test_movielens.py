@@ -29,12 +29,17 @@ def test_the_published_numbers(data: Split) -> None:
     assert all(int(bags.offsets[6].diff().max()) <= 6 for bags in parts)
 
 
-def test_counts_come_from_the_training_part_alone(data: Split) -> None:
-    trained = np.bincount(data.train.users.numpy(), minlength=943)
-    logs = np.log1p(trained[data.test.users.numpy()]) / 3 - 1
-    np.testing.assert_allclose(data.test.dense[:, 2].numpy(), logs, rtol=1e-6, atol=1e-7)
-    own = np.log1p(trained[data.train.users.numpy()] - 1) / 3 - 1  # not counting itself
-    np.testing.assert_allclose(data.train.dense[:, 2].numpy(), own, rtol=1e-6, atol=1e-7)
+def test_counts_are_of_earlier_samples_of_the_training_part(data: Split) -> None:
+    users = data.train.users.tolist()
+    earlier, seen = [], np.zeros(943, dtype=int)
+    for user in users:
+        earlier.append(seen[user])
+        seen[user] += 1
+    for part, counts in ((data.train, np.array(earlier)), (data.test, seen[data.test.users.numpy()])):
+        np.testing.assert_allclose(part.dense[:, 2].numpy(), np.log1p(counts) / 3 - 1, rtol=1e-6, atol=1e-7)
+    shuffled = movielens_100k("random", seed=1)
+    first = {user: place for place, user in reversed(list(enumerate(shuffled.train.users.tolist())))}
+    assert all(float(shuffled.train.dense[place, 2]) == -1 for place in first.values())
 
 
 def test_crosses_are_pairs(data: Split) -> None:

@@ -27,6 +27,8 @@ def named_optimizer(method: str, model: nn.Module, rate: float, rank: int) -> to
     trained = [p for p in model.parameters() if p.requires_grad]
     if method == "AdamW":
         return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
+    if method == "AdamW, foreach":
+        return torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, foreach=True)
     if method == "SGD with momentum":
         return torch.optim.SGD(trained, lr=rate, momentum=0.9)
     if method == "Adafactor":

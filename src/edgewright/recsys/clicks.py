@@ -69,6 +69,10 @@ class ClickData:
         )
         return dataclasses.replace(self, schema=schema, ids=self.ids[:, columns])
 
+    def without_dense(self) -> ClickData:
+        """The same samples with their ids alone; dense [N, 0]."""
+        return dataclasses.replace(self, schema=dataclasses.replace(self.schema, dense=()), dense=self.dense[:, :0])
+
     def bags(self, chosen: slice = slice(None)) -> JaggedBatch:
         """The bags of some samples, as models take them."""
         return jagged(self.ids[chosen], self.schema.slots)

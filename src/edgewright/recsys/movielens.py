@@ -1,7 +1,8 @@
 """MovieLens 100k as clicks: 100,000 ratings in the order of time; four stars or more are a click (55.4 %).
 
-The files lie inside the package recbole, which is read and never imported. Counts are taken on the training part
-alone: what comes later must not leak into what a model is trained on.
+The files lie inside the package recbole, which is read and never imported. Counts are of earlier samples of the
+training part alone: what comes later must not leak into what a model sees, and a user who is new in the test looks
+like one who was new in training.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def movielens_100k(
     """The data in three parts: `train` of all samples (its last `valid` share is for stopping), the rest for the test.
 
     split: "time" (the test is what came last) or "random" (an order drawn from `seed`; what is left in each part is in
-    order of time). Dense: age, year of release, logarithms of how often user and item occur in the training part.
-    Tables: user, item, gender, occupation, first three digits of the zip code, year, genres (a bag), and hashed pairs
-    of user and genre (a bag) and of user and item.
+    order of time). Dense: age, year of release, logarithms of how often user and item occurred in the training part
+    until then. Tables: user, item, gender, occupation, first three digits of the zip code, year, genres (a bag), and
+    hashed pairs of user and genre (a bag) and of user and item.
     """
     if split not in SPLITS or not 0 < train < 1 or not 0 < valid < 1:
         raise UsageError(
@@ -139,16 +140,23 @@ def _encode(events: list[tuple[str, str, float, float]], features: _Features, pa
     both = cross(user, items, CROSS_ROWS, salt=2)
     ids = np.column_stack([user, items, users[:, 1:], years, genres, pairs, both]).astype(np.int32)
 
-    trained = parts[0]
-    user_count = np.bincount(user[trained], minlength=features.sizes["user"])[user]
-    item_count = np.bincount(items[trained], minlength=features.sizes["item"])[items]
-    mine = np.isin(np.arange(len(events)), trained)  # a training sample does not count itself
-    counts = np.column_stack([user_count - mine, item_count - mine])
+    trained = np.isin(np.arange(len(events)), parts[0])
+    counts = np.column_stack([_earlier(user, trained), _earlier(items, trained)])
     stated = np.array([[person[0], film[0]] for person, film in zip(persons, films, strict=True)])
     dense = np.column_stack([stated, np.log1p(counts) / 3.0 - 1.0]).astype(np.float32)
     labels = np.array([stars >= CLICK for _, _, stars, _ in events], dtype=np.float32)
     whole = ClickData(schema, *map(torch.from_numpy, (dense, ids, labels, user)))
     return [whole.rows(torch.from_numpy(part)) for part in parts]
+
+
+def _earlier(ids: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """How many of the `counted` events before each event (the order is that of time) have its id."""
+    order = np.argsort(ids, kind="stable")
+    before = np.cumsum(counted[order]) - counted[order]
+    _, first, lengths = np.unique(ids[order], return_index=True, return_counts=True)
+    found = np.empty_like(before)
+    found[order] = before - np.repeat(before[first], lengths)
+    return found
 
 
 def _table(path: Path) -> Iterator[dict[str, str]]:
