@@ -171,7 +171,7 @@ class _Bench:
         return self.figures(Popularity(self.plain.train), self.plain)
 
     def regression(self, crosses: bool) -> dict[str, Any]:
-        """On ids alone, as it is commonly run; with counts among its features its log-loss on later samples is worse."""
+        """On ids alone, as it is commonly run: with the counts its log-loss on later samples is worse."""
         from edgewright.recsys.baselines import fit_logistic_regression
         from edgewright.recsys.metrics import evaluate
         from edgewright.recsys.movielens import Split
