@@ -39,7 +39,7 @@ class DLRMSettings:
     epochs: float = 7.0
     batch: int = 256
     dense_lr: float = 2e-3
-    sparse_lr: float = 0.05
+    sparse_lr: float = 0.02
     factor_lr: float = 0.03
     penalties: tuple[float, ...] = (0.5, 1.0, 2.0, 5.0, 10.0)
     iterations: int = 100
@@ -49,7 +49,14 @@ class DLRMSettings:
 
 def tiny() -> DLRMSettings:
     return DLRMSettings(
-        seeds=1, samples=6000, epochs=2.0, penalties=(1.0, 5.0), iterations=15, splits=("random",), crosses=(False,)
+        seeds=1,
+        samples=6000,
+        epochs=2.0,
+        sparse_lr=0.05,
+        penalties=(1.0, 5.0),
+        iterations=15,
+        splits=("random",),
+        crosses=(False,),
     )
 
 
