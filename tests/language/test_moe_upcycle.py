@@ -12,6 +12,7 @@ from toy_llama import make_tiny_llama
 from edgewright.errors import UsageError
 from edgewright.language.decoder import new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
+from edgewright.language.moe import moe_layers
 from edgewright.language.moe_upcycle import balanced_kmeans, moe_from_dense
 
 
@@ -39,6 +40,18 @@ def test_all_slices_are_the_dense_model(make: Any, calibrated: bool) -> None:
             near = moe_from_dense(dense, 4, 4, shared, top_k=routed, batches=batches, margin=0.01)
             assert (near(ids).logits - expected).abs().max() < 0.02 * expected.abs().max()
         assert torch.equal(dense(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("make", [make_tiny_llama, edge])
+def test_some_blocks_alone_can_be_sliced(make: Any) -> None:
+    dense, ids = make().eval(), tokens(1)
+    last = dense.config.num_hidden_layers - 1
+    with torch.no_grad():
+        sparse = moe_from_dense(dense, 4, 4, top_k=14, layers=[last], margin=0.0)
+        torch.testing.assert_close(sparse(ids).logits, dense(input_ids=ids).logits, rtol=3e-5, atol=3e-5)
+    assert list(moe_layers(sparse)) == [f"model.layers.{last}.mlp"]
+    kept = {name: value for name, value in dense.state_dict().items() if ".mlp." in name and f".{last}." not in name}
+    assert kept and all(torch.equal(value, sparse.state_dict()[name]) for name, value in kept.items())
 
 
 def test_chosen_slices_are_nearer_to_the_dense_model_than_random_ones() -> None:
@@ -84,6 +97,8 @@ def test_clusters_are_equal_and_find_what_belongs_together() -> None:
         ({"experts": 4, "granularity": 4, "top_k": 15}, "top_k=15; there are 14 routed pieces"),
         ({"experts": 4, "granularity": 4, "margin": -1.0}, "margin=-1.0"),
         ({"experts": 4, "granularity": 4, "batches": []}, "fewer than two tokens"),
+        ({"layers": [1, 7]}, r"layers=\[1, 7\]: name one or more of the blocks .* 0, 1"),
+        ({"layers": []}, r"layers=\[\]"),
     ],
 )
 def test_what_cannot_be_sliced_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -7,7 +7,7 @@ result is the dense model: SwiGLU is a sum over channels, and route_scale = top_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,12 +45,14 @@ def moe_from_dense(
     granularity: int = 4,
     shared: bool = True,
     *,
+    layers: Collection[int] | None = None,
     top_k: int | None = None,
     batches: Iterable[Any] | None = None,
     margin: float = 0.01,
     seed: int = 0,
 ) -> EdgeDecoderForCausalLM:
-    """A new decoder whose every plain feed-forward is sliced; `model` (an edge decoder or a Llama) is left as it was.
+    """A new decoder whose plain feed-forwards are sliced, all or those of the blocks in `layers`; `model` (an edge
+    decoder or a Llama) is left as it was.
 
     top_k: routed pieces that a token uses, granularity - granularity // 2 by default. batches: token batches by which
     channels are grouped (balanced k-means on which of them are active together) and the routers fitted (ridge
@@ -59,7 +61,7 @@ def moe_from_dense(
     the weights are to one, and at 0 all scores are equal. Raises UsageError for widths that do not divide.
     """
     config = _edge_config(model)
-    dense = _dense_blocks(model)
+    dense = _dense_blocks(model, layers)
     moes = {block: _sizes(mlp.gate_proj.out_features, experts, granularity, shared, top_k) for block, mlp in dense}
     if len({asdict(c)["expert_size"] for c in moes.values()}) > 1:
         raise UsageError("the feed-forwards differ in width; all sparse layers of a model have one shape")
@@ -67,14 +69,17 @@ def moe_from_dense(
         raise UsageError(f"margin={margin}; give 0 (equal scores) or more, for example 0.01")
     settings = next(iter(moes.values()))
     fields = config.to_dict() | {"moe": asdict(settings)}
-    fields["ffn_types"] = ["moe" if kind == "mlp" else kind for kind in config.ffn_types]
+    sliced = {block for block, _ in dense}
+    stored = config.share_map or ()  # filled in by the configuration
+    fields["ffn_types"] = ["moe" if b in sliced else kind for b, kind in zip(stored, config.ffn_types, strict=True)]
     fields["initializer_range"] = config.initializer_range
     for name in ("layer_types", "transformers_version", "model_type", "architectures", "dtype", "_name_or_path"):
         fields.pop(name, None)
     with torch.random.fork_rng(devices=[]):
         sparse = EdgeDecoderForCausalLM(EdgeDecoderConfig(**fields))
         sparse.to(dtype=model.dtype)  # type: ignore[call-arg]
-    kept = {name: value for name, value in model.state_dict().items() if ".mlp." not in name}
+    gone = tuple(f"model.layers.{block}.mlp." for block in sliced)
+    kept = {name: value for name, value in model.state_dict().items() if not name.startswith(gone)}
     sparse.load_state_dict(kept, strict=False)
     seen = _calibrate(model, dense, batches) if batches is not None else {}
     generator = torch.Generator().manual_seed(seed)
@@ -227,8 +232,8 @@ def _calibrate(model: PreTrainedModel, dense: list[tuple[int, Any]], batches: It
     return {block: _Seen(*columns) for block, columns in joined.items()}
 
 
-def _dense_blocks(model: PreTrainedModel) -> list[tuple[int, Any]]:
-    """(stored block, its plain feed-forward) of every block that has one."""
+def _dense_blocks(model: PreTrainedModel, layers: Collection[int] | None) -> list[tuple[int, Any]]:
+    """(stored block, its plain feed-forward) of every block in `layers` that has one; None: of all blocks."""
     names = ("gate_proj", "up_proj", "down_proj")
     found = [
         (i, block.mlp)
@@ -238,6 +243,14 @@ def _dense_blocks(model: PreTrainedModel) -> list[tuple[int, Any]]:
     ]
     if not found:
         raise UsageError(f"{type(model).__name__} has no feed-forward of plain gate, up and down projections to slice")
+    if layers is not None:
+        strangers = sorted(set(layers) - {block for block, _ in found})
+        if strangers or not layers:
+            raise UsageError(
+                f"layers={sorted(layers)}: name one or more of the blocks with a plain feed-forward, "
+                f"{', '.join(str(block) for block, _ in found)}"
+            )
+        found = [(block, mlp) for block, mlp in found if block in set(layers)]
     if any(getattr(mlp, name).bias is not None for _, mlp in found for name in names):
         raise UsageError("the feed-forwards have biases; experts have none")
     return found

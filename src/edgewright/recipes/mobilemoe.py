@@ -35,8 +35,9 @@ HELD_OUT = ("heapq", "imaplib", "logging/__init__", "selectors", "shlex", "strin
 class MobileMoE:
     """experts, granularity: the paper's E and g, with a shared expert. tokens: bytes of a block.
 
-    upcycle: the dense model that is sliced, "own" is the trained one of equal active size; upcycle_layers 0: all of
-    them; upcycle_top_k: routed pieces in use, of experts * granularity - granularity // 2.
+    upcycle: the dense model that is sliced, "own" is the trained one of equal active size; upcycle_layers: how many of
+    its last blocks are, 0: all; upcycle_top_k: routed pieces in use, of experts * granularity - granularity // 2. Only
+    what was sliced is trained.
 
     deviation: balance_rate is ten times the published 1e-3, for hundreds of steps instead of a million: a bias that
     may move by a quarter in all cannot catch up with routers that specialise in their first fifty steps.
@@ -118,7 +119,8 @@ def plan(settings: MobileMoE) -> Plan:
         steps=(
             f"train four models of {settings.layers} layers on {tokens / 1e6:.3g} MB of text, {settings.seeds} seed(s)",
             "held-out loss, loads and usage by domain",
-            f"slice {settings.upcycle} into experts, {settings.upcycle_steps} steps beside random experts",
+            f"slice {settings.upcycle_layers or 'all'} blocks of {settings.upcycle} into experts, "
+            f"{settings.upcycle_steps} steps beside random experts",
         ),
         seconds=10 + flops / 2.5e10,
         memory_bytes=int(1e9 + 40 * block * 12 * settings.experts),
@@ -275,22 +277,28 @@ class _Bench:
 
     def upcycling_rows(self) -> list[dict[str, Any]]:
         """Perplexity of a dense model, of its slices all in use, and after training with some of them in use."""
+        from edgewright.language.moe import moe_layers
         from edgewright.language.moe_upcycle import moe_from_dense
 
         s = self.settings
         dense, training, held_out = self.upcycled_model()
         calibration = [training[:8]]
         pieces = s.experts * s.granularity - s.granularity // 2
-        everything = moe_from_dense(dense, s.experts, s.granularity, top_k=pieces, batches=calibration)
+        count = dense.config.num_hidden_layers
+        blocks = range(count - (s.upcycle_layers or count), count)
+        sliced: dict[str, Any] = {"layers": blocks, "batches": calibration}
+        everything = moe_from_dense(dense, s.experts, s.granularity, top_k=pieces, **sliced)
         rows = [self._perplexity(dense, DENSE, held_out), self._perplexity(everything, ALL_ON, held_out)]
         del everything
         for name in (UPCYCLED, RANDOM):
-            sparse = moe_from_dense(dense, s.experts, s.granularity, top_k=s.upcycle_top_k, batches=calibration)
+            sparse = moe_from_dense(dense, s.experts, s.granularity, top_k=s.upcycle_top_k, **sliced)
             if name == RANDOM:
                 _draw_experts(sparse, s.seed)
             else:
                 rows.append(self._perplexity(sparse, "upcycled, untrained", held_out))
-            sparse.model.embed_tokens.weight.requires_grad_(False)
+            sparse.requires_grad_(False)
+            for layer in moe_layers(sparse).values():
+                layer.requires_grad_(True)
             self.fit(sparse, name, training, s.upcycle_steps, s.upcycle_learning_rate, s.balance_rate, s.upcycle_batch)
             rows.append(self._perplexity(sparse, name, held_out))
         return rows
@@ -304,9 +312,6 @@ class _Bench:
         from edgewright.io.text import load_texts, token_blocks
 
         model, tokenizer = edgewright.load(s.upcycle)
-        if s.upcycle_layers:
-            model.model.layers = model.model.layers[: s.upcycle_layers]
-            model.config.num_hidden_layers = s.upcycle_layers
         training = token_blocks(load_texts(None, "calibration"), tokenizer, s.tokens, seed=s.seed)
         held_out = token_blocks(load_texts(None, "evaluation"), tokenizer, s.tokens, s.held_out_blocks // 4, s.seed)
         return model, training, {"prose": held_out}
