@@ -77,6 +77,7 @@ class ExpertUsage:
             for domain in range(1, len(self.domains)):
                 axes.axvline(domain * experts - 0.5, color="white")
             axes.set_xticks([(i + 0.5) * experts - 0.5 for i in range(len(self.domains))], self.domains)
+            axes.set_yticks(range(len(self.layers)), [str(i) for i in range(len(self.layers))])
             axes.set_ylabel("layer")
             axes.figure.colorbar(image, label="load over the mean load")
         return Path(path)

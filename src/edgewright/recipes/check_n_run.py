@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
@@ -82,7 +82,18 @@ CLAIMS = (
     Claim("row_error", "minmax, 4 bits", "<", against="symmetric, 4 bits"),
 )
 CLOCKED: tuple[str, ...] = ("stall",)
-HEADLINE: Headline | None = None
+HEADLINE: Headline | None = Headline(
+    "{wide:.0f}x fewer bytes than full checkpoints at 4 bits with rows of 64 ({narrow:.0f}x with 16), {faults:,.0f} "
+    "injected faults with {unreadable:.0f} unreadable, training stands still {stall:.1f} ms instead of {plain:.0f}",
+    {
+        "wide": Cell("check-n-run.csv", {"metric": "reduction", "subject": "intermittent, 4 bits, d=64"}),
+        "narrow": Cell("check-n-run.csv", {"metric": "reduction", "subject": "intermittent, 4 bits, d=16"}),
+        "faults": Cell("checkpoint_faults.csv", {"metric": "faults", "subject": "all"}),
+        "unreadable": Cell("checkpoint_faults.csv", {"metric": "unreadable", "subject": "all"}),
+        "stall": Cell("checkpoint_stall.csv", {"metric": "stall", "subject": "check-n-run, 4 bits"}),
+        "plain": Cell("checkpoint_stall.csv", {"metric": "stall", "subject": "torch.save"}),
+    },
+)
 
 
 def plan(settings: CheckNRunSettings) -> Plan:
@@ -352,6 +363,7 @@ def _plot_restores(changes: dict[tuple[int, int], float], settings: CheckNRunSet
                 settings.restores, [changes[bits, r] for r in settings.restores], marker="o", label=f"{bits} bits"
             )
         axes.axhline(0.0, color="black", linewidth=0.5)
+        axes.set_xticks(settings.restores)
         axes.set_xlabel("restores")
         axes.set_ylabel("normalised entropy against no restore, %")
         axes.legend()
