@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
 if TYPE_CHECKING:
@@ -92,7 +92,15 @@ CLAIMS = (
     Claim("state", "drift 4, heavy-tailed table", "<", threshold=2.5, sizes=LARGE),
 )
 CLOCKED: tuple[str, ...] = ("latency_p50", "latency_p99")
-HEADLINE: Headline | None = None
+HEADLINE: Headline | None = Headline(
+    "search under a gate of 0.05 % of normalised entropy keeps {share:.0f} % of a DLRM's bytes (change {change:+.2f} %); "
+    "int8 everywhere {int8:.0f} %",
+    {
+        "share": Cell("low-precision-recsys.csv", {"metric": "share", "subject": "searched at 0.05 %"}),
+        "change": Cell("low-precision-recsys.csv", {"metric": "delta_ne", "subject": "searched at 0.05 %"}),
+        "int8": Cell("low-precision-recsys.csv", {"metric": "share", "subject": "all int8"}),
+    },
+)
 PERIODS = ("drift 1", "drift 2", "drift 3, features scaled", "drift 4, heavy-tailed table")
 BLANKET = {  # subject -> option of tables, option of linear layers
     "all fp16": ("fp16", "fp16"),
@@ -323,7 +331,8 @@ def _plot(report: Report, path: Path) -> None:
             axes.errorbar(share, value, yerr=[[0], [max(upper - value, 0)]], fmt="o", capsize=3, color=colour)
             axes.annotate(name, (share, value), xytext=(5, 5), textcoords="offset points", fontsize=8)
         axes.axhline(0.05, color="black", linestyle="--", linewidth=0.8)
-        axes.set_xscale("log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([12.5, 25, 50, 100], ["12.5", "25", "50", "100"])
         axes.set_xlabel("bytes (% of the float model)")
         axes.set_ylabel("growth of normalised entropy (%), bar to its upper end")
         axes.grid(alpha=0.25)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
 if TYPE_CHECKING:
@@ -101,7 +101,16 @@ CLAIMS = (
     Claim("perplexity", UPCYCLED, "<", against=RANDOM, sizes=LARGE),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None
+HEADLINE: Headline | None = Headline(
+    "loss {ours:.3f} nats/byte against {dense:.3f} of a dense model of equal work; decodes {native:.1f}x ({cpp:.1f}x in "
+    "llama.cpp) as fast as a dense one of equal memory",
+    {
+        "ours": Cell("mobilemoe.csv", {"metric": "loss", "subject": "MoE"}),
+        "dense": Cell("mobilemoe.csv", {"metric": "loss", "subject": "dense, equal active"}),
+        "native": Cell("moe_inference.csv", {"metric": "decode_speedup", "subject": "mixture"}),
+        "cpp": Cell("moe_inference.csv", {"metric": "decode_speedup", "subject": "mixture, 4 bits in llama.cpp"}),
+    },
+)
 
 
 def plan(settings: MobileMoE) -> Plan:
