@@ -93,8 +93,8 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ("latency_p50", "latency_p99")
 HEADLINE: Headline | None = Headline(
-    "search under a gate of 0.05 % of normalised entropy keeps {share:.0f} % of a DLRM's bytes (change {change:+.2f} %); "
-    "int8 everywhere {int8:.0f} %",
+    "search under a gate of 0.05 % of normalised entropy keeps {share:.0f} % of a DLRM's bytes (change "
+    "{change:+.2f} %); int8 everywhere {int8:.0f} %",
     {
         "share": Cell("low-precision-recsys.csv", {"metric": "share", "subject": "searched at 0.05 %"}),
         "change": Cell("low-precision-recsys.csv", {"metric": "delta_ne", "subject": "searched at 0.05 %"}),

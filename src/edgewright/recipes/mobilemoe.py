@@ -102,8 +102,8 @@ CLAIMS = (
 )
 CLOCKED: tuple[str, ...] = ()
 HEADLINE: Headline | None = Headline(
-    "loss {ours:.3f} nats/byte against {dense:.3f} of a dense model of equal work; decodes {native:.1f}x ({cpp:.1f}x in "
-    "llama.cpp) as fast as a dense one of equal memory",
+    "loss {ours:.3f} nats/byte against {dense:.3f} of a dense model of equal work; decodes {native:.1f}x ({cpp:.1f}x "
+    "in llama.cpp) as fast as a dense one of equal memory",
     {
         "ours": Cell("mobilemoe.csv", {"metric": "loss", "subject": "MoE"}),
         "dense": Cell("mobilemoe.csv", {"metric": "loss", "subject": "dense, equal active"}),
