@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,10 @@ from edgewright.errors import UsageError
 from edgewright.language.recall_task import IGNORED, RecallTask, recall_accuracy, recall_rows
 
 
-@pytest.mark.parametrize("task", [RecallTask(), RecallTask(2, 7, 8), RecallTask(31, 256, 64), RecallTask(3, 10, 8)])
+@pytest.mark.parametrize(
+    "task",
+    [RecallTask(), RecallTask(2, 7, 8), RecallTask(31, 256, 64), RecallTask(3, 10, 8), RecallTask(4, 32, 16, 0.75)],
+)
 def test_a_dictionary_solves_it(task: RecallTask) -> None:
     rows = recall_rows(task, 16, torch.Generator().manual_seed(0))
     half = task.vocabulary // 2
@@ -20,9 +25,18 @@ def test_a_dictionary_solves_it(task: RecallTask) -> None:
         assert all(0 < key < half <= value < task.vocabulary for key, value in shown.items())
         rest = ids[2 * task.pairs :]
         asked = [(place, token) for place, token in enumerate(rest, 2 * task.pairs) if token]
-        assert sorted(token for _, token in asked) == sorted(shown)
+        if task.density is None:
+            assert sorted(token for _, token in asked) == sorted(shown)
         wanted = {place + 1: shown[token] for place, token in asked}
         assert wanted == {place: label for place, label in enumerate(labels) if label != IGNORED}
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5, 1.0])
+def test_the_density_is_that_of_the_questions(density: float) -> None:
+    labels = recall_rows(RecallTask(4, 64, 16, density), 256, torch.Generator().manual_seed(0))["labels"]
+    asked = (labels != IGNORED).sum(1)
+    assert int(asked.min()) >= 1  # also where chance asked nothing
+    assert abs(float(asked.float().mean()) / 55 - (1 + 54 * density) / 55) < 0.02
 
 
 def test_the_seed_decides() -> None:
@@ -46,9 +60,10 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
     [
         ({"pairs": 0}, "pairs=0: a vocabulary of 64 has 1 to 31 distinct keys"),
         ({"pairs": 32}, "pairs=32"),
+        ({"density": 0.0}, "density=0.0 is a probability"),
         ({"length": 24}, "length=24 is too short for 8 pairs; give 25 tokens or more"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(fields: dict[str, int], message: str) -> None:
+def test_what_cannot_be_asked_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RecallTask(**fields)

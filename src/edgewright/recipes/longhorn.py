@@ -31,24 +31,30 @@ STEP_SECONDS = {
     "attention": 3e-9,
     ABLATION: 1.7e-8,
 }  # a width^2 layer token, 2 cores
+INITIAL = 0.1  # standard deviation of weights at the start
 REACHED = 0.9  # recall whose first step is reported
 
 
 @dataclass(frozen=True)
 class Recall:
-    """`pairs` to remember in rows of `length` tokens; tested there and at `longer`. looks: times a run is judged."""
+    """`pairs` to remember in rows of `length` tokens; tested there and at `longer`. looks: times a run is judged.
 
-    pairs: int = 8
-    length: int = 64
-    longer: int = 256
-    vocabulary: int = 64
+    A small vocabulary and a question at nearly every place (`density`): with 8 pairs of 64 tokens, each asked for
+    once, none of the models learned to tell one pair from another within 1200 steps of 16 rows.
+    """
+
+    pairs: int = 4
+    length: int = 32
+    longer: int = 128
+    vocabulary: int = 16
+    density: float | None = 0.75
     width: int = 64
     layers: int = 2
-    steps: int = 1200
-    batch: int = 16
-    learning_rate: float = 3e-3
+    steps: int = 800
+    batch: int = 32
+    learning_rate: float = 5e-3
     rows: int = 256
-    looks: int = 12
+    looks: int = 20
     ablation: bool = True
 
 
@@ -79,7 +85,7 @@ class LonghornSettings:
 def tiny() -> LonghornSettings:
     return LonghornSettings(
         seeds=1,
-        recall=Recall(2, 12, 24, 16, 16, 1, steps=12, batch=8, rows=16, looks=2, ablation=False),
+        recall=Recall(2, 12, 24, 16, None, 16, 1, steps=12, batch=8, rows=16, looks=2, ablation=False),
         text=Text(32, 16, 1, steps=12, batch=4, held_out_blocks=4),
     )
 
@@ -92,7 +98,7 @@ def paper() -> LonghornSettings:
     """Longer runs of wider models; the published ones have 120M to 1.3B parameters and up to 100 billion tokens."""
     return LonghornSettings(
         seeds=5,
-        recall=Recall(32, 256, 1024, 128, 128, 2, steps=20000, batch=64),
+        recall=Recall(32, 256, 1024, 128, None, 128, 2, steps=20000, batch=64, learning_rate=3e-3),
         text=Text(1024, 768, 24, steps=5000, batch=512, learning_rate=6e-4),
     )
 
@@ -182,7 +188,11 @@ def feed_forward_width(width: int, d_state: int = 16) -> int:
 
 
 def model_of(name: str, vocabulary: int, width: int, layers: int, context: int, seed: int) -> nn.Module:
-    """A language model by the name of its mixer, weights drawn from the seed."""
+    """A language model by the name of its mixer, weights drawn from the seed.
+
+    Embeddings and the weights of attention are N(0, 0.1^2), as transformers' Mamba has them: from 0.02, the usual
+    number for large models, attention of this width had not begun to recall after 1200 steps.
+    """
     import torch
 
     from edgewright.language.decoder import new_decoder
@@ -194,7 +204,7 @@ def model_of(name: str, vocabulary: int, width: int, layers: int, context: int, 
         tokens: dict[str, Any] = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
         shape = MambaConfig(
             vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, state_size=16, use_cache=False,
-            use_mambapy=True, tie_word_embeddings=True, **tokens,
+            use_mambapy=True, tie_word_embeddings=True, initializer_range=INITIAL, **tokens,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -210,6 +220,7 @@ def model_of(name: str, vocabulary: int, width: int, layers: int, context: int, 
             mixers="full_attention" if attends else "longhorn",
             ffn_types="mlp" if attends else "none",
             longhorn={"fixed_beta": 0.5} if name == ABLATION else None,
+            initializer_range=INITIAL,
             max_position_embeddings=context,
         ),
         seed,
@@ -256,7 +267,9 @@ def _recall(settings: LonghornSettings, name: str, seed: int) -> dict[str, Any]:
     from edgewright.language.recall_task import RecallTask, recall_accuracy, recall_rows
 
     part = settings.recall
-    task, longer = (RecallTask(part.pairs, length, part.vocabulary) for length in (part.length, part.longer))
+    task, longer = (
+        RecallTask(part.pairs, length, part.vocabulary, part.density) for length in (part.length, part.longer)
+    )
     held_out = [recall_rows(t, part.rows, torch.Generator().manual_seed(10**6 + seed)) for t in (task, longer)]
     model = model_of(name, part.vocabulary, part.width, part.layers, part.longer, seed)
     every = max(1, part.steps // part.looks)
