@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import nn
 
 from edgewright.errors import CheckFailed
 from edgewright.optim import APOLLO, apollo_param_groups
+from edgewright.training.loop import TrainConfig, fit
 
 SHARDED = {
     "smaller": {"rank": 4, "update_proj_gap": 3},
@@ -110,7 +113,56 @@ def _one_of_two(folder: Path, rank: int) -> None:
         else:
             raise AssertionError("a gradient that is not finite went through")
         assert torch.equal(whole, flat(model))
+    through_the_loop(folder, split)
     dist.destroy_process_group()
+
+
+class Steps:
+    """The batches of `batch`, from any step on."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        self.step += 1
+        return self.step - 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def through_the_loop(folder: Path, split: Callable[[int], nn.Module]) -> None:
+    """edgewright's loop writes the sketches of split weights, and goes on from them to the same bits."""
+    settings = TrainConfig(12, 1e-2, warmup_steps=0, schedule="constant", checkpoint_every=5)
+    for name, options in SHARDED.items():
+        found = []
+        for stops in ([None], [5, None]):
+            for stop in stops:
+                model, where = split(0), folder / f"loop-{name}-{len(stops)}"
+                loss, optimizer = _Stopping(stop), apollo(model, **options)
+                with contextlib.suppress(InterruptedError):
+                    fit(model, loss, Steps(), settings, optimizer=optimizer, output=where, progress=False)
+            found.append(flat(model))
+        assert torch.equal(*found), name
+
+
+class _Stopping:
+    """The loss, which stops a run after so many updates: the processes have batches of their own."""
+
+    def __init__(self, after: int | None) -> None:
+        self.left = after
+
+    def __call__(self, model: nn.Module, step: int) -> torch.Tensor:
+        if self.left == 0:
+            raise InterruptedError
+        self.left = None if self.left is None else self.left - 1
+        return loss_of(model, step)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,42 @@ FOLDER = "sharded"
 
 @dataclass(frozen=True)
 class Part:
-    """Stands in a saved state for a tensor that lies in the folder of parts, under `key`."""
+    """Stands in a saved state for a tensor that lies in the folder of parts, under `key`.
+
+    shape and dtype of the whole; cuts: for each dimension of the mesh the tensor's dimension that it splits, or None.
+    All None in checkpoints of 0.1, where such a tensor was like its parameter.
+    """
 
     key: str
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    cuts: tuple[int | None, ...] | None = None
+
+    @classmethod
+    def of(cls, key: str, tensor: Any) -> Part:
+        """The stand-in of a split tensor."""
+        cuts = tuple(place.dim if place.is_shard() else None for place in tensor.placements)
+        return cls(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), cuts)
+
+    def empty(self, parameter: Tensor) -> Tensor:
+        """Zeros for the tensor, on the mesh of the parameter whose state it is; whole where the parameter is whole."""
+        if self.shape is None or self.dtype is None or self.cuts is None:
+            return torch.zeros_like(parameter).detach()
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise FormatError(f"the state {self.key!r} is of an unknown type {self.dtype[:20]!r}")
+        if not is_split(parameter):
+            return torch.zeros(self.shape, dtype=dtype, device=parameter.device)
+        from torch.distributed.tensor import Replicate, Shard, zeros
+
+        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        if len(self.cuts) != mesh.ndim:
+            raise UsageError(
+                f"the state {self.key!r} was split over a mesh of {len(self.cuts)} dimensions, and the model is over "
+                f"one of {mesh.ndim}; resume on a mesh of as many dimensions"
+            )
+        places = [Replicate() if cut is None else Shard(cut) for cut in self.cuts]
+        return zeros(self.shape, dtype=dtype, device_mesh=mesh, placements=places)
 
 
 def shard_(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
@@ -115,13 +148,13 @@ def part_names(folder: Path) -> set[str]:
 
 
 def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Put empty tensors, split like their parameters, in the places of `Part`s; the tensors by key, to be read."""
+    """Put empty tensors, split as they were, in the places of `Part`s; the tensors by key, to be read."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found: dict[str, Tensor] = {}
     for index, entries in state.get("state", {}).items():
         for name, value in entries.items():
             if isinstance(value, Part):
-                entries[name] = found[value.key] = torch.zeros_like(parameters[index]).detach()
+                entries[name] = found[value.key] = value.empty(parameters[index])
     return found
 
 

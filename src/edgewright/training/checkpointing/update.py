@@ -202,11 +202,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             whole = all(type(record[n]) is int and 0 <= record[n] < 2**62 for n in ("key", "rows", "first"))
             if not whole or not record["rows"] or record["ids"] not in ("delta", "bitmap"):
                 raise FormatError(f"{path} has a record without rows")
+            if not isinstance(record["table"], str):
+                raise FormatError(f"{path} has a record without a table")
             if not (record["bits"] is None or (record["bits"] in (2, 3, 4, 8) and type(record["raw"]) is int)):
                 raise FormatError(f"{path} has a record of {str(record['bits'])[:20]} bits")
         if not all(isinstance(fields[n], str) for n in ("base", "id", "before", "after")):
             raise FormatError(f"{path} does not say from where it leads to where")
-        list(fields["dense"])
+        if not all(isinstance(name, str) for name in fields["dense"]):
+            raise FormatError(f"{path} names a tensor by something that is no text")
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} lacks a field, or has one of another type ({error!r})") from error
     return fields, tensors
