@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
@@ -117,7 +117,19 @@ CLAIMS = (
     Claim("text_loss", "Longhorn", "<", against="Mamba", factor=NOISE, sizes=TRAINED),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None  # the row stays planned until all claims hold at size small
+HEADLINE: Headline | None = Headline(
+    "recall {recall:.3f} after {steps:.0f} steps (Mamba {mamba_steps:.0f}), {longer:.2f} at four times the length "
+    "(attention {attention:.2f}); a token at context 8192 costs {late:.0f} ms, attention's {attention_late:.0f}",
+    {
+        "recall": Cell("longhorn.csv", {"metric": "recall", "subject": "Longhorn"}),
+        "steps": Cell("longhorn.csv", {"metric": "steps_to_90%", "subject": "Longhorn"}),
+        "mamba_steps": Cell("longhorn.csv", {"metric": "steps_to_90%", "subject": "Mamba"}),
+        "longer": Cell("longhorn.csv", {"metric": "recall_longer", "subject": "Longhorn"}),
+        "attention": Cell("longhorn.csv", {"metric": "recall_longer", "subject": "attention"}),
+        "late": Cell("longhorn_decode.csv", {"metric": "token", "subject": "Longhorn at 8192"}),
+        "attention_late": Cell("longhorn_decode.csv", {"metric": "token", "subject": "attention at 8192"}),
+    },
+)
 
 
 def plan(settings: LonghornSettings) -> Plan:
