@@ -62,7 +62,7 @@ class DistributedLionSettings:
 
     seed: int = 0
     seeds: int = 3
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     pilot_steps: int = 120
     text: Text = field(default_factory=Text)
     digits: Digits = field(default_factory=Digits)
