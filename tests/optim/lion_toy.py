@@ -29,6 +29,7 @@ from edgewright.optim.lion_checkpoint import consolidated_state, load_replicas, 
 from edgewright.optim.lion_distributed import DistributedLion, lion_groups
 from edgewright.optim.lion_hook import LocalGradients, disable_gradient_allreduce, register_distributed_lion_hook
 from edgewright.training import BlockBatches, TrainConfig, fit
+from edgewright.training.checkpoint import latest_checkpoint, read_state
 
 STEPS, LR, DECAY = 4, 0.01, 0.1
 SHAPES = {"embed": (9, 4), "weight": (7, 13), "bias": (3,), "scalar": (1,), "absent": (5,), "sometimes": (6,)}
@@ -334,6 +335,13 @@ def traffic(groups: dict[int, Any]) -> dict[str, float]:
     return found
 
 
+def run_state(output: Path) -> dict[str, Any]:
+    path = latest_checkpoint(output)
+    assert path is not None
+    found: dict[str, Any] = read_state(path)
+    return found
+
+
 # -- two processes -----------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +365,7 @@ def two(rank: int, folder: Path) -> None:
         optimizer.replica_checksum()
     save_file(found, folder / f"elastic-{rank}.safetensors")
 
-    def run(steps: int, output: str | None, stop: int = 0) -> list[Tensor]:
+    def run(steps: int, output: str | None, stop: int = 0, sync: int = 0, accumulation: int = 1) -> list[Tensor]:
         network, calls = model(seed=rank), [0]
 
         def loss(module: nn.Module, batch: Tensor) -> Tensor:
@@ -366,9 +374,9 @@ def two(rank: int, folder: Path) -> None:
                 signal.raise_signal(signal.SIGINT)
             return F.cross_entropy(module(batch[:, :3]), batch[:, 3])
 
-        optimizer = DistributedLion(lion_groups(network, DECAY), LR, momentum_sync_every=2)
+        optimizer = DistributedLion(lion_groups(network, DECAY), LR, momentum_sync_every=sync)
         data = torch.randint(0, 12, (30, 4), generator=torch.Generator().manual_seed(3))
-        config = TrainConfig(steps, clip_norm=None, checkpoint_every=2, log_every=2)
+        config = TrainConfig(steps, clip_norm=None, checkpoint_every=2, log_every=2, accumulation=accumulation)
         where = None if output is None else folder / output
         batches = BlockBatches(data, 3, seed=1)
         try:
@@ -377,11 +385,18 @@ def two(rank: int, folder: Path) -> None:
             texts["interrupted"] = optimizer.steps
         return [parameter.detach().clone() for parameter in network.parameters()]
 
-    whole = run(6, None)
-    run(6, "run", stop=4)  # in step 4, which ends with shared momenta
-    texts["fit resumes"] = all(map(torch.equal, whole, run(6, "run")))
-    run(6, "odd", stop=3)
-    texts["odd"] = refusal(lambda: run(6, "odd"))
+    # stopped in a step that ends with shared momenta, in one that does not, and within an accumulated one
+    for name, stop, options in (
+        ("shared", 4, {"sync": 2}),
+        ("own", 3, {"sync": 2}),
+        ("within", 4, {"accumulation": 3}),
+    ):
+        whole = run(6, None, **options)
+        run(6, name, stop=stop, **options)
+        if name == "own":
+            state = run_state(folder / name)
+            texts["of its own"] = [state["own"], state["optimizer"]]
+        texts[f"{name} resumes"] = all(map(torch.equal, whole, run(6, name, **options)))
     (folder / f"pair-{rank}.json").write_text(json.dumps(texts))
 
 

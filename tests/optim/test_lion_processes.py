@@ -148,11 +148,11 @@ def test_weights_split_over_one_row_of_a_mesh_vote_over_the_other(folder: Path) 
         assert "votes among 2 of 4 processes" in found["saving"]
 
 
-def test_fit_trains_and_resumes_where_momenta_were_shared(folder: Path) -> None:
+def test_fit_resumes_with_everybodys_momentum_and_gradients(folder: Path) -> None:
     for rank in range(2):
         found = texts(folder, rank, "pair")
-        assert found["fit resumes"]
-        assert "momentum_sync_every equal to checkpoint_every" in found["odd"]
+        assert all(found[f"{name} resumes"] for name in ("shared", "own", "within"))
+        assert found["of its own"] == [2, None]
 
 
 @pytest.mark.parametrize("how", toy.DEATHS)

@@ -213,10 +213,15 @@ class DistributedLion(torch.optim.Optimizer):
         """`Traffic` of this process so far, and the ratio to a ring all-reduce of float32 gradients."""
         return self.exchange.traffic.as_dict(self.world) if self.exchange else {}
 
+    @property
+    def differs_by_process(self) -> bool:
+        """Whether every process has momentum of its own now: not in one process, and not right after averaging."""
+        synced = self.momentum_sync_every and self.steps and self.steps % self.momentum_sync_every == 0
+        return self.exchange is not None and not synced
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and whose momentum it is: of this process alone, or of all right after they were averaged."""
-        synced = self.momentum_sync_every and self.steps and self.steps % self.momentum_sync_every == 0
-        holder = SHARED if self.exchange is None or synced else f"process {self.rank} of {self.world}"
+        holder = f"process {self.rank} of {self.world}" if self.differs_by_process else SHARED
         for group in self.param_groups:
             group["momentum_of"] = holder
         return super().state_dict()
@@ -232,7 +237,7 @@ class DistributedLion(torch.optim.Optimizer):
             raise UsageError(
                 f"this state holds the momentum of {holder} and was given to others too, here to process {self.rank} "
                 f"of {self.world}: use load_replicas(folder, model, optimizer, strategy='mean'), or save right after "
-                "momenta were averaged (with fit: momentum_sync_every equal to checkpoint_every)"
+                "momenta were averaged (momentum_sync_every)"
             )
         super().load_state_dict(state_dict)
 

@@ -1,8 +1,8 @@
 """Checkpoint folders: tensors in safetensors, everything else in JSON, each folder complete or absent. No pickle.
 
 `<output>/checkpoints/step-00000012.0/` holds `model.safetensors` (by parameter name), `state.safetensors` and
-`state.json`, and `sharded/` where the weights are split over processes. The number after the dot counts the micro steps
-of a step that was interrupted within accumulation.
+`state.json`; `sharded/` where the weights are split over processes; `own/` where processes have something that the
+others do not. The number after the dot counts the micro steps of a step that was interrupted within accumulation.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FORMAT = 1
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})\.(\d+)")
 MODEL, TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
+OWN = "own"  # folder of what each process has for itself
 PART = "model."  # before the names of the model's tensors among the parts
 
 
@@ -47,10 +48,13 @@ def step_of(path: Path) -> int:
     return _order(path)[0]
 
 
-def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any, accelerator: Any = None) -> None:
+def write_checkpoint(
+    path: Path, model: Mapping[str, Tensor], state: Any, accelerator: Any = None, own: Any = None
+) -> None:
     """Write one checkpoint folder, flushed to disk before it gets its name.
 
-    Tensors that are split over processes go into a folder of parts: then every process calls, with its `accelerator`.
+    Tensors that are split over processes go into a folder of parts, and so does what each has of its `own` (a tree like
+    `state`, or None on all of them): then every process calls, with its `accelerator`.
     `state` is a tree of dicts, lists, tuples, tensors, arrays, numbers, strings and None. Raises UsageError for
     anything else (naming its place) and OutputError when the disk refuses; neither leaves a folder behind.
     """
@@ -60,7 +64,7 @@ def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any, accele
     parts |= {name: tensor for name, tensor in tensors.items() if is_split(tensor)}
     model = {name: tensor for name, tensor in model.items() if PART + name not in parts}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    if not parts:
+    if not parts and own is None:
         with atomic_directory(path) as folder:
             _write_files(folder, model, tensors, tree)
         return
@@ -68,7 +72,11 @@ def write_checkpoint(path: Path, model: Mapping[str, Tensor], state: Any, accele
         begin_folder(path)
     accelerator.wait_for_everyone()
     temporary = path.parent / f".{path.name}.part"
-    write_parts(temporary / PARTS, parts)
+    if parts:
+        write_parts(temporary / PARTS, parts)
+    if own is not None:
+        _write_own(temporary / OWN, accelerator.process_index, own)
+        accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _write_files(temporary, model, tensors, tree)
         finish_folder(temporary, path)
@@ -79,11 +87,41 @@ def _write_files(folder: Path, model: Mapping[str, Tensor], tensors: Mapping[str
     _save(tensors, folder / TENSORS)
     (folder / STATE).write_text(json.dumps({"format": FORMAT, "state": tree}, indent=1), encoding="utf-8")
     for name in (MODEL, TENSORS, STATE):
-        descriptor = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(folder / name)
+
+
+def _write_own(folder: Path, process: int, own: Any) -> None:
+    tensors: dict[str, Tensor] = {}
+    tree = encode_state(own, tensors, "own")
+    try:
+        folder.mkdir(exist_ok=True)
+        _save(tensors, _own(folder, process, TENSORS))
+        _own(folder, process, STATE).write_text(json.dumps(tree), encoding="utf-8")
+        for name in (TENSORS, STATE):
+            _flush(_own(folder, process, name))
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def read_own(path: Path, process: int) -> Any:
+    """What a process wrote for itself. Raises FormatError when it is damaged or absent."""
+    try:
+        tensors = {name: tensor.clone() for name, tensor in _tensors(_own(path / OWN, process, TENSORS))}
+        return decode_state(json.loads(_own(path / OWN, process, STATE).read_text(encoding="utf-8")), tensors)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise error if isinstance(error, FormatError) else _damaged(path, error) from error
+
+
+def _own(folder: Path, process: int, name: str) -> Path:
+    return folder / f"{process:05d}-{name}"
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_state(value: Any, place: str) -> None:

@@ -42,7 +42,8 @@ class Keeper:
 
     `settings` is everything outside the model that shapes the result; a resume under other settings is refused.
     A loss function with `state_dict()` and `load_state_dict()` is kept with the run, unless it is an nn.Module.
-    In a distributed run every process calls `save` and `restore`; the first one writes, each keeps its random state.
+    In a distributed run every process calls `save` and `restore`; the first one writes, each keeps its random state,
+    its gradients within an accumulated step, and the state of an optimizer that says `differs_by_process`.
     """
 
     def __init__(
@@ -97,6 +98,13 @@ class Keeper:
                 f"cannot resume from {path}: {name} was {was!r}, now {now!r}; use the old value, another output "
                 "folder, or resume='never' to start again"
             )
+        if wrote := state.get("own"):
+            if wrote != self._accelerator.num_processes:
+                raise UsageError(
+                    f"cannot resume from {path}: each of {wrote} processes wrote a state of its own, and here are "
+                    f"{self._accelerator.num_processes}; start {wrote} processes, or resume='never' to begin again"
+                )
+            state |= checkpoint.read_own(path, self._accelerator.process_index)
         names = checkpoint.model_names(path)
         snapshot.check_model(path, self._model, names, state["shapes"], state["frozen"])
         snapshot.restore_batches(self._batches, state["batches"])
@@ -158,7 +166,9 @@ class Keeper:
 
             random = gather_object(random)
         split = sharded.is_sharded(self._model)
-        if (self._accelerator.is_main_process or split) and path != saved:
+        own = self._own(position, split)
+        together = split or own is not None
+        if (self._accelerator.is_main_process or together) and path != saved:
             losses = [float(loss) for loss in position.losses]
             if not all(math.isfinite(loss) for loss in losses):
                 raise CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {saved} is kept")
@@ -172,24 +182,35 @@ class Keeper:
                 "loss_function": None if self._loss_function is None else self._loss_function.state_dict(),
                 "random": random,
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "gradients": snapshot.gradients(self._model),
+                "optimizer": None if own and "optimizer" in own else self._optimizer.state_dict(),
+                "gradients": {} if own and "gradients" in own else snapshot.gradients(self._model),
                 "frozen": self._frozen,
                 "shapes": {n: checkpoint.describe(t) for n, t in snapshot.model_tensors(self._model).items()},
+                "own": self._accelerator.num_processes if own else 0,
             }
             tensors = snapshot.changing_tensors(self._model, self._frozen)
-            if behind and not split:
+            if behind and not together:
                 self._write_behind(path, tensors, state)
                 return path
-            checkpoint.write_checkpoint(path, tensors, state, self._accelerator)
+            checkpoint.write_checkpoint(path, tensors, state, self._accelerator, own)
             if self._accelerator.is_main_process:
                 checkpoint.remove_checkpoints(self.folder, keep=path)
-        if behind and not split:  # the first process writes; nobody waits
+        if behind and not together:  # the first process writes; nobody waits
             self._writing = path
             return path
         self._accelerator.wait_for_everyone()
         self._saved = path
         return path
+
+    def _own(self, position: Position, split: bool) -> dict[str, Any] | None:
+        """What this process has and the others do not; None, on all of them, where that is nothing."""
+        own: dict[str, Any] = {}
+        if self._accelerator.num_processes > 1:
+            if getattr(self._optimizer, "differs_by_process", False):
+                own["optimizer"] = self._optimizer.state_dict()
+            if position.micro and not split:  # not yet averaged
+                own["gradients"] = snapshot.gradients(self._model)
+        return own or None
 
     def _write_behind(self, path: Path, tensors: Mapping[str, Tensor], state: Any) -> None:
         folder, tensors, state = self.folder, snapshot.copied(tensors), snapshot.copied(state)
