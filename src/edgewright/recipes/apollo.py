@@ -47,7 +47,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "SGD with momentum": (0.1, 0.3, 1.0),
 }
 # without Muon, whose bfloat16 products take 17 s a layer and step on a CPU without such instructions
-TUNED = ("AdamW", "AdamW 8-bit (torchao)", "Adafactor", "Muon", "GaLore", "APOLLO", "APOLLO-Mini")
+TUNED = ("AdamW", "AdamW 8-bit (torchao)", "Adafactor", "GaLore", "APOLLO", "APOLLO-Mini")
 SMOOTH, EARLY, LAST = 10, 100, 0.2
 
 
