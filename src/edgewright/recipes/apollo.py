@@ -370,7 +370,8 @@ def _plots(runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
     with plot(output / "loss.png", (7.5, 4.5)) as axes:
         for method, found in runs.items():
             losses = [mean(step) for step in zip(*(point["losses"] for point in found), strict=True)]
-            axes.plot([mean(losses[max(0, i - SMOOTH) : i + 1]) for i in range(len(losses))], label=method)
+            smooth = [mean(losses[max(0, i - SMOOTH) : i + 1]) for i in range(len(losses))]
+            axes.plot(smooth, "--" if len(axes.lines) >= 10 else "-", label=method)  # ten colours
         axes.set(xlabel="step", ylabel="training loss, nats a byte, smoothed")
         axes.legend(fontsize="small")
     with plot(output / "scales.png", (7.5, 4)) as axes:
