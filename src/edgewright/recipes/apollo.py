@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
@@ -124,7 +124,19 @@ CLAIMS = (
     Claim("tuned_loss", "APOLLO", "<", against="AdamW", factor=1.02, sizes=BOTH),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None
+HEADLINE: Headline | None = Headline(
+    "loss {ours:.2f} nats/byte where AdamW has {adamw:.2f}, with {saving:.1f}x less state on SmolLM2 ({mini:.1f}x "
+    "APOLLO-Mini); a step takes {step:.0f} ms, AdamW's list operations {foreach:.0f}, its fused kernel {fused:.0f}",
+    {
+        "ours": Cell("apollo.csv", {"metric": "loss", "subject": "APOLLO"}),
+        "adamw": Cell("apollo.csv", {"metric": "loss", "subject": "AdamW"}),
+        "saving": Cell("apollo.csv", {"metric": "smollm2_saving", "subject": "APOLLO"}),
+        "mini": Cell("apollo.csv", {"metric": "smollm2_saving", "subject": "APOLLO-Mini"}),
+        "step": Cell("apollo_step.csv", {"metric": "step", "subject": "whole: APOLLO"}),
+        "foreach": Cell("apollo_step.csv", {"metric": "step", "subject": "whole: AdamW, foreach"}),
+        "fused": Cell("apollo_step.csv", {"metric": "step", "subject": "whole: AdamW"}),
+    },
+)
 
 
 def plan(settings: Apollo) -> Plan:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.recipes.recipe import Claim, Headline, Plan
+from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
 if TYPE_CHECKING:
@@ -99,7 +99,17 @@ CLAIMS = (
     Claim("digits_loss_ratio", f"{MAVO}, 4 workers", "<", 1.1, sizes=TRAINED),
 )
 CLOCKED: tuple[str, ...] = ()
-HEADLINE: Headline | None = None  # the row stays planned until size small has run
+HEADLINE: Headline | None = Headline(
+    "{fewer:.1f}x fewer bytes on the wire than float32 gradients, a step at 100 Mbit/s {faster:.1f}x as fast; loss "
+    "{ours:.2f} nats/byte, Lion {lion:.2f}, AdamW {adamw:.2f}",
+    {
+        "fewer": Cell("lion_link.csv", {"metric": "fewer_bytes", "subject": "majority vote"}),
+        "faster": Cell("lion_link.csv", {"metric": "faster at 100 Mbit/s", "subject": "majority vote"}),
+        "ours": Cell("distributed-lion.csv", {"metric": "text_loss", "subject": "majority vote"}),
+        "lion": Cell("distributed-lion.csv", {"metric": "text_loss", "subject": "Lion"}),
+        "adamw": Cell("distributed-lion.csv", {"metric": "text_loss", "subject": "AdamW"}),
+    },
+)
 
 
 def plan(settings: DistributedLionSettings) -> Plan:
