@@ -231,7 +231,7 @@ def encode_state(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
         if not is_split(value):
             return {"__tensor__": key}
         part = Part.of(key, value)
-        return {"__part__": key, "shape": list(part.shape or ()), "dtype": part.dtype, "cuts": list(part.cuts or ())}
+        return {"__part__": key, "shape": list(part.shape), "dtype": part.dtype, "cuts": list(part.cuts)}
     if isinstance(value, np.ndarray):
         return {"__array__": encode_state(torch.from_numpy(np.ascontiguousarray(value)), tensors, place)}
     if isinstance(value, np.generic):
@@ -262,8 +262,6 @@ def decode_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "__tensor__" in tree:
         return tensors[tree["__tensor__"]]
     if "__part__" in tree:
-        if "shape" not in tree:
-            return Part(tree["__part__"])
         return Part(tree["__part__"], tuple(tree["shape"]), tree["dtype"], tuple(tree["cuts"]))
     if "__array__" in tree:
         return decode_state(tree["__array__"], tensors).numpy()

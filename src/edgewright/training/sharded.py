@@ -28,13 +28,12 @@ class Part:
     """Stands in a saved state for a tensor that lies in the folder of parts, under `key`.
 
     shape and dtype of the whole; cuts: for each dimension of the mesh the tensor's dimension that it splits, or None.
-    All None in checkpoints of 0.1, where such a tensor was like its parameter.
     """
 
     key: str
-    shape: tuple[int, ...] | None = None
-    dtype: str | None = None
-    cuts: tuple[int | None, ...] | None = None
+    shape: tuple[int, ...]
+    dtype: str
+    cuts: tuple[int | None, ...]
 
     @classmethod
     def of(cls, key: str, tensor: Any) -> Part:
@@ -44,8 +43,6 @@ class Part:
 
     def empty(self, parameter: Tensor) -> Tensor:
         """Zeros for the tensor, on the mesh of the parameter whose state it is; whole where the parameter is whole."""
-        if self.shape is None or self.dtype is None or self.cuts is None:
-            return torch.zeros_like(parameter).detach()
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise FormatError(f"the state {self.key!r} is of an unknown type {self.dtype[:20]!r}")
