@@ -20,7 +20,8 @@ def _prepare(path: Path) -> Path:
     return path.parent
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before going on. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +45,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        sync_file(temporary)
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a result should read like any other
         os.replace(temporary, path)
     except OutputError:

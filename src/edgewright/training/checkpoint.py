@@ -8,7 +8,6 @@ others do not. The number after the dot counts the micro steps of a step that wa
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from edgewright.errors import FormatError, OutputError, UsageError
-from edgewright.io.atomic import atomic_directory
+from edgewright.io.atomic import atomic_directory, sync_file
 from edgewright.training.sharded import FOLDER as PARTS
 from edgewright.training.sharded import Part, begin_folder, finish_folder, is_split, part_names, write_parts
 
@@ -87,7 +86,7 @@ def _write_files(folder: Path, model: Mapping[str, Tensor], tensors: Mapping[str
     _save(tensors, folder / TENSORS)
     (folder / STATE).write_text(json.dumps({"format": FORMAT, "state": tree}, indent=1), encoding="utf-8")
     for name in (MODEL, TENSORS, STATE):
-        _flush(folder / name)
+        sync_file(folder / name)
 
 
 def _write_own(folder: Path, process: int, own: Any) -> None:
@@ -98,7 +97,7 @@ def _write_own(folder: Path, process: int, own: Any) -> None:
         _save(tensors, _own(folder, process, TENSORS))
         _own(folder, process, STATE).write_text(json.dumps(tree), encoding="utf-8")
         for name in (TENSORS, STATE):
-            _flush(_own(folder, process, name))
+            sync_file(_own(folder, process, name))
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from error
 
@@ -114,14 +113,6 @@ def read_own(path: Path, process: int) -> Any:
 
 def _own(folder: Path, process: int, name: str) -> Path:
     return folder / f"{process:05d}-{name}"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_state(value: Any, place: str) -> None:
