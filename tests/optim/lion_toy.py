@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from optim.lion_network import CASES, DECAY, LR, STEPS, backward, gradient, model, parameters, refusal, rows
+from optim.lion_refusals import refusals
 from processes import fork
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,61 +32,6 @@ from edgewright.optim.lion_distributed import DistributedLion, lion_groups
 from edgewright.optim.lion_hook import LocalGradients, disable_gradient_allreduce, register_distributed_lion_hook
 from edgewright.training import BlockBatches, TrainConfig, fit
 from edgewright.training.checkpoint import latest_checkpoint, read_state
-
-STEPS, LR, DECAY = 4, 0.01, 0.1
-SHAPES = {"embed": (9, 4), "weight": (7, 13), "bias": (3,), "scalar": (1,), "absent": (5,), "sometimes": (6,)}
-CASES = [
-    (world, aggregate, topology, zero, reply)
-    for world in (2, 3, 4)
-    for aggregate in ("mavo", "avg")
-    for topology in ("two_phase", "all_gather")
-    for zero in ("auto", "alternate")
-    for reply in (("bits", "int8") if aggregate == "avg" and topology == "two_phase" else ("bits",))
-]
-
-
-def parameters() -> list[tuple[str, nn.Parameter]]:
-    generator = torch.Generator().manual_seed(0)
-    return [(name, nn.Parameter(torch.randn(shape, generator=generator))) for name, shape in SHAPES.items()]
-
-
-def gradient(name: str, step: int, rank: int) -> Tensor | None:
-    """None everywhere for "absent", on some for "sometimes"; most rows of "embed" are zero, some on this rank only."""
-    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + len(name))
-    value = torch.randn(SHAPES[name], generator=generator)
-    if name == "absent" or (name == "sometimes" and (rank + step) % 2):
-        return None
-    if name == "embed":
-        value[rank + 1 :] = 0
-    if name == "bias":
-        value[1] = 0.0
-    return value
-
-
-def model(seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Embedding(12, 6), nn.Flatten(), nn.Linear(18, 17), nn.Tanh(), nn.Linear(17, 12))
-
-
-def rows(step: int, rank: int) -> Tensor:
-    return torch.randint(0, 12, (4, 4), generator=torch.Generator().manual_seed(100 * step + rank))
-
-
-def backward(network: nn.Module, step: int, rank: int) -> None:
-    data = rows(step, rank)
-    for parameter in network.parameters():
-        parameter.grad = None
-    F.cross_entropy(network(data[:, :3]), data[:, 3]).backward()
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except EdgewrightError as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
-
 
 # -- four processes ----------------------------------------------------------------------------------------------------
 
@@ -114,82 +61,6 @@ def four(rank: int, folder: Path) -> None:
     texts = {"one": refusals(rank, groups[4]), "parallel": parallel(rank), "checkpoint": checkpoints(rank, folder)}
     texts["traffic"] = traffic(groups)
     (folder / f"texts-{rank}.json").write_text(json.dumps(texts))
-
-
-def refusals(rank: int, group: Any) -> dict[str, Any]:
-    texts: dict[str, Any] = {}
-
-    def fresh(**options: Any) -> tuple[list[tuple[str, nn.Parameter]], DistributedLion]:
-        named = parameters()
-        return named, DistributedLion(named, LR, process_group=group, **options)
-
-    def give(named: list[tuple[str, nn.Parameter]], who: int) -> None:
-        for name, parameter in named:
-            parameter.grad = gradient(name, 0, who)
-
-    named, optimizer = fresh()
-    give(named, 0)
-    texts["averaged"] = refusal(optimizer.step)
-
-    same, optimizer = fresh(check_gradients=False, zero="ternary")
-    alone = parameters()
-    lion = Lion([parameter for _, parameter in alone], LR)
-    for step in range(STEPS):
-        for pairs in (same, alone):
-            for name, parameter in pairs:
-                parameter.grad = gradient(name, step, 0)
-        optimizer.step()
-        lion.step()
-    texts["identical"] = all(torch.equal(a, b) for (_, a), (_, b) in zip(same, alone, strict=True))
-
-    named, optimizer = fresh()
-    if rank == 2:
-        named[1][1].data[3, 4] += 1e-7
-    give(named, rank)
-    texts["different"] = refusal(optimizer.step)
-
-    named, optimizer = fresh()
-    before = [parameter.detach().clone() for _, parameter in named]
-    give(named, rank)
-    if rank == 3:
-        named[1][1].grad[0, 0] = torch.inf
-    optimizer.step()
-    untouched = all(torch.equal(p, b) for (_, p), b in zip(named, before, strict=True))
-    texts["infinite"] = [optimizer.skipped_steps, optimizer.steps, untouched]
-
-    named, optimizer = fresh()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    give(named, rank)
-    for _, parameter in named:
-        if parameter.grad is not None:
-            parameter.grad.mul_(4.0)
-    scaler.scale(torch.ones(()))
-    scaler.step(optimizer)
-    plain, other = fresh()
-    give(plain, rank)
-    other.step()
-    texts["scaled"] = all(torch.equal(a, b) for (_, a), (_, b) in zip(named, plain, strict=True))
-
-    named, optimizer = fresh(momentum_sync_every=2)
-    for step in range(2):
-        give(named, rank)
-        optimizer.step()
-        holder = optimizer.state_dict()["param_groups"][0]["momentum_of"]
-        texts[f"holder {step}"] = holder
-    total = optimizer.momentum(named[1][1]).clone()
-    dist.all_reduce(total, dist.ReduceOp.MAX, group=group)
-    texts["synced"] = torch.equal(total, optimizer.momentum(named[1][1]))
-
-    clipped, optimizer = fresh(clip_local=0.01)
-    give(clipped, rank)
-    optimizer.step()
-    norm = torch.nn.utils.get_total_norm([p.grad for _, p in clipped if p.grad is not None])
-    texts["clipped"] = float(norm)
-
-    other_state = {**optimizer.state_dict()}
-    other_state["param_groups"] = [{**g, "momentum_of": "process 1 of 7"} for g in other_state["param_groups"]]
-    texts["other"] = refusal(lambda: optimizer.load_state_dict(other_state))
-    return texts
 
 
 def parallel(rank: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from edgewright.errors import OutputError, UsageError
+from edgewright.io.atomic import sync_file
 
 LOCK = "LOCK"
 
@@ -78,11 +79,7 @@ class LocalFiles:
 
     def sync_folder(self, path: str) -> None:
         """The folder's names are on the disk when this returns."""
-        descriptor = os.open(self.root / path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(self.root / path)
 
     def rename(self, source: str, target: str) -> None:
         os.replace(self.root / source, self.root / target)
