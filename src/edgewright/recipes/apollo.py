@@ -46,7 +46,7 @@ RATES: dict[str, tuple[float, ...]] = {
     "GaLore": (4e-3, 1.2e-2, 4e-2),
     "SGD with momentum": (0.1, 0.3, 1.0),
 }
-# without Muon, whose bfloat16 products take 17 s a layer and step on a CPU without such instructions
+# without Muon, whose bfloat16 products take minutes a step on a CPU without such instructions
 TUNED = ("AdamW", "AdamW 8-bit (torchao)", "Adafactor", "GaLore", "APOLLO", "APOLLO-Mini")
 SMOOTH, EARLY, LAST = 10, 100, 0.2
 
