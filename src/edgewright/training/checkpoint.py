@@ -102,11 +102,14 @@ def _write_own(folder: Path, process: int, own: Any) -> None:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from error
 
 
-def read_own(path: Path, process: int) -> Any:
-    """What a process wrote for itself. Raises FormatError when it is damaged or absent."""
+def read_own(path: Path, process: int) -> dict[str, Any]:
+    """What a process wrote for itself, by name. Raises FormatError when it is damaged or absent."""
     try:
         tensors = {name: tensor.clone() for name, tensor in _tensors(_own(path / OWN, process, TENSORS))}
-        return decode_state(json.loads(_own(path / OWN, process, STATE).read_text(encoding="utf-8")), tensors)
+        found = decode_state(json.loads(_own(path / OWN, process, STATE).read_text(encoding="utf-8")), tensors)
+        if not isinstance(found, dict):
+            raise TypeError(f"process {process} wrote {type(found).__name__}")
+        return found
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise error if isinstance(error, FormatError) else _damaged(path, error) from error
 

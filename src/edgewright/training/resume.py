@@ -182,11 +182,12 @@ class Keeper:
                 "loss_function": None if self._loss_function is None else self._loss_function.state_dict(),
                 "random": random,
                 "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "optimizer": None if own and "optimizer" in own else self._optimizer.state_dict(),
-                "gradients": {} if own and "gradients" in own else snapshot.gradients(self._model),
+                "optimizer": self._optimizer.state_dict(),
+                "gradients": snapshot.gradients(self._model),
                 "frozen": self._frozen,
                 "shapes": {n: checkpoint.describe(t) for n, t in snapshot.model_tensors(self._model).items()},
                 "own": self._accelerator.num_processes if own else 0,
+                **dict.fromkeys(own or ()),  # each process writes those itself
             }
             tensors = snapshot.changing_tensors(self._model, self._frozen)
             if behind and not together:
