@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from edgewright.training import progress
 from edgewright.training.interrupt import StopSignals
 from edgewright.training.progress import Progress, batch_amount
 
@@ -43,13 +43,13 @@ def test_a_terminal_gets_a_bar(monkeypatch) -> None:
 
 def test_a_pipe_gets_a_line_every_ten_seconds(capsys, monkeypatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress(True, "tune", 0, 100) as bar:
         for step in range(1, 31):
             clock[0] += 1.0
             bar.update(step, 2.0, 1e-3, 5, "samples")
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "tune: step 10/100  loss 2  lr 1.00e-03  5 samples/s  0:01:30 left" and len(lines) == 3
+    assert lines[0] == "tune: 10/100  loss 2  lr 1.00e-03  5 samples/s  0:01:30 left" and len(lines) == 3
 
 
 def test_quiet_is_quiet(capsys) -> None:

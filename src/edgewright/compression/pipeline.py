@@ -11,8 +11,7 @@ import copy
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
 from edgewright.io.models import load
 from edgewright.io.text import load_texts, token_blocks
+from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight
 from edgewright.quantization.config import KVConfig
@@ -105,8 +105,10 @@ class Compression:
             return None
         blocks = self.calibration_blocks()
         self.say(f"calibrating on {blocks.shape[0]} blocks of {blocks.shape[1]} tokens")
-        with _counter("calibrating", self.progress) as on_layer:
-            student = methods.calibrated(self.model, self.settings.bits, blocks, on_layer)
+        with ProgressBar("calibrating blocks", None, shown=self.progress) as bar:
+            student = methods.calibrated(
+                self.model, self.settings.bits, blocks, lambda done, total: bar.update(done, total=total)
+            )
         if show:
             self.export("gptq", methods.packed(copy.deepcopy(student)))
         return student if train else None
@@ -306,20 +308,3 @@ def _claim(output: Path, settings: CompressSettings) -> None:
 def _cache(name: str, cache: str) -> str:
     """The reference file keeps its float16 cache: it shows what the runtime alone changes."""
     return "f16" if name == "reference" else cache
-
-
-@contextmanager
-def _counter(label: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over blocks of the model; silent when not shown."""
-    if not shown:
-        yield lambda done, total: None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from torch import nn
 
 from edgewright.errors import UsageError
 from edgewright.io.atomic import write_text
+from edgewright.measure.progress import ProgressBar
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 16 * 2**20  # bytes; read no further into a file that is something else
 FINGERPRINT_SAMPLES = 4096
-LINE_SECONDS = 10.0
 
 
 def claim_folder(folder: str | Path, kind: str, settings: dict[str, Any]) -> Path:
@@ -77,45 +76,20 @@ def fingerprint(model: nn.Module) -> str:
 
 @contextmanager
 def track(label: str, total: int, shown: bool) -> Iterator[Callable[[int, bool], None]]:
-    """Progress in tokens on stderr: a bar with speed and time left on a terminal, a line every ten seconds elsewhere.
+    """Progress in tokens, of at most `total`, with speed and time left.
 
     Yields advance(tokens, worked); tokens that were there already (worked=False) do not count into the speed.
     """
     began = time.monotonic()
-    state = {"done": 0, "worked": 0, "spoke": began}
-    bar = _bar() if shown and sys.stderr.isatty() else None
-    task = None if bar is None else bar.add_task(label, total=total, speed="")
+    worked_on = 0
+    with ProgressBar(label, total, shown=shown) as bar:
 
-    def advance(tokens: int, worked: bool) -> None:
-        now = time.monotonic()
-        state["done"] += tokens
-        state["worked"] += tokens if worked else 0
-        speed = f"{state['worked'] / max(now - began, 1e-9):,.0f} tokens/s"
-        if bar is not None:
-            bar.update(task, completed=state["done"], speed=speed)
-        elif shown and now - state["spoke"] >= LINE_SECONDS:
-            state["spoke"] = now
-            print(f"{label}: {state['done']:,} of at most {total:,} tokens, {speed}", file=sys.stderr, flush=True)
+        def advance(tokens: int, worked: bool) -> None:
+            nonlocal worked_on
+            worked_on += tokens if worked else 0
+            bar.advance(tokens, f"{worked_on / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
 
-    if bar is None:
         yield advance
-        return
-    with bar:
-        yield advance
-
-
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[speed]}", markup=False),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _short(value: Any) -> str:

@@ -16,9 +16,7 @@ any order of the blocks.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.evaluation.statistics import ClusterMean, ExactQuantiles
+from edgewright.measure.progress import ProgressBar
 
 LogitsFunction = Callable[[Tensor], Tensor]
 """Token ids, int64 [B, T] -> logits, float [B, T, V]."""
@@ -123,7 +122,7 @@ def evaluate_language(
     reference_name = next((name for name, function in candidates.items() if function is reference), "reference")
     tallies = {name: _Tally() for name in candidates}
     known: dict[str, int] = {}  # vocabulary size by name: all must agree
-    with _progress(blocks.shape[0] * len(candidates), progress) as advance:
+    with ProgressBar("evaluating", blocks.shape[0] * len(candidates), shown=progress) as bar:
         for ids in blocks.split(batch_size):
             base = None if reference is None else _run(reference, reference_name, ids, known)
             for name, function in candidates.items():
@@ -131,7 +130,7 @@ def evaluate_language(
                 for row, block in enumerate(scored):
                     tallies[name].add(block, ids[row], None if base is None else base[row])
                 del scored, block  # free one model's logits before the next makes its own
-                advance(len(ids))
+                bar.advance(len(ids))
             del base
     return {name: tally.metrics() for name, tally in tallies.items()}
 
@@ -283,18 +282,3 @@ def _check_arguments(candidates: Mapping[str, LogitsFunction], blocks: Tensor, b
         )
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} is not positive: 1 uses the least memory")
-
-
-@contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with time left on stderr, gone when done; nothing when not shown or when stderr is no terminal."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda blocks: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("blocks"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda blocks: bar.advance(task, blocks)

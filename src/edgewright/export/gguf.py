@@ -7,9 +7,8 @@ that does not decode to the model, or does not answer like it, never takes its f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from edgewright.export.gguf_tensors import ModelTensor, model_tensors
 from edgewright.export.gguf_writer import TensorSource, write_gguf
 from edgewright.io.atomic import atomic_file
 from edgewright.io.gguf_model import ROPE_FACTORS
+from edgewright.measure.progress import ProgressBar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,15 +197,16 @@ def write_and_prove(
         sources.insert(0, TensorSource(ROPE_FACTORS, divisors.shape, TYPE_IDS["F32"], lambda: divisors.view("u1")))
     finished = path.with_name(path.name + ".json")
     steps = len(sources) + (len(tensors) + 2 if verify else 0)
-    with atomic_file(path) as temporary, atomic_file(finished) as notes, _progress(steps, progress) as advance:
+    bar = ProgressBar(f"writing {path.name}", steps, shown=progress)
+    with atomic_file(path) as temporary, atomic_file(finished) as notes, bar:
         with torch.no_grad():
-            write_gguf(temporary, metadata, _ahead(sources), lambda _: advance(f"writing {path.name}"))
+            write_gguf(temporary, metadata, _ahead(sources), lambda _: bar.advance())
             checks: dict[str, Any] = {}
             if verify:
-                checks = check_tensors(temporary, tensors, rows, lambda: advance("decoding every tensor"))
-                advance("running it in llama.cpp")
+                checks = check_tensors(temporary, tensors, rows, lambda: bar.advance(facts="decoding every tensor"))
+                bar.advance(facts="running it in llama.cpp")
                 checks |= check_runs(temporary, model, tokenizer, tensors, rows, CACHE_TYPES.get(kv or 0), threshold)
-                advance("done")
+                bar.advance()
         export = GGUFExport(path, tuple(rows), temporary.stat().st_size, checks, layout)
         notes.write_text(json.dumps(_notes(export, kv), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return export
@@ -296,23 +297,3 @@ def _ahead(sources: Sequence[TensorSource]) -> list[TensorSource]:
         TensorSource(source.name, source.shape, source.type_id, lambda index=index: data(index))  # type: ignore[misc]
         for index, source in enumerate(sources)
     ]
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Any]:
-    """A function that advances a bar on stderr by one step and says what is going on."""
-    if not shown:
-        yield lambda message: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("export", total=total)
-        yield lambda message: bar.update(task, advance=1, description=message)

@@ -14,6 +14,7 @@ from edgewright.errors import Unsupported, UsageError
 from edgewright.io.gguf import GGUFFile
 from edgewright.measure.machine import BandwidthProbe, usable_cores
 from edgewright.measure.memory import PeakMemory, peak_memory
+from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight, bytes_per_decoded_token
 from edgewright.measure.timing import Measurement, alternate
@@ -66,16 +67,17 @@ def benchmark_files(
         settings |= {"batch": batch, "length": length}
     report = Report("bench", {**settings, "repeats": repeats, "threads": threads, "seed": seed})
     rounds = (repeats + 1) * (len(files) + bool(languages))
-    tick, finish = _ticker(rounds + len(files), progress)
-    try:
+    with ProgressBar("bench", rounds + len(files), shown=progress) as bar:
+
+        def tick(text: str) -> None:
+            bar.advance(1, text)
+
         if languages:
             _add_languages(report, languages, prompt_tokens, decode_tokens, repeats, threads, seed, tick)
         if programs:
             baselines = add_programs(
                 report, programs, batch=batch, length=length, repeats=repeats, threads=threads, seed=seed, tick=tick
             )
-    finally:
-        finish()
     if programs:
         report.notes += [
             f"Programs: one inference of batch {batch}, {length} where a length is free; median latency of {repeats} "
@@ -240,17 +242,3 @@ def _subjects(paths: Sequence[str | Path]) -> dict[str, Path]:
 
 def _add(report: Report, metric: str, subject: str, value: Measurement, unit: str) -> None:
     report.add(metric, value.median, subject=subject, se=value.spread, n=value.n, unit=unit)
-
-
-def _ticker(steps: int, show: bool) -> tuple[Callable[[str], None], Callable[[], None]]:
-    """A progress bar on stderr: (advance with a description, end)."""
-    if not show:
-        return (lambda text: None), (lambda: None)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("bench"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    bar.start()
-    task = bar.add_task("", total=steps)
-    return (lambda text: bar.update(task, advance=1, description=text)), bar.stop

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from edgewright.errors import UsageError
 from edgewright.io.packed import PackedEmbedding, PackedLinear
-from edgewright.sparsity.r_sparse_calibration import Calibration, calibrate, shown
+from edgewright.measure.progress import ProgressBar
+from edgewright.sparsity.r_sparse_calibration import Calibration, calibrate
 from edgewright.sparsity.r_sparse_factors import Factors
 from edgewright.sparsity.r_sparse_layer import RSparseLinear, budget, by_output_
 from edgewright.sparsity.r_sparse_plan import (
@@ -80,10 +81,10 @@ def apply_rsparse(
         stats.threshold(name, plan[name].quantile)
         _budget(name, layers[name], plan[name])
     factors = factors or Factors()
-    with shown("decomposing", len(layers), progress) as advance:
+    with ProgressBar("decomposing", len(layers), shown=progress) as bar:
         for name, layer in layers.items():
             factors.prepare(layer, _budget(name, layer, plan[name]))
-            advance(1)
+            bar.advance()
     for name, layer in layers.items():
         sparse = RSparseLinear(
             layer,

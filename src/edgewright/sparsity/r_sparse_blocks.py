@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
+from edgewright.measure.progress import ProgressBar
 from edgewright.sparsity.importance import decoder_layers
 from edgewright.sparsity.r_sparse import apply_rsparse, remove_rsparse, sparse_layers
-from edgewright.sparsity.r_sparse_calibration import Calibration, Tally, check_text, shown, watched
+from edgewright.sparsity.r_sparse_calibration import Calibration, Tally, check_text, watched
 from edgewright.sparsity.r_sparse_factors import Factors
 from edgewright.sparsity.r_sparse_layer import RSparseLinear
 from edgewright.sparsity.r_sparse_plan import (
@@ -104,7 +105,7 @@ def calibrate_sequential(
     try:
         flows = streams(model, batches)
         blocks = decoder_layers(model)
-        with shown("calibrating", len(blocks), progress) as advance:
+        with ProgressBar("calibrating", len(blocks), shown=progress) as bar:
             for index, block in enumerate(blocks):
                 prefix = _name_of(model, block) + "."
                 inside = {name: layer for name, layer in layers.items() if name.startswith(prefix)}
@@ -119,7 +120,7 @@ def calibrate_sequential(
                     remove_rsparse(block)
                 for flow, hidden in zip(flows, dense, strict=True):
                     flow.hidden = hidden
-                advance(1)
+                bar.advance()
     finally:
         remove_rsparse(model)
         for module in training:
@@ -160,7 +161,7 @@ def teal_path(
         apply_rsparse(model, dataclasses.replace(config, dense_prefill=False, path="reference"), stats, free)
         blocks = decoder_layers(model)
         sparse = sparse_layers(model)
-        with shown("allocating", len(blocks), progress) as advance:
+        with ProgressBar("allocating", len(blocks), shown=progress) as bar:
             for index, block in enumerate(blocks):
                 prefix = _name_of(model, block) + "."
                 inside = {name: layer for name, layer in sparse.items() if name.startswith(prefix)}
@@ -172,7 +173,7 @@ def teal_path(
                     ascent.set(dict.fromkeys(inside, 0.0))
                 for flow, hidden in zip(flows, targets, strict=True):
                     flow.hidden = hidden
-                advance(1)
+                bar.advance()
         outside = {name: LayerPlan(0.0) for name in layers if not any(name in plan for plan in plans.values())}
     finally:
         remove_rsparse(model)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.io.packed import PackedLinear
+from edgewright.measure.progress import ProgressBar
 from edgewright.sparsity.r_sparse_plan import RSparseConfig, score_scales, target_layers
 
 BINS = 2048
@@ -78,11 +79,11 @@ def calibrate(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), watched(layers, tally), shown("calibrating", len(batches), progress) as advance:
+        with torch.no_grad(), watched(layers, tally), ProgressBar("calibrating", len(batches), shown=progress) as bar:
             for batch in batches:
                 # The decoder without its head where there is one: logits are not needed.
                 getattr(model, "model", model)(input_ids=batch.to(device), use_cache=False)
-                advance(1)
+                bar.advance()
     finally:
         for module in training:
             module.training = True
@@ -150,23 +151,6 @@ def watched(layers: Mapping[str, Any], tally: Tally) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def shown(label: str, total: int, enabled: bool) -> Iterator[Any]:
-    """A bar with time left on stderr; nothing when not enabled or when stderr is no terminal."""
-    import sys
-
-    if not enabled or not sys.stderr.isatty():
-        yield lambda steps: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda steps: bar.advance(task, steps)
 
 
 def _edges() -> Tensor:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_json
+from edgewright.measure.progress import ProgressBar
 from edgewright.sparsity.r_sparse import apply_plan, apply_rsparse, remove_rsparse, setting, sparse_layers
-from edgewright.sparsity.r_sparse_calibration import Calibration, calibrate, check_text, shown, text_hash
+from edgewright.sparsity.r_sparse_calibration import Calibration, calibrate, check_text, text_hash
 from edgewright.sparsity.r_sparse_factors import Factors
 from edgewright.sparsity.r_sparse_layer import budget
 from edgewright.sparsity.r_sparse_plan import LayerPlan, RSparseConfig, default_plan, layer_sizes, target_layers
@@ -112,11 +113,11 @@ def search_rho(
     stats = stats or calibrate(model, sequences.split(4), config)
     layers = target_layers(model, config)
     factors = factors or Factors()
-    with shown("decomposing", len(layers), progress) as advance:
+    with ProgressBar("decomposing", len(layers), shown=progress) as bar:
         for layer in layers.values():
             least = 0.0 if search.sparsities else config.sparsity
             factors.prepare(layer, budget(layer.out_features, layer.in_features, least, 0.0).rank)
-            advance(1)
+            bar.advance()
     coder = _Coder(list(layers), layer_sizes(layers), config, search)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -197,14 +198,14 @@ def _evolve(coder: _Coder, judge: _Judge, scores: _Scores, search: SearchConfig,
     seen: dict[str, Tensor] = {}
     fitness: dict[str, float] = {}
     history: list[float] = []
-    with shown("searching", search.evals, progress) as advance:
+    with ProgressBar("searching", search.evals, shown=progress) as bar:
         while True:
             new = {key: g for g in population if (key := _key(g)) not in seen}
             new = dict(list(new.items())[: search.evals - len(seen)])
             for key, value in judge.scores(new, search.quick, scores):
                 seen[key], fitness[key] = new[key], value
                 history.append(min([value, *history[-1:]]))
-                advance(1)
+                bar.advance()
             ranked = sorted(seen, key=fitness.__getitem__)
             if len(seen) >= search.evals or not new:
                 break
