@@ -1,6 +1,7 @@
 """The recipes at size small: results/<slug>.csv and results/<slug>_claims.csv.
 
 python benchmarks/recipes.py SLUG...      # some of them; a finished run is read back, a broken-off one goes on
+python benchmarks/recipes.py --claims     # run nothing: hold the claims as they are now against the figures in results/
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from edgewright.recipes.recipe import run_recipe, runnable
-from results import ROOT, save, save_claims
+from edgewright.recipes.recipe import check_claims, load_recipe, run_recipe, runnable
+from results import RESULTS, ROOT, load, save, save_claims
 
 
 def main(slugs: Sequence[str] = ()) -> None:
@@ -22,5 +23,15 @@ def main(slugs: Sequence[str] = ()) -> None:
         print(save(outcome.report, slug), save_claims(outcome.verdicts, slug))
 
 
+def hold_claims() -> None:
+    """Write results/<slug>_claims.csv of every recipe that has figures."""
+    for slug in runnable():
+        if (RESULTS / f"{slug}.csv").exists():
+            claims = (claim for claim in load_recipe(slug).CLAIMS if "small" in claim.sizes)
+            verdicts = check_claims(load(slug), claims)
+            print(f"{slug}: {sum(verdict.held for verdict in verdicts)} of {len(verdicts)} claims held")
+            save_claims(verdicts, slug)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    hold_claims() if sys.argv[1:] == ["--claims"] else main(sys.argv[1:])

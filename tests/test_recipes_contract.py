@@ -263,6 +263,25 @@ def test_claims() -> None:
     assert "no 'kl' for 'nobody'" in verdicts[4].text
 
 
+def test_a_claim_holds_only_outside_two_combined_errors() -> None:
+    report = Report("toy")
+    report.add("kl", 1.0, subject="ours", se=0.03)
+    report.add("kl", 1.10, subject="close", se=0.04)  # 0.10 is two combined errors of 0.05
+    report.add("kl", 1.11, subject="far", se=0.04)
+    report.add("kl", 1.07, subject="exact")
+    claims = [
+        Claim("kl", "ours", "<", against="close"),
+        Claim("kl", "ours", "<", against="far"),
+        Claim("kl", "ours", "<", against="exact"),
+        Claim("kl", "ours", "<", threshold=1.05),
+        Claim("kl", "ours", "<", against="far", factor=0.99),  # the bound's error shrinks with it
+        Claim("kl", "far", ">", against="ours"),
+    ]
+    verdicts = check_claims(report, claims)
+    assert [verdict.held for verdict in verdicts] == [False, True, True, False, False, True]
+    assert verdicts[0].text.endswith("(the difference is inside 2 combined standard errors)")
+
+
 @pytest.mark.parametrize(
     "members",
     [

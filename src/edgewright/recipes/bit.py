@@ -109,7 +109,6 @@ CLAIMS = (
     Claim("spearman", DIRECT, ">", against=SIGNS),
     Claim("spearman", "W1A2", ">", against=DIRECT, sizes=("small", "paper")),
     Claim("spearman", "W1A32", ">", against="W1A2", sizes=("small", "paper")),
-    Claim("layer_bytes", "packed", "<", against="float32", factor=1 / 31.9),
 )
 CLOCKED: tuple[str, ...] = ()
 HEADLINE: Headline | None = Headline(

@@ -23,12 +23,17 @@ from edgewright.recipes.settings import override, plain
 from edgewright.systems import find, systems
 
 SIZES = ("tiny", "small", "paper")
+ERRORS = 2.0  # combined standard errors by which a difference must exceed zero to count
 HOUSE = ("lowbit-arena",)  # recipes of our own, for no one published system: not in the catalogue
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`metric` of `subject` is below ("<") or above (">") a bound: `threshold`, or `factor` x that of `against`."""
+    """`metric` of `subject` is below ("<") or above (">") a bound: `threshold`, or `factor` x that of `against`.
+
+    Where the values carry standard errors, the difference must exceed two combined ones; values without, such as bytes,
+    are compared as they are.
+    """
 
     metric: str
     subject: str
@@ -161,7 +166,7 @@ def load_recipe(slug: str) -> Recipe:
 
 
 def check_claims(report: Report, claims: Iterable[Claim]) -> list[Verdict]:
-    """Hold each claim against the report's figures. A missing figure, or one that is no number, does not hold."""
+    """Hold each claim against the report's figures, outside their noise. A figure that is missing or NaN does not."""
     return [_check(report, claim) for claim in claims]
 
 
@@ -217,20 +222,22 @@ def run_recipe(
 
 def _check(report: Report, claim: Claim) -> Verdict:
     try:
-        value = report.value(claim.metric, claim.subject)
-        reference = claim.threshold if claim.against is None else report.value(claim.metric, claim.against)
+        row = report.row(claim.metric, claim.subject)
+        against = None if claim.against is None else report.row(claim.metric, claim.against)
     except UsageError as error:
         return Verdict(claim, False, str(error))
+    reference = claim.threshold if against is None else against.value
     assert reference is not None  # Claim.__post_init__
     bound = claim.factor * reference
-    held = value < bound if claim.direction == "<" else value > bound  # NaN compares false either way
-    text = (
-        f"{claim.metric} of {claim.subject or 'the run'}: {format_value(value)} {claim.direction} {format_value(bound)}"
-    )
-    if claim.against is not None:
+    margin = bound - row.value if claim.direction == "<" else row.value - bound  # NaN compares false either way
+    noise = ERRORS * math.hypot(row.se or 0.0, claim.factor * (against.se or 0.0) if against else 0.0)
+    text = f"{claim.metric} of {claim.subject or 'the run'}: {row.text()} {claim.direction} {format_value(bound)}"
+    if against is not None:
         scale = "" if claim.factor == 1 else f"{claim.factor:g} x "
-        text += f" = {scale}{claim.against}'s {format_value(reference)}"
-    return Verdict(claim, held and math.isfinite(value), text)
+        text += f" = {scale}{claim.against}'s {against.text()}"
+    if 0 < margin <= noise:
+        text += f" (the difference is inside {ERRORS:g} combined standard errors)"
+    return Verdict(claim, margin > noise and math.isfinite(row.value), text)
 
 
 def _open_folder(
