@@ -266,7 +266,7 @@ def test_claims() -> None:
 def test_a_claim_holds_only_outside_two_combined_errors() -> None:
     report = Report("toy")
     report.add("kl", 1.0, subject="ours", se=0.03)
-    report.add("kl", 1.10, subject="close", se=0.04)  # 0.10 is two combined errors of 0.05
+    report.add("kl", 1.09, subject="close", se=0.04)  # two combined errors are 0.10
     report.add("kl", 1.11, subject="far", se=0.04)
     report.add("kl", 1.07, subject="exact")
     claims = [
