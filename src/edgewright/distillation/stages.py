@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.distillation.best import Best
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_file, write_text
 from edgewright.training.checkpoint import latest_checkpoint
 from edgewright.training.config import TrainConfig
@@ -259,7 +259,7 @@ def load_state(model: nn.Module, path: Path) -> None:
     try:
         load_model(model, str(path))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise FormatError(f"{path} does not fit the student: {str(error).splitlines()[0][:200]}") from error
+        raise FormatError(f"{path} does not fit the student: {in_one_line(error)}") from error
 
 
 def _digest(model: nn.Module) -> int:

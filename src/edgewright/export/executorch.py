@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, EdgewrightError, Unsupported, UsageError
+from edgewright.errors import CheckFailed, EdgewrightError, Unsupported, UsageError, in_one_line
 from edgewright.export.executorch_language import check_language_model, export_language, is_language_model
 from edgewright.export.executorch_layers import TABLES, import_executorch, prepare
 from edgewright.export.executorch_lowering import Delegation, lower, quiet
@@ -239,7 +239,7 @@ def _guarded(model: nn.Module, trace: Any) -> Any:
     except EdgewrightError:
         raise
     except Exception as error:  # torch.export's errors share no base class; each means: not traceable
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        reason = in_one_line(error)
         raise Unsupported(f"torch.export cannot trace {type(model).__name__}: {reason}") from error
 
 

@@ -35,7 +35,8 @@ from edgewright.export.gguf_proof import AGREEMENT, check_runs, check_tensors
 from edgewright.export.gguf_tensors import ModelTensor, model_tensors
 from edgewright.export.gguf_writer import TensorSource, write_gguf
 from edgewright.io.atomic import atomic_file
-from edgewright.io.gguf_model import ROPE_FACTORS
+from edgewright.io.end_tokens import end_tokens
+from edgewright.io.gguf_families import ROPE_FACTORS
 from edgewright.measure.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def export_gguf(
     check_settings(path, layout, float_type, embedding, kv)
     model = native_form(model)
     tensors = model_tensors(model)
-    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
+    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer))}
     rows = plan(tensors, layout, float_type, embedding)
     departures = [row for row in rows if row.departure]
     if departures and strict:
@@ -158,7 +159,7 @@ def llama_cpp_quantize(
     quantized = [tensor.name for tensor in tensors if tensor.is_packed]
     if quantized:
         raise UsageError(f"llama_cpp_quantize needs float weights, but {quantized[0]} is quantised; use export_gguf")
-    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
+    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer))}
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     rows = []
     for tensor in tensors:

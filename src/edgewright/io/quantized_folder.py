@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError
+from edgewright.errors import FormatError, in_one_line
 from edgewright.io.json_file import read_json
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
@@ -143,7 +143,7 @@ def _skeleton(folder: Path, settings: dict[str, Any], dtype: torch.dtype) -> Pre
         with torch.device("meta"):
             model: PreTrainedModel = factory(config)
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
     model.config.dtype = dtype
     return model
@@ -215,16 +215,14 @@ def _fill(folder: Path, model: PreTrainedModel, stored: dict[str, Tensor], dtype
     try:
         missing, unexpected = model.load_state_dict(stored, strict=False, assign=True)
     except RuntimeError as error:
-        raise FormatError(f"{folder}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
+        raise FormatError(f"{folder}: {in_one_line(error)}") from error
     if lost := sorted(set(missing) - quantized):
         raise FormatError(f"{folder} lacks {len(lost)} weights of its model, the first is {lost[0]!r}")
     if unexpected:
         raise FormatError(f"{folder} has the tensor {sorted(unexpected)[0][:80]!r}, which its model has no place for")
     if aliases:
         model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            _recompute(folder, model, name, module)
+    recompute_buffers(model, folder)
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -232,6 +230,13 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     declared = getattr(model, "_tied_weights_keys", None)
     tie = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     return dict(declared) if isinstance(declared, dict) and tie else {}
+
+
+def recompute_buffers(model: Any, source: Path) -> None:
+    """Compute on the CPU what a model built without memory has no values for: buffers that are not stored."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _recompute(source, model, name, module)
 
 
 def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import FormatError
+from edgewright.errors import FormatError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.shards import SHARD_BYTES, TokenShards, open_shards, split_limit, text_hash, write_shards
 from edgewright.language.tokenizer import end_token, tokenizer_fingerprint, train_tokenizer
@@ -25,8 +25,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"{folder} holds no tokenizer that can be read: {first}") from error
+        raise FormatError(f"{folder} holds no tokenizer that can be read: {in_one_line(error)}") from error
 
 
 def prepare_data(

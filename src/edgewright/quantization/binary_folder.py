@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.quantization.binary_encoder import FAMILIES, BitConfig, bit_, elastic_quantizers
@@ -127,5 +127,5 @@ def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
     try:
         return factory(AutoConfig.for_model(**kept))
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error

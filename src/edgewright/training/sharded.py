@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, OutputError, UsageError
+from edgewright.errors import FormatError, OutputError, UsageError, in_one_line
 
 FOLDER = "sharded"
 
@@ -111,7 +111,7 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except (OSError, CheckpointException) as error:
-        raise OutputError(f"cannot write {folder}: {str(error).strip().splitlines()[-1]}") from error
+        raise OutputError(f"cannot write {folder}: {in_one_line(error)}") from error
 
 
 def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
@@ -126,7 +126,7 @@ def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
             load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except (OSError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         raise FormatError(
-            f"the parts in {folder} are damaged ({str(error).strip().splitlines()[-1]}): remove that checkpoint"
+            f"the parts in {folder} are damaged ({in_one_line(error)}): remove that checkpoint"
         ) from error
 
 

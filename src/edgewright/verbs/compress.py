@@ -138,6 +138,7 @@ def _run_language(args: argparse.Namespace) -> int:
     from edgewright.compression.sweep import sweep
     from edgewright.errors import UsageError
     from edgewright.measure.report import Report
+    from edgewright.verbs.export import default_name
 
     def say(sentence: str) -> None:
         if not args.json:
@@ -163,7 +164,7 @@ def _run_language(args: argparse.Namespace) -> int:
         benchmark=not args.no_bench,
         seed=args.seed,
     )
-    name = Path(args.model).stem or "model"
+    name = default_name(args.model) or "model"
     if args.sweep:
         output = Path(args.output or f"runs/{name}-sweep")
         report: Report | None = sweep(settings, output, say=say, progress=not args.json)

@@ -89,7 +89,8 @@ def parse_targets(text: str) -> list[str]:
 
 def default_name(model: str) -> str:
     """A file name from the model's own: the last part of the path, without .gguf."""
-    return Path(model.rstrip("/\\")).name.removesuffix(".gguf")
+    name = Path(model.rstrip("/\\")).name
+    return (Path(model).resolve().name if name in ("", "..") else name).removesuffix(".gguf")
 
 
 def _write(

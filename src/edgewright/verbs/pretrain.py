@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from edgewright.language.decoder_config import EdgeDecoderConfig
@@ -181,7 +181,7 @@ def _from_file(path: Path, vocab_size: int | None) -> EdgeDecoderConfig:
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
-        raise FormatError(f"{path} is no configuration of a decoder: {str(error).splitlines()[0]}") from error
+        raise FormatError(f"{path} is no configuration of a decoder: {in_one_line(error)}") from error
     if vocab_size is not None and vocab_size != config.vocab_size:
         raise UsageError(
             f"{path} has vocab_size={config.vocab_size}, the tokenizer or --vocab {vocab_size}; make them equal"
