@@ -14,7 +14,7 @@ def test_messages_and_marks_are_filled_in():
     template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
     )
-    assert render_chat(template, USER, bos="<s>", eos="</s>") == "<s>[user] Hi {{ 1 }}</s>"
+    assert render_chat(template, USER, bos_token="<s>", eos_token="</s>") == "<s>[user] Hi {{ 1 }}</s>"
 
 
 def test_the_extras_that_templates_use():
@@ -48,7 +48,7 @@ def test_hostile_templates_are_refused(template):
 
 
 def test_messages_are_checked():
-    for bad in ([], [{"role": "user"}], [{"role": "emperor", "content": "x"}]):
+    for bad in ([], [{"role": "user"}], [{"role": 3, "content": "x"}], [{"content": "x"}]):
         with pytest.raises(UsageError):
             render_chat("x", bad)
     with pytest.raises(UsageError, match="roles must alternate"):

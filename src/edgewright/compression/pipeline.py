@@ -26,8 +26,14 @@ from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
 from edgewright.distillation.self_generation import START, self_generate
 from edgewright.distillation.sequences import pack_sequences
 from edgewright.errors import EdgewrightError, UsageError
-from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
-from edgewright.export.gguf import export_gguf, llama_cpp_quantize
+from edgewright.evaluation.language import (
+    add_rows,
+    engine_logits,
+    evaluate_language,
+    model_logits,
+    trained_positions,
+)
+from edgewright.export.gguf import check_exportable, export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
 from edgewright.io.models import load
@@ -52,11 +58,20 @@ class Compression:
         self.model: Any
         self.model, self.tokenizer = load(settings.model)
         self.kv = None if settings.kv is None else KVConfig.llama_cpp(settings.kv)
-        length = settings.block_length
+        check_exportable(self.model, self.tokenizer)  # before the work, not after
+        self.length = length = min(settings.block_length, trained_positions(self.model) or settings.block_length)
+        if length < settings.block_length:
+            say(f"{settings.model} was trained for {length} positions: blocks have {length} tokens, not "
+                f"{settings.block_length}")  # fmt: skip
         self.text = token_blocks(load_texts(settings.data, "calibration"), self.tokenizer, length, seed=settings.seed)
         self.evaluation = token_blocks(
             load_texts(settings.data, "evaluation"), self.tokenizer, length, settings.evaluation_blocks, settings.seed
         )
+
+    @property
+    def generated(self) -> int:
+        """Tokens of a text that the model writes itself."""
+        return min(GENERATED_LENGTH, self.length)
 
     def file(self, name: str) -> Path:
         return self.output / f"{name}.gguf"
@@ -69,6 +84,7 @@ class Compression:
             self.tokenizer,
             self.file(name),
             layout=layout or settings.layout,
+            strict=not settings.lenient,
             kv=settings.kv,
             progress=self.progress,
         )
@@ -81,7 +97,10 @@ class Compression:
         """The float16 file, and llama.cpp's own 4-bit (or 8-bit) file as the peer."""
         if not self.file("reference").exists():
             self.say("writing the float16 reference")
-            export_gguf(self.model, self.tokenizer, self.file("reference"), verify=False, embedding="F16")
+            # not strict: what float16 cannot hold is written in float32, which is no worse a reference
+            export_gguf(
+                self.model, self.tokenizer, self.file("reference"), strict=False, verify=False, embedding="F16"
+            )
         peer = self.peer
         if self.settings.baselines and not self.file(peer).exists():
             self.say(f"quantising with llama.cpp's own {peer.removeprefix('llama.cpp-')}")
@@ -128,7 +147,7 @@ class Compression:
     def own_text(self, steps: int) -> Tensor:
         """Shuffled blocks for so many steps, written by the model: half plain text, half answers in its chat format."""
         settings = self.settings
-        sequences = -(-steps * settings.batch_size * settings.block_length // GENERATED_LENGTH)
+        sequences = -(-steps * settings.batch_size * self.length // self.generated)
         template = chat_template(self.tokenizer)
         kinds: list[tuple[str, str | None, int]] = [("plain", None, sequences)]
         if template is not None:
@@ -137,12 +156,12 @@ class Compression:
         for name, prompt, count in kinds:
             folder = self.output / "data" / f"{name}-{count}"
             if not folder.exists():
-                self.say(f"the model writes {count} texts of up to {GENERATED_LENGTH} tokens ({name})")
+                self.say(f"the model writes {count} texts of up to {self.generated} tokens ({name})")
             written = self_generate(
                 self.model,
                 self.tokenizer,
                 n_sequences=count,
-                max_length=GENERATED_LENGTH,
+                max_length=self.generated,
                 seed=settings.seed,
                 prompt_template=prompt,
                 output=folder,
@@ -153,7 +172,7 @@ class Compression:
         tokens = torch.cat([functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts])
         lengths = torch.cat([part.lengths for part in parts])
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(settings.seed))
-        return pack_sequences(tokens[order], lengths[order], settings.block_length, self.tokenizer.eos_token_id)
+        return pack_sequences(tokens[order], lengths[order], self.length, self.tokenizer.eos_token_id)
 
     def steps(self, student: nn.Module) -> int:
         budget = self.settings.budget
@@ -201,7 +220,7 @@ class Compression:
         self.say(f"evaluating {len(files)} files on {self.evaluation.shape[0]} held-out blocks")
         engines = {
             name: open_engine(
-                path, context=settings.block_length, cache_type_k=_cache(name, cache), cache_type_v=_cache(name, cache)
+                path, context=self.length, cache_type_k=_cache(name, cache), cache_type_v=_cache(name, cache)
             )
             for name, path in files.items()
         }
@@ -237,6 +256,8 @@ class Compression:
     def notes(self) -> list[str]:
         """What was measured, and a look at the file: an answer in its chat format, a plain continuation without one."""
         notes = ["quality: each file run in llama.cpp against the float32 model in PyTorch, on text that no method saw"]
+        if self.length < self.settings.block_length:
+            notes.append(f"blocks of {self.length} tokens, the positions that the model was trained for")
         method = self.settings.method
         try:
             with open_engine(self.file(method)) as engine:
@@ -299,6 +320,8 @@ def _claim(output: Path, settings: CompressSettings) -> None:
     wanted = json.loads(json.dumps(settings.to_dict()))
     if marker.exists():
         held = json.loads(marker.read_text(encoding="utf-8"))
+        # a setting younger than the folder had its default then
+        held = {**CompressSettings("").to_dict(), **held}
         differing = sorted(key for key in wanted if held.get(key) != wanted[key])
         if differing:
             key = differing[0]

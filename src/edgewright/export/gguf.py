@@ -19,7 +19,7 @@ from edgewright.errors import CheckFailed, UsageError
 from edgewright.export import ggml
 from edgewright.export.gguf_blocks import TYPE_IDS, Array
 from edgewright.export.gguf_encode import encode
-from edgewright.export.gguf_families import native_form
+from edgewright.export.gguf_families import native_form, writer
 from edgewright.export.gguf_layout import (
     EMBEDDING_TYPES,
     FLOAT_TYPES,
@@ -232,6 +232,13 @@ def plan(
         else:
             rows.append(plan_float(tensor.name, values, embedding if tensor.name in TABLES else float_type))
     return rows
+
+
+def check_exportable(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise what `export_gguf` would raise for the class of the model or its tokenizer, without writing anything."""
+    model = native_form(model)
+    writer(model)
+    tokenizer_metadata(tokenizer, model.get_input_embeddings().weight.shape[0], end_tokens(model, tokenizer))
 
 
 def tensor_rows(tensors: Sequence[ModelTensor]) -> int:

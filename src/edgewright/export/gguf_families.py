@@ -18,10 +18,10 @@ def writer(model: PreTrainedModel) -> Family:
     family = BY_MODEL_TYPE.get(kind)
     if family is None or family.class_name != type(model).__name__:
         names = ", ".join(known.class_name for known in BY_MODEL_TYPE.values())
-        raise Unsupported(
-            f"{type(model).__name__} cannot be written as GGUF; {names} can; --to onnx writes other classes, heads for "
-            "classification among them"
-        )
+        other = "--to onnx writes other classes, heads for classification among them"
+        if getattr(config, "is_encoder_decoder", False):
+            other = "--to hf writes encoder-decoders as a folder"
+        raise Unsupported(f"{type(model).__name__} cannot be written as GGUF; {names} can; {other}")
     if getattr(config, "hidden_act", "silu") != "silu":
         raise Unsupported(f"hidden_act={config.hidden_act!r} cannot be written as GGUF; llama.cpp computes 'silu' here")
     windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())

@@ -129,8 +129,8 @@ def _check_module(tensor: ModelTensor) -> None:
         if tensor.whole:
             return
         raise Unsupported(
-            f"layer {tensor.path} is a {type(module).__name__}, which has no place in a GGUF file; before the export, "
-            "call convert_(model), merge its adapter, or take its sparsity away (remove_rsparse)"
+            f"layer {tensor.path} is a {type(module).__name__}, which has no place in a GGUF file; quantised "
+            "layers have one once they are converted, adapters once they are merged, R-Sparse layers have none"
         )
 
 

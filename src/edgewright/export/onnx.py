@@ -136,7 +136,7 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
     """
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
-    if not isinstance(vocabulary, int) or vocabulary < 2:
+    if not isinstance(vocabulary, int) or vocabulary < 2 or getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"no example inputs are known for {type(model).__name__}; give them, e.g. "
             "export_onnx(model, 'model.onnx', example_inputs=torch.randn(2, 3, 224, 224))"

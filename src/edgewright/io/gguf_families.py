@@ -165,6 +165,12 @@ def _llama_settings(header: Header, tensors: set[str]) -> dict[str, Any]:
     return {**_bias_settings(header, tensors), "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
 
 
+def _qwen3_keys(config: Any) -> Metadata:
+    if getattr(config, "attention_bias", False):
+        raise Unsupported("qwen3 with attention_bias cannot be written as GGUF: llama.cpp gives its output no bias")
+    return {}
+
+
 def _granite_keys(config: Any) -> Metadata:
     thetas = set(getattr(config, "layer_rope_theta", None) or [])
     if thetas - {config.rope_parameters["rope_theta"]}:
@@ -271,7 +277,7 @@ _ATTENTION = {name: path for name, path in LAYER_NAMES.items() if not name.start
 _FAMILIES = (
     Family("llama", "llama", "LlamaForCausalLM", permuted=True, read=_llama_settings),
     Family("qwen2", "qwen2", "Qwen2ForCausalLM"),
-    Family("qwen3", "qwen3", "Qwen3ForCausalLM", read=_bias_settings),
+    Family("qwen3", "qwen3", "Qwen3ForCausalLM", write=_qwen3_keys),
     Family(
         "granite_swa",
         "granite_swa",

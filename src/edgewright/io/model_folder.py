@@ -132,9 +132,17 @@ def _check_torch_file(folder: Path, file: Path) -> None:
 def _pickle(folder: Path, name: str) -> str:
     return (
         f"{folder} holds its weights only as {name}, a pickle, which can run any code when it is opened and is not read "
-        "here; where you trust it, write it and its tokenizer once more with transformers, in Python: "
-        f'AutoModelForCausalLM.from_pretrained("{folder}").save_pretrained("converted"); '
-        f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("converted")'
+        f"here; where you trust it, let transformers write it again: {again('AutoModelForCausalLM', folder)}"
+    )
+
+
+def again(model_class: str, folder: Path, package: str = "transformers", change: str = "") -> str:
+    """A command line that writes a folder, tokenizer included, as a new one that is read here."""
+    path = str(folder)
+    return (
+        f'python -c "from {package} import {model_class} as M; from transformers import AutoTokenizer as T; '
+        f"M.from_pretrained({path!r}){change}.save_pretrained('converted'); "
+        f"T.from_pretrained({path!r}).save_pretrained('converted')\""
     )
 
 
@@ -145,7 +153,6 @@ def _refuse_adapter(folder: Path) -> None:
         return
     base = str(read_object(path).get("base_model_name_or_path") or "its base model")[:120]
     raise UsageError(
-        f"{folder} holds an adapter (PEFT) of {base}, not a model; merge the two first, in Python with peft installed: "
-        f'AutoPeftModelForCausalLM.from_pretrained("{folder}").merge_and_unload().save_pretrained("merged"); '
-        f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("merged")'
+        f"{folder} holds an adapter (PEFT) of {base}, not a model; merge the two first, with peft installed: "
+        f"{again('AutoPeftModelForCausalLM', folder, 'peft', '.merge_and_unload()')}"
     )

@@ -128,7 +128,8 @@ def token_blocks(
     count = len(ids) // block_length
     if count == 0:
         raise UsageError(
-            f"the text has {len(ids)} tokens, less than one block of {block_length}; pass more text or shorter blocks"
+            f"the text has {len(ids)} tokens, less than one block of {block_length}; pass more text"
+            + (f", or block_length={len(ids)} at most" if len(ids) > 1 else "")
         )
     blocks = torch.tensor(ids[: count * block_length], dtype=torch.int64).reshape(count, block_length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 
 DEFAULT_BUDGET = "24"
+# Arguments of the Python interface as this command calls them (see `verbs.words`).
+WORDS = ((r"\bevaluation_blocks=", "blocks="),)
 COLUMNS = ("file_size", "bits_per_weight", "kl", "perplexity", "top1_agreement", "decode", "roofline")
 
 
@@ -45,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
     parser.add_argument(
         "--files-only", action="store_true", help="write and verify the files; no evaluation, no report"
+    )
+    parser.add_argument(
+        "--lenient", action="store_true", help="mark tensors that cannot have their type instead of failing"
     )
     parser.add_argument("--no-bench", action="store_true", help="leave out the timings")
     parser.add_argument("--sweep", action="store_true", help="all widths, one folder each, and one plot over them")
@@ -163,6 +168,7 @@ def _run_language(args: argparse.Namespace) -> int:
         evaluation_blocks=args.blocks,
         benchmark=not args.no_bench,
         seed=args.seed,
+        lenient=args.lenient,
     )
     name = default_name(args.model) or "model"
     if args.sweep:

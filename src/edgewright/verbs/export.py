@@ -17,6 +17,12 @@ from typing import Any
 from edgewright.errors import UsageError
 
 TARGETS = ("gguf", "pte", "onnx", "hf", "hf-float")
+# Calls and arguments of the Python interface as this command says them (see `verbs.words`).
+WORDS = (
+    (r"give tensors to trace it with, e\.g\. export_executorch\(.*\)$", "--to onnx writes other classes"),
+    (r"give them, e\.g\. export_onnx\(.*\)$", "--to hf writes it as a folder"),
+    (r"\bembedding must be one of (.*auto.*), got '?(\w+)'?; e\.g\. embedding='auto'", r"--table must be one of \1, got \2"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

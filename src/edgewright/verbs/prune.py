@@ -21,6 +21,9 @@ from edgewright.errors import UsageError
 if TYPE_CHECKING:
     from edgewright.sparsity.importance import Importance
 
+# An argument of the Python interface as this command calls it (see `verbs.words`).
+WORDS = ((r"\bblock_length=", "length="), (r"\bwidth=", "mlp="), (r"\bprotect=\(\)", "--protect ''"))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file or a bundled name")
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     import copy
 
     import edgewright
-    from edgewright.evaluation.language import add_rows, evaluate_language, model_logits
+    from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
     from edgewright.io.text import load_texts, token_blocks
     from edgewright.measure.report import Report
     from edgewright.measure.size import bytes_by_part, parameter_counts
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = edgewright.load(args.model)
     count = len(decoder_layers(model))
+    check_positions(model, args.length, args.model)
     calibration = token_blocks(load_texts(args.text, "calibration"), tokenizer, args.length, args.samples, args.seed)
     held_out = token_blocks(load_texts(args.text, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
     say(f"measuring {count} blocks on {calibration.numel()} tokens")
