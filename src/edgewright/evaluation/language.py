@@ -293,8 +293,8 @@ def _check_arguments(candidates: Mapping[str, LogitsFunction], blocks: Tensor, b
         raise UsageError("evaluate_language needs at least one candidate: evaluate_language({'model': ...}, blocks)")
     if blocks.ndim != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2 or blocks.is_floating_point():
         raise UsageError(
-            f"blocks must be token ids of shape [blocks >= 1, length >= 2], got {blocks.dtype} {tuple(blocks.shape)}: "
-            "token_blocks(texts, tokenizer, 256) makes them"
+            f"blocks must be token ids of shape [blocks >= 1, length >= 2], got {blocks.dtype} {tuple(blocks.shape)}; "
+            "block_length=256 is usual"
         )
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} is not positive: 1 uses the least memory")

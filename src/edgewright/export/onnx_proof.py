@@ -81,8 +81,8 @@ def prove(
         raise CheckFailed(f"ONNX Runtime does not run the written file: {error}") from error
     if not worst <= tolerance:
         raise CheckFailed(
-            f"ONNX Runtime's output {where!r} differs from PyTorch's by {worst:.2g} of its largest value; allowed is "
-            f"tolerance={tolerance:.2g}. The file was not kept"
+            f"ONNX Runtime's output {where!r} differs from PyTorch's by {worst:.2g} of its largest value; allowed are "
+            f"{tolerance:.2g}. The file was not kept"
         )
     return Difference(worst, where, tuple(int(t[0].shape[0]) if t[0].ndim else 1 for t in inputs))
 

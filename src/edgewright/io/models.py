@@ -160,6 +160,8 @@ def _model_class(folder: Path, config: dict[str, Any], known: bool) -> Any:
 
 def _check_report(folder: Path, config: dict[str, Any], model: Any, report: dict[str, Any]) -> None:
     """What transformers fills with random numbers, or leaves out, and goes on: an error, or a warning by name."""
+    guessed = not config.get("architectures")
+    hint = '; name its class in config.json, as in "architectures": ["BertForSequenceClassification"]' if guessed else ""
     missing = sorted(report["missing_keys"])
     if missing == ["lm_head.weight"]:
         # Some published files (MobileLLM's own among them) say that the head is no table of its own by leaving it out.
@@ -173,7 +175,7 @@ def _check_report(folder: Path, config: dict[str, Any], model: Any, report: dict
         warnings.warn(f"{folder} has no pooler: {type(model).__name__} is given a new one, do not use it", stacklevel=4)
         missing = []
     if missing:
-        raise FormatError(f"{folder} lacks {len(missing)} weights of its model, the first is {missing[0]!r}")
+        raise FormatError(f"{folder} lacks {len(missing)} weights of its model, the first is {missing[0]!r}{hint}")
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise FormatError(
@@ -181,11 +183,8 @@ def _check_report(folder: Path, config: dict[str, Any], model: Any, report: dict
         )
     if unexpected := sorted(str(name) for name in report["unexpected_keys"]):
         what = f"{folder} has {len(unexpected)} weights that {type(model).__name__} has no place for"
-        if not config.get("architectures"):  # the class is our guess: the weights say that it is another
-            raise FormatError(
-                f"{what}, the first is {unexpected[0][:80]!r}; name the class of the model in its config.json, as in "
-                '"architectures": ["BertForSequenceClassification"]'
-            )
+        if guessed:  # the weights say that it is another class
+            raise FormatError(f"{what}, the first is {unexpected[0][:80]!r}{hint}")
         warnings.warn(f"{what}; left out: {', '.join(name[:80] for name in unexpected[:8])}", stacklevel=4)
 
 

@@ -21,12 +21,25 @@ def in_command_words(sentence: str, parser: argparse.ArgumentParser, words: Word
     """A message of the Python interface as the command of `parser` says it."""
     for pattern, replacement in (*words, *COMMON):
         sentence = re.sub(pattern, replacement, sentence)
-    options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    options = _options(parser)
 
     def option(match: re.Match[str]) -> str:
         name = options.get(match[1])
         if name is None:
             return match[0]
-        return name if match[2] == "True" else f"{name} {match[2]}"
+        value = match[2].strip("'\"")
+        return name if value == "True" else f"{name} {value if value.isalnum() else match[2]}"
 
     return ARGUMENT.sub(option, sentence)
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Name of an argument -> option, those of sub-commands included."""
+    found: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for other in action.choices.values():
+                found |= _options(other)
+        elif action.option_strings:
+            found[action.dest] = action.option_strings[-1]
+    return found
