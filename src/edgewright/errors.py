@@ -47,7 +47,8 @@ LONGEST_REASON = 2000  # characters of another library's message
 def in_one_line(error: BaseException | str) -> str:
     """Another library's message on one line, whole, so that nothing that it says about the way out is lost.
 
-    Only what is longer than LONGEST_REASON is cut, at a word and with a mark. An error without a message gives its type.
+    Only what is longer than LONGEST_REASON is cut, at a word and with a mark. An error without a message gives its
+    type.
     """
     text = " ".join(str(error).split())
     if len(text) > LONGEST_REASON:

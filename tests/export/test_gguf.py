@@ -15,7 +15,7 @@ from export_models import make_llama, make_qwen, make_tokenizer, pack_layers, ra
 from torch import nn
 
 from edgewright.errors import CheckFailed, FormatError, OutputError, Unsupported, UsageError
-from edgewright.export import ggml, gguf_proof
+from edgewright.export import ggml
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
 from edgewright.export.gguf_tensors import model_tensors
 from edgewright.io.gguf import GGUFFile

@@ -136,7 +136,9 @@ def test_what_a_folder_is_is_said(saved: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": "gptq", "bits": 4}
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
-    with pytest.raises(UsageError, match=r"quantised already \(by gptq to 4 bits\); pass the original model in float32"):
+    with pytest.raises(
+        UsageError, match=r"quantised already \(by gptq to 4 bits\); pass the original model in float32"
+    ):
         load(folder)
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))

@@ -98,9 +98,7 @@ class Compression:
         if not self.file("reference").exists():
             self.say("writing the float16 reference")
             # not strict: what float16 cannot hold is written in float32, which is no worse a reference
-            export_gguf(
-                self.model, self.tokenizer, self.file("reference"), strict=False, verify=False, embedding="F16"
-            )
+            export_gguf(self.model, self.tokenizer, self.file("reference"), strict=False, verify=False, embedding="F16")
         peer = self.peer
         if self.settings.baselines and not self.file(peer).exists():
             self.say(f"quantising with llama.cpp's own {peer.removeprefix('llama.cpp-')}")

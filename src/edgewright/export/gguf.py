@@ -113,7 +113,10 @@ def export_gguf(
     check_settings(path, layout, float_type, embedding, kv)
     model = native_form(model)
     tensors = model_tensors(model)
-    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer))}
+    metadata = {
+        **model_metadata(model, path.stem),
+        **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer)),
+    }
     rows = plan(tensors, layout, float_type, embedding)
     departures = [row for row in rows if row.departure]
     if departures and strict:
@@ -159,7 +162,10 @@ def llama_cpp_quantize(
     quantized = [tensor.name for tensor in tensors if tensor.is_packed]
     if quantized:
         raise UsageError(f"llama_cpp_quantize needs float weights, but {quantized[0]} is quantised; use export_gguf")
-    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer))}
+    metadata = {
+        **model_metadata(model, path.stem),
+        **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer)),
+    }
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     rows = []
     for tensor in tensors:

@@ -149,7 +149,10 @@ def _end_metadata(tokenizer: PreTrainedTokenizerBase, tokens: list[str], ends: S
     first = getattr(tokenizer, "eos_token_id", None)
     first = ends[0] if first is None else first
     rest = sorted((token for token in ends if token != first), key=lambda token: tokens[token] in KNOWN_ENDS)
-    places = {"eom": token for token in rest if "eom" in tokens[token]} | {"eos": first}
+    places = {"eos": first}
+    for token in rest:
+        if "eom" in tokens[token]:
+            places.setdefault("eom", token)
     for token in rest:
         if token not in places.values() and (free := [key for key in GGUF_ENDS if key not in places]):
             places[free[0]] = token
@@ -210,7 +213,8 @@ def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     if description.get("normalizer") is not None and description["normalizer"].get("type") != "NFC":
         # llama.cpp applies no normalisation; NFC (Qwen) changes only decomposed characters.
         raise Unsupported(
-            f"the tokenizer normalises by {description['normalizer'].get('type')}, which llama.cpp cannot; {OTHER_TARGETS}"
+            f"the tokenizer normalises by {description['normalizer'].get('type')}, which llama.cpp cannot; "
+            f"{OTHER_TARGETS}"
         )
     return description
 

@@ -24,7 +24,7 @@ from edgewright.export.gguf_blocks import TYPE_IDS, Array, ggml_type
 from edgewright.export.gguf_encode import as_written
 from edgewright.export.gguf_layout import LayoutRow
 from edgewright.export.gguf_tensors import ModelTensor
-from edgewright.export.gguf_texts import check_template, check_tokens
+from edgewright.export.gguf_texts import check_template, check_tokens, normalization
 from edgewright.io.gguf import GGUFFile
 from edgewright.io.gguf_types import decode
 from edgewright.io.packed import PackedEmbedding
@@ -163,7 +163,7 @@ def check_runs(
     theirs = by_cache[max(agreements, key=lambda cache: agreements[cache])]
     needed = threshold
     checks: dict[str, Any] = {
-        "tokenizer": "equal",
+        "tokenizer": normalization(tokenizer),
         "chat_prompts_equal": prompts,
         "positions": len(ids),
         "top1_agreement": round(agreement, 4),

@@ -23,5 +23,8 @@ def end_tokens(model: Any, tokenizer: Any = None) -> list[int]:
 def gguf_end_tokens(metadata: Mapping[str, Any]) -> list[int]:
     """Ids of the end tokens that the header of a GGUF file names, each once."""
     more = metadata.get(ALL_ENDS)
-    listed = [*(more if isinstance(more, list) else []), *(metadata.get(f"tokenizer.ggml.{r}_token_id") for r in GGUF_ENDS)]
+    listed = [
+        *(more if isinstance(more, list) else []),
+        *(metadata.get(f"tokenizer.ggml.{r}_token_id") for r in GGUF_ENDS),
+    ]
     return list(dict.fromkeys(token for token in listed if type(token) is int and 0 <= token < 2**31))

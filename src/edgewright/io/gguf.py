@@ -86,15 +86,19 @@ class GGUFFile:
         named = SPLIT_NAME.fullmatch(self.path.name)
         if named is None or (int(named[2]), int(named[3])) != (place + 1, count):
             raise FormatError(
-                f"{self.path} is part {place + 1} of {count} of a split GGUF file, but not named as one; llama.cpp finds "
-                f"the others by the name NAME-{place + 1:05d}-of-{count:05d}.gguf"
+                f"{self.path} is part {place + 1} of {count} of a split GGUF file, but not named as one; llama.cpp "
+                f"finds the others by the name NAME-{place + 1:05d}-of-{count:05d}.gguf"
             )
         paths = [self.path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf") for number in range(count)]
         if place:
-            raise FormatError(f"{self.path} is part {place + 1} of {count} of a split GGUF file; pass the first, {paths[0]}")
+            raise FormatError(
+                f"{self.path} is part {place + 1} of {count} of a split GGUF file; pass the first, {paths[0]}"
+            )
         for number, path in enumerate(paths[1:], 1):
             if not path.is_file():
-                raise FormatError(f"{self.path} is part 1 of {count} of a split GGUF file, and part {number + 1} is missing: {path}")
+                raise FormatError(
+                    f"{self.path} is part 1 of {count} of a split GGUF file, and part {number + 1} is missing: {path}"
+                )
             other = _parse(path)
             if split_place(path, other.metadata) != (number, count):
                 raise FormatError(f"{path} does not say that it is part {number + 1} of {count} of {self.path}")

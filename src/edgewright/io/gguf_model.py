@@ -240,9 +240,7 @@ def _integer(file: GGUFFile, key: str, default: int | None = None, most: int = 2
     if isinstance(value, list):
         raise Unsupported(f"{file.path} has a different {key} in each layer, which edgewright does not read")
     if type(value) is not int or not least <= value <= most:
-        raise FormatError(
-            f"{file.path} has {key} = {str(value)[:40]}, a whole number from {least} to {most} is needed"
-        )
+        raise FormatError(f"{file.path} has {key} = {str(value)[:40]}, a whole number from {least} to {most} is needed")
     return value
 
 

@@ -112,7 +112,9 @@ def _check_index(path: Path, names: set[str]) -> None:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise FormatError(f"{path} is not an index of weight files") from error
     if lost := sorted(listed - names):
-        raise FormatError(f"{path} names {lost[0][:80]!r}, which is not a {path.name.split('.')[1]} file in this folder")
+        raise FormatError(
+            f"{path} names {lost[0][:80]!r}, which is not a {path.name.split('.')[1]} file in this folder"
+        )
 
 
 def _check_torch_file(folder: Path, file: Path) -> None:
@@ -126,13 +128,15 @@ def _check_torch_file(folder: Path, file: Path) -> None:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise FormatError(f"{file} is compressed inside, which torch.save never does; it is not read")
         if entry.filename.endswith(".pkl") and entry.file_size > LARGEST_PICKLE:
-            raise FormatError(f"{file} has {entry.file_size} bytes beside its tensors; at most {LARGEST_PICKLE} allowed")
+            raise FormatError(
+                f"{file} has {entry.file_size} bytes beside its tensors; at most {LARGEST_PICKLE} allowed"
+            )
 
 
 def _pickle(folder: Path, name: str) -> str:
     return (
-        f"{folder} holds its weights only as {name}, a pickle, which can run any code when it is opened and is not read "
-        f"here; where you trust it, let transformers write it again: {again('AutoModelForCausalLM', folder)}"
+        f"{folder} holds its weights only as {name}, a pickle, which can run any code when it is opened and is not "
+        f"read here; where you trust it, let transformers write it again: {again('AutoModelForCausalLM', folder)}"
     )
 
 

@@ -161,7 +161,9 @@ def _model_class(folder: Path, config: dict[str, Any], known: bool) -> Any:
 def _check_report(folder: Path, config: dict[str, Any], model: Any, report: dict[str, Any]) -> None:
     """What transformers fills with random numbers, or leaves out, and goes on: an error, or a warning by name."""
     guessed = not config.get("architectures")
-    hint = '; name its class in config.json, as in "architectures": ["BertForSequenceClassification"]' if guessed else ""
+    hint = (
+        '; name its class in config.json, as in "architectures": ["BertForSequenceClassification"]' if guessed else ""
+    )
     missing = sorted(report["missing_keys"])
     if missing == ["lm_head.weight"]:
         # Some published files (MobileLLM's own among them) say that the head is no table of its own by leaving it out.

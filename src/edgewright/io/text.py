@@ -67,7 +67,8 @@ def load_texts(source: str | Path | None = None, split: Split = "all") -> list[s
 class TextFiles:
     """Documents of text files, files with rows and folders (TEXT_SUFFIXES in them), read again at each iteration.
 
-    A row of a .jsonl, .json, .csv or .tsv file is a document, so is a text file; texts beyond LONGEST_DOCUMENT are cut between paragraphs.
+    A row of a .jsonl, .json, .csv or .tsv file is a document, so is a text file; texts beyond LONGEST_DOCUMENT are cut
+    between paragraphs.
     Raises UsageError for a path that does not exist, a folder without text, and while reading as `load_texts`.
     """
 

@@ -19,7 +19,7 @@ def render_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     answer: bool = True,
-    **marks: str | None,
+    marks: Mapping[str, str | None] | None = None,
 ) -> str:
     """The messages in the format of `template`, character for character as transformers' `apply_chat_template`.
 
@@ -45,7 +45,7 @@ def render_chat(
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise FormatError(f"the chat template has {len(template)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
     # as transformers: what is None is not there
-    names = {name: mark for name, mark in marks.items() if mark is not None}
+    names = {name: mark for name, mark in (marks or {}).items() if mark is not None}
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     environment = _environment()
     from jinja2 import TemplateError

@@ -111,7 +111,7 @@ class ExecuTorchEngine:
         if settings.template is None:
             raise UsageError(f"{self.path} carries no chat template; continue a plain text with generate(text) instead")
         marks = {"bos_token": settings.start_text or None, "eos_token": settings.end_text or None}
-        return render_chat(settings.template, messages, **marks)
+        return render_chat(settings.template, messages, marks=marks)
 
     # ---- the model
 

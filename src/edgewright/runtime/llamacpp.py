@@ -198,7 +198,8 @@ class LlamaCppEngine:
         names = self.metadata["tokenizer.ggml.tokens"]
         # from the header: where it names none, llama.cpp answers with a token that happens to stand at some place
         ids = {mark: self.metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key, mark in TEMPLATE_MARKS.items()}
-        return render_chat(template, messages, **{mark: names[i] for mark, i in ids.items() if 0 <= i < len(names)})
+        marks = {mark: names[i] for mark, i in ids.items() if 0 <= i < len(names)}
+        return render_chat(template, messages, marks=marks)
 
     # ---- the model
 

@@ -151,8 +151,8 @@ def _run_language(args: argparse.Namespace) -> int:
 
     if args.to is not None:
         raise UsageError(
-            f"--to {args.to} is for image classifiers: compressing a language model gives GGUF; other files are written "
-            f"by edgewright export {args.model} --to {args.to}"
+            f"--to {args.to} is for image classifiers: compressing a language model gives GGUF; other files are "
+            f"written by edgewright export {args.model} --to {args.to}"
         )
     settings = CompressSettings(
         model=args.model,

@@ -21,7 +21,10 @@ TARGETS = ("gguf", "pte", "onnx", "hf", "hf-float")
 WORDS = (
     (r"give tensors to trace it with, e\.g\. export_executorch\(.*\)$", "--to onnx writes other classes"),
     (r"give them, e\.g\. export_onnx\(.*\)$", "--to hf writes it as a folder"),
-    (r"\bembedding must be one of (.*auto.*), got '?(\w+)'?; e\.g\. embedding='auto'", r"--table must be one of \1, got \2"),
+    (
+        r"\bembedding must be one of (.*auto.*), got '?(\w+)'?; e\.g\. embedding='auto'",
+        r"--table must be one of \1, got \2",
+    ),
 )
 
 

@@ -1,7 +1,8 @@
 """Train a language model from scratch: tokenizer, token shards, training, and a checkpoint that every tool loads.
 
 CONFIG is a published shape (125M, r1-140M, flash-350M ...), a number of weights such as 1.5e6, or a JSON file as
-`edgewright design --params 1.5e6 --output FOLDER` writes. The same command again goes on where it was stopped. Several processes: torchrun.
+`edgewright design --params 1.5e6 --output FOLDER` writes. The same command again goes on where it was stopped.
+Several processes: torchrun.
 
   edgewright pretrain 1.5e6 --text books/ notes.jsonl --steps 2000 --output runs/mine
   edgewright pretrain shapes/12.json --text corpus.txt --tokens 50e6 --precision bf16
@@ -175,7 +176,10 @@ def _from_file(path: Path, vocab_size: int | None) -> EdgeDecoderConfig:
 
     fields = read_object(path)
     if (kind := fields.get("model_type", EdgeDecoderConfig.model_type)) != EdgeDecoderConfig.model_type:
-        raise UsageError(f"{path} is a configuration of {kind!r}; ones that fit are written by edgewright design --params 125e6 --output FOLDER")
+        raise UsageError(
+            f"{path} is a configuration of {kind!r}; ones that fit are written by edgewright design --params 125e6 "
+            "--output FOLDER"
+        )
     try:
         config = EdgeDecoderConfig(**fields)
     except UsageError:
