@@ -12,6 +12,7 @@ from export_models import make_llama, make_tokenizer
 from tokenizers import AddedToken
 from toy_chat_templates import TEMPLATES
 
+from edgewright import cli
 from edgewright.errors import CheckFailed, Unsupported
 from edgewright.export import gguf_metadata
 from edgewright.export.gguf import export_gguf
@@ -92,6 +93,26 @@ def test_flags_that_gguf_lacks_are_refused_by_the_token(flag: str, words: str, t
     tokenizer = with_tokens(AddedToken("<mask>", normalized=False, **{flag: True}))
     with pytest.raises(Unsupported, match=f"'<mask>' .*{words}.*--to pte and --to onnx"):
         export_gguf(make_llama(vocab_size=272), tokenizer, tmp_path / "m.gguf", **QUIET)
+
+
+def test_the_advice_about_a_flag_works(tmp_path: Path) -> None:
+    tokenizer = with_tokens(AddedToken("<mask>", lstrip=True, normalized=False))
+    folder = tmp_path / "model"
+    make_llama(vocab_size=272).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ["export", str(folder), "--output", str(tmp_path / "out"), "--json"]
+    assert cli.main(command) == 2
+    assert cli.main([*command, "--to", "onnx"]) == 0
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"lstrip": true', '"lstrip": false'))
+    assert cli.main(command) == 0
+
+
+def test_a_token_may_be_called_like_an_unused_row(tmp_path: Path) -> None:
+    tokenizer = with_tokens("[PAD270]")
+    export_gguf(make_llama(vocab_size=272), tokenizer, tmp_path / "m.gguf", **QUIET)
+    again = load_gguf(tmp_path / "m.gguf")[1]
+    assert again("a[PAD270]")["input_ids"] == tokenizer("a[PAD270]")["input_ids"]
 
 
 def test_verification_sees_the_models_own_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,9 +68,7 @@ def test_the_first_part_is_the_whole(tiny: Any, write_gguf: Any) -> None:
 
 def test_what_is_no_whole_is_refused(tiny: Any, write_gguf: Any, tmp_path: Path) -> None:
     paths = split(write_gguf(tiny()), 3)
-    with pytest.raises(
-        FormatError, match=r"is part 2 of 3 of a split GGUF file; pass the first, .*00001-of-00003.gguf"
-    ):
+    with pytest.raises(FormatError, match=r"part 2 of 3 of a split GGUF file; pass the first, .*00001-of-00003.gguf"):
         GGUFFile(paths[1])
     other = tmp_path / "other.gguf"
     other.write_bytes(paths[0].read_bytes())

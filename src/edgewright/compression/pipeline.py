@@ -37,7 +37,7 @@ from edgewright.export.gguf import check_exportable, export_gguf, llama_cpp_quan
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
 from edgewright.io.models import load
-from edgewright.io.text import load_texts, token_blocks
+from edgewright.io.text import split_blocks
 from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight
@@ -63,9 +63,8 @@ class Compression:
         if length < settings.block_length:
             say(f"{settings.model} was trained for {length} positions: blocks have {length} tokens, not "
                 f"{settings.block_length}")  # fmt: skip
-        self.text = token_blocks(load_texts(settings.data, "calibration"), self.tokenizer, length, seed=settings.seed)
-        self.evaluation = token_blocks(
-            load_texts(settings.data, "evaluation"), self.tokenizer, length, settings.evaluation_blocks, settings.seed
+        self.text, self.evaluation = split_blocks(
+            settings.data, self.tokenizer, length, evaluation=settings.evaluation_blocks, seed=settings.seed
         )
 
     @property
@@ -295,12 +294,13 @@ def compress(
     another run, and whatever a stage raises; finished stages stay usable.
     """
     output = Path(output)
-    _claim(output, settings)
+    _check_claim(output, settings)
     finished = output / "report.json"
     if finished.exists():
         say(f"{output} holds this run already, finished")
         return Report.from_file(finished)
     run = Compression(settings, output, say, progress)
+    _claim(output, settings)  # now that model and text are known to do: a mended command finds the folder free
     if not files_only:
         run.references()
     run.plain_methods()
@@ -312,8 +312,8 @@ def compress(
     return None if files_only else run.report()
 
 
-def _claim(output: Path, settings: CompressSettings) -> None:
-    """Make the folder ours, or find that it is: a run never mixes with another one's files."""
+def _check_claim(output: Path, settings: CompressSettings) -> None:
+    """Raise UsageError where the folder holds something else than this run: a run never mixes with other files."""
     marker = output / "settings.json"
     wanted = json.loads(json.dumps(settings.to_dict()))
     if marker.exists():
@@ -330,7 +330,13 @@ def _claim(output: Path, settings: CompressSettings) -> None:
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
-    write_text(marker, json.dumps(wanted, indent=2) + "\n")
+
+
+def _claim(output: Path, settings: CompressSettings) -> None:
+    """Write into the folder whose run it is."""
+    marker = output / "settings.json"
+    if not marker.exists():
+        write_text(marker, json.dumps(settings.to_dict(), indent=2) + "\n")
 
 
 def _cache(name: str, cache: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgewright.errors import FormatError, Unsupported, UsageError
+from edgewright.errors import Unsupported, UsageError
 from edgewright.export.gguf_families import writer
 from edgewright.io.end_tokens import ALL_ENDS, GGUF_ENDS
 from edgewright.io.gguf_families import COMMON_FIELDS, ROPE_SETTINGS, Metadata, head_width, llama3_divisors
@@ -237,10 +237,15 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, description: dict[str, Any], row
                 )
     texts = {index: token for token, index in tokenizer.get_vocab().items()}
     if texts and max(texts) >= rows:
-        raise UsageError(f"the tokenizer has token id {max(texts)}, but the embedding table only {rows} rows")
+        last = max(texts)
+        raise UsageError(
+            f"the tokenizer has the token {texts[last]!r} with id {last}, but the embedding table only {rows} rows; "
+            "pass the tokenizer that the model was trained with"
+        )
     added = {entry["id"]: CONTROL if entry["special"] else USER_DEFINED for entry in description["added_tokens"]}
-    tokens = [texts.get(index, f"[PAD{index}]") for index in range(rows)]
-    if len(set(tokens)) != rows:
-        raise FormatError("the tokenizer has a token named like an unused row ([PAD...]); it cannot be written as GGUF")
+    taken, name = set(texts.values()), "[PAD{}]"
+    while any(name.format(index) in taken for index in range(rows) if index not in texts):
+        name = f"[{name}]"  # a token is called so
+    tokens = [texts.get(index, name.format(index)) for index in range(rows)]
     types = [added.get(index, NORMAL) if index in texts else UNUSED for index in range(rows)]
     return tokens, types

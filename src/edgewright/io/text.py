@@ -117,6 +117,38 @@ def token_blocks(
     """
     if block_length < 1 or (max_blocks is not None and max_blocks < 1):
         raise UsageError(f"block_length {block_length} and max_blocks {max_blocks} must be at least 1")
+    ids = _joined(texts, tokenizer)
+    if len(ids) < block_length:
+        raise _too_short("the text", len(ids), block_length)
+    return _blocks(ids, block_length, max_blocks, seed)
+
+
+def split_blocks(
+    source: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    *,
+    calibration: int | None = None,
+    evaluation: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`token_blocks` of both sides of a source (`load_texts`): for calibration and for evaluation.
+
+    calibration, evaluation: at most so many blocks. Raises as both functions do; where the source is too short, the
+    length that the message names fits both sides.
+    """
+    sides = [_joined(load_texts(source, split), tokenizer) for split in ("calibration", "evaluation")]
+    shortest = min(len(ids) for ids in sides)
+    if shortest < block_length:
+        raise _too_short("one side of the text (80 % calibrate, 20 % evaluate)", shortest, block_length)
+    first, second = (
+        _blocks(ids, block_length, most, seed) for ids, most in zip(sides, (calibration, evaluation), strict=True)
+    )
+    return first, second
+
+
+def _joined(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the texts with the end-of-text token between them."""
     texts = [text for text in texts if text]
     if not texts:
         raise UsageError("there is no text to cut into blocks; pass a file with text, or none for the built-in text")
@@ -126,15 +158,21 @@ def token_blocks(
         if ids and separator is not None:
             ids.append(separator)
         ids += encoded
+    return ids
+
+
+def _blocks(ids: list[int], block_length: int, max_blocks: int | None, seed: int) -> Tensor:
     count = len(ids) // block_length
-    if count == 0:
-        raise UsageError(
-            f"the text has {len(ids)} tokens, less than one block of {block_length}; pass more text"
-            + (f", or block_length={len(ids)} at most" if len(ids) > 1 else "")
-        )
     blocks = torch.tensor(ids[: count * block_length], dtype=torch.int64).reshape(count, block_length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return blocks[order[:max_blocks]]
+
+
+def _too_short(what: str, tokens: int, block_length: int) -> UsageError:
+    return UsageError(
+        f"{what} has {tokens} tokens, less than one block of {block_length}; pass more text"
+        + (f", or block_length={tokens} at most" if tokens > 1 else "")
+    )
 
 
 def _chapters(text: str) -> list[str]:

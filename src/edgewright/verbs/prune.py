@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     import edgewright
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
-    from edgewright.io.text import load_texts, token_blocks
+    from edgewright.io.text import split_blocks
     from edgewright.measure.report import Report
     from edgewright.measure.size import bytes_by_part, parameter_counts
     from edgewright.sparsity.cut_folder import save_checkpoint
@@ -70,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = edgewright.load(args.model)
     count = len(decoder_layers(model))
     check_positions(model, args.length, args.model)
-    calibration = token_blocks(load_texts(args.text, "calibration"), tokenizer, args.length, args.samples, args.seed)
-    held_out = token_blocks(load_texts(args.text, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
+    calibration, held_out = split_blocks(
+        args.text, tokenizer, args.length, calibration=args.samples, evaluation=args.blocks, seed=args.seed
+    )
     say(f"measuring {count} blocks on {calibration.numel()} tokens")
     stats = collect(model, calibration.split(8))
     pruned = copy.deepcopy(model)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     import edgewright
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language
-    from edgewright.io.text import load_texts, token_blocks
+    from edgewright.io.text import split_blocks
     from edgewright.kernels.sparse_rows import why_no_kernel
     from edgewright.measure.report import Report
     from edgewright.sparsity.r_sparse import (
@@ -85,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = edgewright.load(args.model)
     check_positions(model, args.length, args.model)
-    calibration = token_blocks(load_texts(args.text, "calibration"), tokenizer, args.length, args.samples, args.seed)
-    held_out = token_blocks(load_texts(args.text, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
+    calibration, held_out = split_blocks(
+        args.text, tokenizer, args.length, calibration=args.samples, evaluation=args.blocks, seed=args.seed
+    )
     layers = target_layers(model, config)
     say(f"calibrating {len(layers)} layers on {calibration.numel()} tokens")
     factors = Factors()

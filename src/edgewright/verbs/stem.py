@@ -64,7 +64,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     import edgewright
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
-    from edgewright.io.text import load_texts, token_blocks
+    from edgewright.io.text import split_blocks
     from edgewright.language.stem_convert import stemify
     from edgewright.language.stem_files import save_stem
     from edgewright.language.stem_report import capacity_report
@@ -72,8 +72,9 @@ def _convert(args: argparse.Namespace) -> int:
 
     model, tokenizer = edgewright.load(args.model)
     check_positions(model, args.length, args.model)
-    calibration = token_blocks(load_texts(args.calib, "calibration"), tokenizer, args.length, args.samples, args.seed)
-    held_out = token_blocks(load_texts(args.calib, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
+    calibration, held_out = split_blocks(
+        args.calib, tokenizer, args.length, calibration=args.samples, evaluation=args.blocks, seed=args.seed
+    )
     print(f"averaging over {calibration.numel()} tokens", file=sys.stderr)
     converted = stemify(model, layers, calibration.split(4), args.init, dtype=args.dtype).eval()
     print("evaluating before and after", file=sys.stderr)
