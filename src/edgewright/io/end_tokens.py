@@ -8,7 +8,7 @@ from typing import Any
 # The keys of a GGUF file with one end token each, in the order in which they are filled.
 GGUF_ENDS = ("eos", "eot", "eom")
 # Ours, a list: all end tokens, where they are more than one. llama.cpp itself does not read it.
-ALL_ENDS = "edgewright.end_token_ids"
+ALL_ENDS = "edgewright.end-token-ids"
 
 
 def end_tokens(model: Any, tokenizer: Any = None) -> list[int]:

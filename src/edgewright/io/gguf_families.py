@@ -49,7 +49,7 @@ TOP_NAMES = {
 }
 ROPE_FACTORS = "rope_freqs.weight"
 # Ours: the settings behind ROPE_FACTORS as JSON, where they are Llama 3's. llama.cpp does not read it.
-ROPE_SETTINGS = "edgewright.rope_parameters"
+ROPE_SETTINGS = "edgewright.rope-parameters"
 # Keys that every family has: key -> (type in GGUF, field of the configuration).
 COMMON_FIELDS = {
     "block_count": ("u32", "num_hidden_layers"),

@@ -28,7 +28,9 @@ def in_command_words(sentence: str, parser: argparse.ArgumentParser, words: Word
         if name is None:
             return match[0]
         value = match[2].strip("'\"")
-        return name if value == "True" else f"{name} {value if value.isalnum() else match[2]}"
+        if value in ("True", "None"):
+            return name if value == "True" else f"no {name}"
+        return f"{name} {value if value.isalnum() else match[2]}"
 
     return ARGUMENT.sub(option, sentence)
 
