@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from edgewright.errors import CheckFailed
 from edgewright.export.executorch_layers import DynamicLinear
+from edgewright.export.gguf_texts import check_template
 
 QUANTIZED = 0.05  # root mean square of the difference over that of the outputs, with 8-bit inputs
 FLOAT = 1e-3  # the same in float32
@@ -163,6 +164,7 @@ def _ids(engine: Any, tokenizer: Any) -> list[int]:
         theirs = list(tokenizer(TEXT)["input_ids"])
         if engine.tokenize(TEXT) != theirs:
             raise CheckFailed("the tokenizer inside the file splits a text differently from the model's own")
+        check_template(engine, tokenizer)
         return theirs[:longest]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, engine.tokens, (longest,), generator=generator).tolist()

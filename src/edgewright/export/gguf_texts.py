@@ -132,8 +132,8 @@ def _check_equal(theirs: Sequence[int], ours: Sequence[int], tokenizer: PreTrain
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     near = tokenizer.decode(list(ours)[max(0, at - 2) : at + 3])
     raise CheckFailed(
-        f"llama.cpp splits the text differently from the tokenizer, first near {near!r}; the file was not kept; --to "
-        "pte and --to onnx write other files, which use the tokenizer itself"
+        f"the runtime splits the text differently from the tokenizer, first near {near!r}; the file was not kept; for "
+        "llama.cpp's splitters, --to pte and --to onnx write other files, which use the tokenizer itself"
     )
 
 

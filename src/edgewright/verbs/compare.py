@@ -33,7 +33,9 @@ SAMPLE_CHARACTERS = 20_000  # of the evaluation text itself
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model folder, a bundled name or an exported file")
     parser.add_argument("--reference", metavar="MODEL", help="what the others are held against (default: the first)")
-    parser.add_argument("--text", metavar="FILE", help="a .txt or .jsonl file (default: Python's documentation topics)")
+    parser.add_argument(
+        "--text", metavar="FILE", help="a text, .jsonl, .json or .csv file (default: Python's documentation topics)"
+    )
     parser.add_argument(
         "--split",
         choices=("evaluation", "calibration", "all"),

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training: optimizer steps such as 40, or minutes such as 4m; of a click model the share of normalised "
         "entropy that may be lost (default 0.0005)",
     )
-    parser.add_argument("--data", help="text or .jsonl file to calibrate, train and evaluate on (split by itself)")
+    parser.add_argument(
+        "--data", help="text, .jsonl, .json or .csv file to calibrate, train and evaluate on (split by itself)"
+    )
     parser.add_argument("--kv", type=int, help="width of the key-value cache: 8 or 4 (default: float16)")
     parser.add_argument(
         "--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes"

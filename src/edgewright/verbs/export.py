@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def parse_targets(text: str) -> list[str]:
 def default_name(model: str) -> str:
     """A file name from the model's own: the last part of the path, without .gguf."""
     name = Path(model.rstrip("/\\")).name
-    return (Path(model).resolve().name if name in ("", "..") else name).removesuffix(".gguf")
+    name = (Path(model).resolve().name if name in ("", "..") else name).removesuffix(".gguf")
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name)  # the number of a part of a split file
 
 
 def _write(

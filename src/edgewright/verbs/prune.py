@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--protect", default="0,-1", help="blocks that stay in any case (default 0,-1; '' for none)")
     parser.add_argument("--iterative", action="store_true", help="measure the blocks again after each one that goes")
-    parser.add_argument("--text", help="text or .jsonl file to measure and evaluate on (split by itself)")
+    parser.add_argument("--text", help="text, .jsonl, .json or .csv file to measure and evaluate on (split by itself)")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default 64)")
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence (default 128)")
     parser.add_argument("--blocks", type=int, default=8, help="evaluation sequences (default 8)")
