@@ -112,6 +112,19 @@ def test_classes_that_transformers_does_not_have(saved: Any) -> None:
             load(folder)
 
 
+def test_older_names_of_causal_classes(tiny: Any, write_gguf: Any, tmp_path: Path) -> None:
+    model, tokenizer = load(write_gguf(tiny()))
+    for saver in (model, tokenizer):
+        saver.save_pretrained(tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps({**config, "architectures": ["LLaMAForCausalLM"]}))
+    assert torch.equal(logits(load(tmp_path / "old")[0]), logits(model))
+    remote = {**config, "architectures": ["MyForCausalLM"], "auto_map": {"AutoModelForCausalLM": "my.MyForCausalLM"}}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(remote))
+    with pytest.raises(Unsupported, match="code from a model folder is never run"):
+        load(tmp_path / "old")
+
+
 def test_tensors_of_torch_save_are_read_without_running_code(saved: Any, tmp_path: Path) -> None:
     model, folder = saved("LlamaForSequenceClassification")
     (folder / "model.safetensors").unlink()

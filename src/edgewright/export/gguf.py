@@ -244,7 +244,7 @@ def check_exportable(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise what `export_gguf` would raise for the class of the model or its tokenizer, without writing anything."""
     model = native_form(model)
     writer(model)
-    tokenizer_metadata(tokenizer, model.get_input_embeddings().weight.shape[0], end_tokens(model, tokenizer))
+    tokenizer_metadata(tokenizer, model.config.vocab_size, end_tokens(model, tokenizer))
 
 
 def tensor_rows(tensors: Sequence[ModelTensor]) -> int:

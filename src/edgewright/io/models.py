@@ -149,7 +149,9 @@ def _model_class(folder: Path, config: dict[str, Any], known: bool) -> Any:
         if getattr(named.config_class, "model_type", None) not in (config["model_type"], None):
             raise FormatError(f"{folder} names the class {name[:80]}, which is none of {config['model_type'][:80]!r}")
         return named
-    if known:
+    # early files call their class otherwise (LLaMAForCausalLM); that all weights fit is checked after loading
+    renamed = name.endswith(("ForCausalLM", "LMHeadModel")) and "auto_map" not in config
+    if known or (renamed and config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return AutoModelForCausalLM
     raise Unsupported(
         f"{folder} names the class {name[:80]!r} for model_type {config['model_type'][:80]!r}, which transformers "
