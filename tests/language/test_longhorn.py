@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.io.transformers_names import cache_name, with_cache
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.longhorn import Longhorn, LonghornConfig, longhorn_step
@@ -73,11 +74,11 @@ def test_generation_is_the_same_with_a_cache(name: str, fields: dict[str, Any], 
     assert torch.equal(
         model.generate(tokens(), cache_implementation="static", disable_compile=True, **options), expected
     )
-    options["past_key_values"] = DynamicCache(config=model.config)
+    options[cache_name()] = DynamicCache(config=model.config)
     assert torch.equal(model.generate(tokens(), **options), expected)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    options["past_key_values"] = None
+    options[cache_name()] = None
     assert torch.equal(again.generate(tokens(), **options), expected)
 
 
@@ -188,13 +189,13 @@ def test_a_snapshot_goes_back() -> None:
         model = new_decoder(config(mixers)).eval()
         cache = LonghornCache(model.config)
         with torch.no_grad():
-            model(tokens(), past_key_values=cache)
+            model(tokens(), **with_cache(cache))
             kept = snapshot(cache)
-            expected = model(tokens(seed=1), past_key_values=cache).logits
+            expected = model(tokens(seed=1), **with_cache(cache)).logits
             for _ in range(2):
                 restore(cache, kept)
                 assert cache.get_seq_length() == 12
-                assert torch.equal(model(tokens(seed=1), past_key_values=cache).logits, expected)
+                assert torch.equal(model(tokens(seed=1), **with_cache(cache)).logits, expected)
     with pytest.raises(UsageError, match="the snapshot has 2 layers and the cache 1"):
         restore(single_cache(), kept)
 
@@ -205,7 +206,7 @@ def test_memory_does_not_grow() -> None:
     sizes = []
     with torch.no_grad():
         for length in (3, 60, 1):
-            model(tokens(1, length), past_key_values=cache)
+            model(tokens(1, length), **with_cache(cache))
             sizes.append(snapshot(cache).bytes)
     d, m, w = 64, 16, 4
     assert sizes == [2 * 4 * d * (m + w)] * 3
@@ -241,7 +242,7 @@ def test_int8_states_generate_and_follow_beams() -> None:
     with torch.no_grad():
         caches = [LonghornCache(model.config) for _ in range(2)]
         for ids in (tokens(), tokens(2, 1)):
-            ours, theirs = (m(ids, past_key_values=c).logits for m, c in zip((model, plain), caches, strict=True))
+            ours, theirs = (m(ids, **with_cache(c)).logits for m, c in zip((model, plain), caches, strict=True))
         error = (ours - theirs).norm() / theirs.norm()
     assert 0 < float(error) < 0.02
     assert model.generate(tokens(), max_new_tokens=4, num_beams=2, pad_token_id=0).shape == (2, 16)
@@ -303,9 +304,9 @@ def test_bad_calls_are_one_sentence(tmp_path: Path) -> None:
         mixer(h, None, cache, 0)
     model = new_decoder(config(["longhorn"]))
     used = DynamicCache(config=model.config)
-    model(tokens(), past_key_values=used)
+    model(tokens(), **with_cache(used))
     with pytest.raises(UsageError, match="go on from a LonghornCache"):
-        model.generate(tokens(), past_key_values=used, max_new_tokens=1)
+        model.generate(tokens(), **with_cache(used), max_new_tokens=1)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(tokens(1), assistant_model=model, max_new_tokens=2)
     with pytest.raises(Unsupported, match=NO_GGUF[:60].replace("(", r"\(")):

@@ -21,10 +21,18 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import (
+    cache_name,
+    cache_of,
+    cache_room,
+    mask,
+    one_cache,
+    records_outputs,
+    with_cache,
+)
 from edgewright.language.attention import Attention
 from edgewright.language.decoder_config import ATTENTION, CACHE_TYPES, EdgeDecoderConfig
 from edgewright.language.longhorn_state import LonghornCache
@@ -71,26 +79,29 @@ class EdgeDecoderLayer(GradientCheckpointingLayer):
         x: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
         layer: int = 0,
         sliding_window: int | None = None,
         input_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """x: [B, T, hidden]. attention_mask: of the attention function, or [B, S] of real tokens for other mixers."""
+        """x: [B, T, hidden]. attention_mask: of the attention function, or [B, S] of real tokens for other mixers.
+
+        The cache comes under this version's name for it, which is the one that gradient checkpointing takes away.
+        """
+        cache = options.pop(cache_name(), None)
         if self.mixer in ATTENTION:
             mixed, _ = self.self_attn(
                 self.input_layernorm(x),
                 position_embeddings,
                 attention_mask,
-                past_key_values,
+                cache,
                 layer,
                 sliding_window,
                 **options,
             )
             x = x + mixed
         elif self.mixer == "longhorn":
-            x = x + self.longhorn(self.input_layernorm(x), attention_mask, past_key_values, layer, options.get("reset"))
+            x = x + self.longhorn(self.input_layernorm(x), attention_mask, cache, layer, options.get("reset"))
         if self.kind == "none":
             return x
         u = self.post_attention_layernorm(x)
@@ -105,7 +116,7 @@ class EdgeDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EdgeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [cache_name()]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -142,19 +153,23 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @records_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids: [B, T] int64, or inputs_embeds: [B, T, hidden]; attention_mask: [B, S], 1 at real tokens."""
+        """input_ids: [B, T] int64, or inputs_embeds: [B, T, hidden]; attention_mask: [B, S], 1 at real tokens.
+
+        cache, past_key_values: the newer and the older name of one argument.
+        """
+        cache = one_cache(cache, past_key_values)
         config = self.config
         assert isinstance(config.mixers, list) and isinstance(config.ffn_types, list) and config.share_map is not None
         if (input_ids is None) == (inputs_embeds is None):
@@ -166,14 +181,14 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         elif "stem" in config.ffn_types:
             raise UsageError("STEM layers look rows up by token: give input_ids, not inputs_embeds")
         assert inputs_embeds is not None
-        if use_cache and past_key_values is None:
-            past_key_values = LonghornCache(config) if "longhorn" in config.mixers else DynamicCache(config=config)
+        if use_cache and cache is None:
+            cache = LonghornCache(config) if "longhorn" in config.mixers else DynamicCache(config=config)
         attends = any(mixer in ATTENTION for mixer in config.mixers)  # else nothing here depends on positions
-        seen = past_key_values.get_seq_length() if past_key_values is not None and attends else 0
+        seen = cache.get_seq_length() if cache is not None and attends else 0
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        self._check_length(seen, inputs_embeds.shape[1], past_key_values)
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        self._check_length(seen, inputs_embeds.shape[1], cache)
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
         rotary = self.rotary_emb(inputs_embeds, position_ids)
 
         x = inputs_embeds
@@ -185,39 +200,39 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
                     CACHE_TYPES.get(mixer, mixer), None if isinstance(attention_mask, dict) else attention_mask
                 ),
                 position_embeddings=rotary,
-                past_key_values=past_key_values,
                 layer=layer,
                 sliding_window=config.sliding_window if mixer == "sliding_attention" else None,
                 input_ids=input_ids,
+                **with_cache(cache),
                 **options,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **with_cache(cache))
 
     def _masks(
-        self, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor
+        self, inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None, position_ids: Tensor
     ) -> dict[str, Tensor | None]:
         """The mask of each kind of attention among the layers; `generate` may bring them ready."""
         if isinstance(attention_mask, dict):
             return attention_mask
         arguments: dict[str, Any] = {
             "config": self.config,
-            "inputs_embeds": inputs_embeds,
+            "embeddings": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
+            "cache": cache,
+            "positions": position_ids,
         }
         makers: dict[str, Any] = {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
         }
-        return {kind: make(**arguments) for kind, make in makers.items() if kind in self.config.mixers}  # type: ignore[operator]
+        return {kind: mask(make, **arguments) for kind, make in makers.items() if kind in self.config.mixers}  # type: ignore[operator]
 
-    def _check_length(self, seen: Any, new: int, past_key_values: Cache | None) -> None:
+    def _check_length(self, seen: Any, new: int, cache: Cache | None) -> None:
         """Warn once beyond the trained context; refuse what a cache of fixed size cannot hold."""
         if torch.compiler.is_compiling() or (isinstance(seen, Tensor) and seen.device.type != "cpu"):
             return  # a fixed cache counts on its device, and asking would wait for it
         total, limit = int(seen) + new, self.config.max_position_embeddings
-        room = past_key_values.get_max_length() if past_key_values is not None else -1
+        room = cache_room(cache) if cache is not None else -1
         if 0 < room < total and "sliding_attention" not in self.config.mixers:  # type: ignore[operator]
             raise UsageError(f"{total} tokens do not fit into a cache of {room}")
         if total > limit and not getattr(self, "_warned", False):
@@ -244,19 +259,23 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """labels: [B, T] int64, shifted here, -100 where nothing is to be predicted. logits: [B, T, vocab]."""
+        """labels: [B, T] int64, shifted here, -100 where nothing is to be predicted. logits: [B, T, vocab].
+
+        cache, past_key_values: the newer and the older name of one argument.
+        """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **options,
@@ -269,7 +288,7 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **with_cache(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
@@ -279,9 +298,9 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         """transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(cache_name())
         if cache is not None and not any(mixer in ATTENTION for mixer in self.config.mixers):  # type: ignore[union-attr]
-            model_kwargs["past_key_values"] = LonghornCache.around(cache)
+            model_kwargs[cache_name()] = LonghornCache.around(cache)
 
     def for_executorch(self) -> PreTrainedModel:
         """The form of this model that `export_executorch` traces."""

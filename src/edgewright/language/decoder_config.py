@@ -36,7 +36,7 @@ class EdgeDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "edgewright_decoder"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 576

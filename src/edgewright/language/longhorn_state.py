@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import cache_name
 
 STATE_TYPES = ("float32", "int8")
 SCALE_BYTES = 4
@@ -57,7 +58,7 @@ class LonghornCache(DynamicCache):
         if any(layer.has_previous_state[0] for layer in cache.layers if hasattr(layer, "has_previous_state")):
             raise UsageError(
                 f"the {type(cache).__name__} has seen tokens but not counted them; go on from a LonghornCache: "
-                "model.generate(..., past_key_values=LonghornCache(model.config))"
+                f"model.generate(..., {cache_name()}=LonghornCache(model.config))"
             )
         made = cls.__new__(cls)
         vars(made).update(vars(cache))
