@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError
 from edgewright.io.json_file import read_json
+from edgewright.io.own_forward import keeping_forward
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 
@@ -161,7 +162,7 @@ def _check_description(
     for name, fields in modules.items():
         module = known.get(name)
         rows, columns = fields["shape"]
-        if type(module) is not KINDS[fields["kind"]] or tuple(known[name].weight.shape) != (rows, columns):
+        if not isinstance(module, KINDS[fields["kind"]]) or tuple(known[name].weight.shape) != (rows, columns):
             raise FormatError(
                 f"{folder}: the model has no {fields['kind']} layer {name[:80]!r} of shape {[rows, columns]}"
             )
@@ -177,7 +178,7 @@ def _check_description(
                 f"{folder}: the steps of {name} are {step.dtype} {list(step.shape)}, not [{rows}, groups]"
             )
     for name, source in shared.items():
-        if source not in modules or name in modules or type(known.get(name)) not in KINDS.values():
+        if source not in modules or name in modules or not isinstance(known.get(name), tuple(KINDS.values())):
             raise FormatError(f"{folder}: {name[:80]!r} cannot share the table of {source[:80]!r}")
         if list(known[name].weight.shape) != modules[source]["shape"]:
             raise FormatError(f"{folder}: {name} has another shape than {source}, whose table it should share")
@@ -192,7 +193,7 @@ def _put(model: nn.Module, name: str, packed: PackedTensor, dtype: torch.dtype) 
         new = PackedEmbedding(packed, old.padding_idx, dtype)
     else:
         new = PackedLinear(packed, old.bias)  # type: ignore[arg-type]
-    setattr(model.get_submodule(parent), child, new)
+    setattr(model.get_submodule(parent), child, keeping_forward(old, new))
 
 
 def _fill(folder: Path, model: PreTrainedModel, stored: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -234,6 +235,20 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     return dict(declared) if isinstance(declared, dict) and tie else {}
 
 
+def _initialised(model: PreTrainedModel, module: nn.Module, key: str) -> bool:
+    """Whether the model's own rule for new weights computes this buffer, such as Gemma's scale of the token table."""
+    meta = module._buffers[key]
+    assert meta is not None
+    fresh = torch.full_like(meta, math.nan, device="cpu") if meta.is_floating_point() else None
+    if fresh is None:
+        return False
+    module._buffers[key] = fresh
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor._is_hf_initialized = tensor is not fresh  # type: ignore[union-attr]
+    model._init_weights(module)
+    return bool(torch.isfinite(fresh).all())
+
+
 def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Rebuild a module whose buffers are derived from the configuration (rotary frequencies, position ids)."""
     if hasattr(module, "inv_freq"):
@@ -245,5 +260,5 @@ def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Modul
             length = buffer.shape[-1]
             fresh = torch.arange(length) if key == "position_ids" else torch.zeros(length, dtype=buffer.dtype)
             module.register_buffer(key, fresh.expand(buffer.shape).clone(), persistent=False)
-        elif buffer.is_meta:
+        elif buffer.is_meta and not _initialised(model, module, key):
             raise FormatError(f"{folder}: the buffer {name}.{key} of its model is not stored and cannot be computed")
