@@ -169,10 +169,10 @@ def test_a_quantised_folder_brings_them_back(family: str, tmp_path: Path) -> Non
 
 
 def test_exporters_refuse_by_name_what_they_cannot_write(tmp_path: Path) -> None:
-    model = convert_(quantize_(make("Gemma2"), everything()))
-    name = "embed_tokens is a quantised Gemma2TextScaledWordEmbedding"
-    with pytest.raises(Unsupported, match=name):
-        export_executorch(model, make_byte_tokenizer(), tmp_path / "m.pte")
-    with pytest.raises(Unsupported, match=name):
-        export_onnx(model, tmp_path / "m.onnx")
+    model = convert_(quantize_(net(), QuantConfig.weights("int8")))
+    x = torch.randn(2, 2, 8, 8)
+    with pytest.raises(Unsupported, match=r"layer conv is a quantised Standardised, whose own forward a \.pte file"):
+        export_executorch(model, None, tmp_path / "m.pte", example_inputs=(x,))
+    with pytest.raises(Unsupported, match="layer conv is a quantised Standardised, whose own forward an ONNX file"):
+        export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
     assert not list(tmp_path.iterdir())

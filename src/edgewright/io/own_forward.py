@@ -61,7 +61,7 @@ def refuse_own_forwards(model: nn.Module, target: str) -> None:
         if isinstance(module, KeptForward):
             raise Unsupported(
                 f"layer {name} is a quantised {original_class(module).__name__}, whose own forward {target} cannot "
-                f"express; leave it out: QuantConfig(..., skip=({name!r}, ...)), or dequantize_(model) before the export"
+                f"express; leave it out: QuantConfig(..., skip=({name!r}, ...)), or call dequantize_(model) first"
             )
 
 
