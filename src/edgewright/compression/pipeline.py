@@ -71,6 +71,12 @@ class Compression:
             layout=layout or settings.layout,
             kv=settings.kv,
             progress=self.progress,
+            original=model_logits(self.model),
+        )
+        distance = result.checks["original"]
+        self.say(
+            f"{name}: verified; against the original model KL {distance['kl']:.3g}, the same token at "
+            f"{distance['top1_agreement']:.0%} of {result.checks['positions']} places"
         )
         if name == settings.method:
             save_quantized(model, self.tokenizer, self.output / "huggingface")
