@@ -30,16 +30,19 @@ from edgewright.evaluation.language import add_rows, engine_logits, evaluate_lan
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_json
 from edgewright.io.models import load
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight
 from edgewright.quantization.config import KVConfig
+from edgewright.quantization.coverage import coverage, summary
 from edgewright.quantization.kv_cache import attach_kv_quantization
 from edgewright.runtime.benchmark import benchmark_files
 from edgewright.runtime.engine import open_engine
 
+COVERAGE = "coverage.json"  # what share of the weights is quantised; the report of a resumed run repeats it
 QUESTION = "What is the capital of France?"
 Say = Callable[[str], None]
 
@@ -64,6 +67,10 @@ class Compression:
     def export(self, name: str, model: Any, layout: str | None = None) -> None:
         """Write and prove one file; its layout table is shown for the method that was asked for."""
         settings = self.settings
+        if name == settings.method:
+            line = summary(coverage(model))
+            self.say(line)
+            write_text(self.output / COVERAGE, json.dumps({"summary": line}) + "\n")
         result = export_gguf(
             model,
             self.tokenizer,
@@ -246,6 +253,7 @@ class Compression:
         return [
             "quality: each file run in llama.cpp against the float32 model in PyTorch, on text that no method saw",
             f"{QUESTION} {self.settings.method} answers: {answer.text.strip()}",
+            *([read_json(self.output / COVERAGE)["summary"]] if (self.output / COVERAGE).exists() else []),
         ]
 
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.io.expert_stacks import foreign_stacks, put_stack, stack_axis
 from edgewright.io.own_forward import has_own_forward, keeping_forward, original_layer
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack
 from edgewright.quantization.config import QuantConfig, Rule
+from edgewright.quantization.coverage import warn_left_out
 from edgewright.quantization.kv_cache import attach_kv_quantization
 from edgewright.quantization.layers import (
     QuantConv2d,
@@ -36,16 +38,20 @@ def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
     """Replace, in place, the modules that the rules select by their fake-quantised twins; returns the model.
 
     A layer whose class has a forward of its own keeps it (`io.own_forward`). Nothing is changed unless the whole
-    configuration fits. Raises UsageError (pattern that matches nothing, group that does not divide a row, tied weight
-    without a decision), Unsupported (a layer that would lose something), FormatError (NaN or infinite weight).
+    configuration fits. `coverage(model)` of `quantization.coverage` tells what is quantised then and what is not; where
+    the pattern "*" cannot reach a hundredth of the weights there is a UserWarning.
+
+    Raises UsageError (pattern that matches nothing, group that does not divide a row, tied weight without a decision),
+    Unsupported (a layer that would lose something), FormatError (NaN or infinite weight).
     """
-    layers = _layers(model)
+    layers = quantizable_layers(model)
     selected = _select(model, layers, config)
     quantizers = _quantizers(model, layers, selected, config)
     for name, rule in selected.items():
         _replace(
             model, name, keeping_forward(layers[name], _fake_quantized(layers[name], quantizers.get(name), rule, name))
         )
+    warn_left_out(model, config)
     if config.kv is not None:
         attach_kv_quantization(model, config.kv)
     return model
@@ -103,7 +109,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def quantizable_layers(model: nn.Module) -> dict[str, Any]:
     """Everything that can be quantised, by name: layers, and the stacks of matrices that modules name as theirs."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -111,9 +117,14 @@ def _layers(model: nn.Module) -> dict[str, Any]:
             found[name] = module
         for stack in getattr(module, "weight_stacks", ()):
             if isinstance(weight := getattr(module, stack), nn.Parameter):
-                owned = f"{name}.{stack}" if name else stack
-                found[owned] = WeightStack(weight, getattr(module, "group_axis", "in"))
+                found[_child(name, stack)] = WeightStack(weight, getattr(module, "group_axis", "in"))
+        for stack in () if hasattr(module, "weight_stacks") else foreign_stacks(module):
+            found[_child(name, stack)] = WeightStack(getattr(module, stack), str(stack_axis(module)), foreign=True)
     return found
+
+
+def _child(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _select(model: nn.Module, layers: dict[str, Any], config: QuantConfig) -> dict[str, Rule]:
@@ -153,6 +164,8 @@ def _check_layer(name: str, layer: nn.Module, rule: Rule) -> None:
         reason = "its forward was replaced on this one object"
     elif getattr(layer, "max_norm", None) is not None:
         reason = "max_norm changes its table at every look-up"
+    elif rule.activation is not None and getattr(layer, "foreign", False):
+        kind, reason = "stack of experts", "transformers multiplies with it, and its input cannot be quantised"
     elif rule.activation is not None and has_own_forward(layer):
         reason = "its class has a forward of its own, before which no input can be quantised"
     if reason:
@@ -260,7 +273,12 @@ def _modules_of(model: nn.Module, kinds: tuple[type, ...], complaint: str) -> li
 def _replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
-    if isinstance(getattr(owner, child), nn.Parameter):
+    held = getattr(owner, child)
+    stacked = held.ndim == 3 if isinstance(held, nn.Parameter) else isinstance(held, QuantStack | PackedStack)
+    if stacked and not hasattr(owner, "weight_stacks"):
+        put_stack(owner, child, module)
+        return
+    if isinstance(held, nn.Parameter):
         delattr(owner, child)  # a parameter gives its name to a module only when it is gone
     setattr(owner, child, module)
 

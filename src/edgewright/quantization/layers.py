@@ -227,11 +227,12 @@ class WeightStack(nn.Module):
     """A parameter [E, out, in] seen as a layer. A module offers such parameters by naming them in `weight_stacks`.
 
     group_axis: the owner's, "in" where it has none. The owner takes the quantised stack in the parameter's place.
+    foreign: the owner is a class of transformers (`io.expert_stacks`).
     """
 
-    def __init__(self, weight: nn.Parameter, group_axis: str = "in") -> None:
+    def __init__(self, weight: nn.Parameter, group_axis: str = "in", foreign: bool = False) -> None:
         super().__init__()
-        self.weight, self.group_axis = weight, group_axis
+        self.weight, self.group_axis, self.foreign = weight, group_axis, foreign
 
 
 class QuantStack(nn.Module):
