@@ -69,7 +69,7 @@ def save_dequantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         if source in packed and _same_table(module, packed[source]):
             continue
         key = name if isinstance(module, PackedStack) else f"{name}.weight"
-        state[key] = module.weight.detach().cpu().to(dtype)
+        state[key] = module.weight.detach().cpu().to(dtype).contiguous()
     state |= _other_tensors(model, packed)
     apart = [name for name, source in tied.items() if name in state and source in state]
     _save(model, tokenizer, folder, state, {"tie_word_embeddings": False} if apart else {})

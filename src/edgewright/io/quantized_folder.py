@@ -125,7 +125,7 @@ def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
             raise FormatError(f"{path}: the stack {name[:80]!r} needs a count of matrices and a group_axis (in, out)")
         if not sizes or fields.get("kind") not in (*KINDS, "stack") or fields.get("grid") not in CODE_RANGES:
             raise FormatError(
-                f"{path}: module {name[:80]!r} needs kind (linear, embedding, stack), a known grid and a shape [out, in]"
+                f"{path}: module {name[:80]!r} needs kind (linear, embedding, stack), a known grid, a shape [out, in]"
             )
     if not all(isinstance(source, str) for source in shared.values()):
         raise FormatError(f"{path}: 'shared' maps names of modules to names of modules")
