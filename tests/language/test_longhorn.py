@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from edgewright.errors import Unsupported, UsageError
-from edgewright.io.transformers_names import cache_name, with_cache
+from edgewright.io.transformers_names import cache_name, cache_of, with_cache
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.longhorn import Longhorn, LonghornConfig, longhorn_step
@@ -131,6 +131,31 @@ def test_reset_reaches_the_layers_of_a_model() -> None:
     reset = torch.zeros(1, 12).bool()
     reset[:, 7] = True
     torch.testing.assert_close(model(ids, reset=reset).logits[:, 7:], model(ids[:, 7:]).logits)
+
+
+@pytest.mark.parametrize("name", ["with attention", "with a window", "attention alone"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_are_the_documents_in_a_hybrid(name: str, attention: str) -> None:
+    model = new_decoder(config(MIXTURES.get(name, ["full_attention"] * 2))).eval()
+    model.set_attn_implementation(attention)
+    places: list[torch.Tensor] = []
+    model.model.rotary_emb.register_forward_pre_hook(lambda _, args: places.append(args[1]))
+    ids, sizes = tokens(2, 18), ([7, 1, 10], [3, 12, 3])
+    reset = torch.zeros(2, 18).bool()
+    for row, parts in enumerate(sizes):
+        reset[row, torch.tensor([0, *parts[:-1]]).cumsum(0)] = True
+    with torch.no_grad():
+        output = model(ids, reset=reset, use_cache=True)
+        packed = output.logits
+        assert cache_of(output) is None
+        assert places[0].tolist() == [[i for part in parts for i in range(part)] for parts in sizes]
+        for row, parts in enumerate(sizes):
+            alone = [model(part[None]).logits[0] for part in ids[row].split(parts)]
+            torch.testing.assert_close(packed[row], torch.cat(alone))
+        with pytest.raises(UsageError, match="give no cache with it"):
+            model(ids, reset=reset, **with_cache(LonghornCache(model.config)))
+        with pytest.raises(UsageError, match=r"reset is torch.bool \[1, 18\]; give bool \[2, 18\]"):
+            model(ids, reset=reset[:1])
 
 
 def test_convolution_and_gate_are_mamba_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,9 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         """input_ids: [B, T] int64, or inputs_embeds: [B, T, hidden]; attention_mask: [B, S], 1 at real tokens.
 
         cache, past_key_values: the newer and the older name of one argument.
+        reset (among the options): bool [B, T], true at the first token of each document of a packed row. No layer sees
+        the document before, and positions begin anew. A model with attention then takes and gives no cache, for a cache
+        does not know where its documents begin.
         """
         cache = one_cache(cache, past_key_values)
         config = self.config
@@ -181,14 +184,20 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         elif "stem" in config.ffn_types:
             raise UsageError("STEM layers look rows up by token: give input_ids, not inputs_embeds")
         assert inputs_embeds is not None
+        attends = any(mixer in ATTENTION for mixer in config.mixers)  # else nothing here depends on positions
+        reset = options.get("reset") if attends else None
+        if reset is not None:
+            _check_reset(reset, inputs_embeds, cache, attention_mask, config)
+            use_cache = False
         if use_cache and cache is None:
             cache = LonghornCache(config) if "longhorn" in config.mixers else DynamicCache(config=config)
-        attends = any(mixer in ATTENTION for mixer in config.mixers)  # else nothing here depends on positions
         seen = cache.get_seq_length() if cache is not None and attends else 0
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+            if reset is not None:  # behind the latest first token
+                position_ids = position_ids - (position_ids * reset).cummax(1).values
         self._check_length(seen, inputs_embeds.shape[1], cache)
-        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids, reset)
         rotary = self.rotary_emb(inputs_embeds, position_ids)
 
         x = inputs_embeds
@@ -209,7 +218,12 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **with_cache(cache))
 
     def _masks(
-        self, inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None, position_ids: Tensor
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        cache: Cache | None,
+        position_ids: Tensor,
+        reset: Tensor | None = None,
     ) -> dict[str, Tensor | None]:
         """The mask of each kind of attention among the layers; `generate` may bring them ready."""
         if isinstance(attention_mask, dict):
@@ -221,6 +235,11 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
             "cache": cache,
             "positions": position_ids,
         }
+        if reset is not None:
+            document = reset.long().cumsum(1)  # that a token belongs to
+            # transformers finds documents in positions that begin anew; with that and ours together it cuts them wrong
+            arguments["positions"] = torch.arange(reset.shape[1], device=reset.device)[None]
+            arguments["and_mask_function"] = lambda b, head, q, kv: document[b, q] == document[b, kv]
         makers: dict[str, Any] = {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
@@ -313,6 +332,15 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         from edgewright.language.native import gguf_form
 
         return gguf_form(self)
+
+
+def _check_reset(reset: Tensor, x: Tensor, cache: Any, attention_mask: Any, config: EdgeDecoderConfig) -> None:
+    if tuple(reset.shape) != tuple(x.shape[:2]) or reset.dtype != torch.bool:
+        raise UsageError(f"reset is {reset.dtype} {list(reset.shape)}; give bool {list(x.shape[:2])}, one a token")
+    if cache is not None or isinstance(attention_mask, dict):
+        raise UsageError("reset marks documents of a packed row, which attention reads whole: give no cache with it")
+    if "flash" in str(config._attn_implementation):
+        raise UsageError(f"reset needs a mask, which {config._attn_implementation} does not take; use sdpa or eager")
 
 
 def new_decoder(config: EdgeDecoderConfig, seed: int = 0) -> EdgeDecoderForCausalLM:
