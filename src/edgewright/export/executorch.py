@@ -166,8 +166,9 @@ def export_executorch(
         if verify:
             started = time.perf_counter()
             if inputs is None:
-                plain = not any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules())
-                original = model if original is None and plain else original
+                language: Any = model
+                plain = not any(isinstance(m, PackedLinear | PackedEmbedding) for m in language.modules())
+                original = language if original is None and plain else original
                 compare = None if original is None else comparison(original, path.name, plain)
                 checks = check_language(temporary, twin, model, tokenizer, compare)
             else:

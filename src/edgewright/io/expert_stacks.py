@@ -32,7 +32,7 @@ def foreign_stacks(owner: nn.Module) -> list[str]:
 
 def put_stack(owner: nn.Module, name: str, stack: nn.Module | nn.Parameter) -> None:
     """Put a quantised stack (or the parameter again) where the owner has `name`."""
-    original: type[nn.Module] = getattr(type(owner), "original", type(owner))
+    original: Any = getattr(type(owner), "original", type(owner))
     if isinstance(getattr(owner, name), nn.Parameter):
         dtype = getattr(owner, name).dtype
         delattr(owner, name)
@@ -81,7 +81,7 @@ class StackOwner:
 
 
 @functools.cache
-def _class(original: type[nn.Module], stacks: tuple[str, ...]) -> type[nn.Module]:
+def _class(original: Any, stacks: tuple[str, ...]) -> Any:
     members: dict[str, Any] = {
         name: property(lambda self, name=name: self._stack(name))  # type: ignore[misc]
         for name in stacks
@@ -90,6 +90,6 @@ def _class(original: type[nn.Module], stacks: tuple[str, ...]) -> type[nn.Module
     return type(f"Quantised{original.__name__}", (StackOwner, original), members)
 
 
-def _empty(original: type[nn.Module], stacks: tuple[str, ...]) -> nn.Module:
+def _empty(original: Any, stacks: tuple[str, ...]) -> nn.Module:
     made: nn.Module = object.__new__(_class(original, stacks))
     return made

@@ -21,7 +21,7 @@ REGISTRIES = ("_parameters", "_buffers", "_modules")
 OURS = ("quantizer", "input_quantizer", "codes", "step", "grid", "weight")  # of the quantised form, not of the original
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: Any) -> Any:
     """The class of a layer before it was quantised."""
     return getattr(type(module), "original", type(module))
 
@@ -107,33 +107,33 @@ class KeptForward:
         return _empty, (self.original, self.kind), vars(self)
 
 
-class _EmbeddingCodes(PackedEmbedding, nn.Embedding):
+class _EmbeddingCodes(PackedEmbedding, nn.Embedding):  # type: ignore[misc,override]
     """The order of bases in which a user's `super().forward` meets the packed layer before torch's."""
 
 
-class _LinearCodes(PackedLinear, nn.Linear):
+class _LinearCodes(PackedLinear, nn.Linear):  # type: ignore[misc,override]
     """See `_EmbeddingCodes`."""
 
 
-class _ConvCodes(PackedConv2d, nn.Conv2d):
+class _ConvCodes(PackedConv2d, nn.Conv2d):  # type: ignore[misc,override]
     """See `_EmbeddingCodes`; here the user's class may also override what `forward` ends in."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self._conv_forward(inputs, self.weight.to(inputs.dtype), self.bias)
 
 
-def _kind(quantized: nn.Module) -> type[nn.Module]:
-    kinds = {PackedEmbedding: _EmbeddingCodes, PackedLinear: _LinearCodes, PackedConv2d: _ConvCodes}
-    return kinds.get(type(quantized), type(quantized))  # type: ignore[arg-type,return-value]
+def _kind(quantized: nn.Module) -> Any:
+    kinds: dict[Any, Any] = {PackedEmbedding: _EmbeddingCodes, PackedLinear: _LinearCodes, PackedConv2d: _ConvCodes}
+    return kinds.get(type(quantized), type(quantized))
 
 
 @functools.cache
-def _class(original: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+def _class(original: Any, kind: Any) -> Any:
     members = {"original": original, "kind": kind, "__doc__": f"{original.__name__} with a quantised weight."}
     return type(f"Quantised{original.__name__}", (KeptForward, original, kind), members)
 
 
-def _empty(original: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
+def _empty(original: Any, kind: Any) -> nn.Module:
     made: nn.Module = object.__new__(_class(original, kind))
     return made
 

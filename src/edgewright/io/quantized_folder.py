@@ -271,8 +271,9 @@ def _initialised(model: PreTrainedModel, module: nn.Module, key: str) -> bool:
     if fresh is None:
         return False
     module._buffers[key] = fresh
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        tensor._is_hf_initialized = tensor is not fresh  # type: ignore[union-attr]
+    tensors: list[Any] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for tensor in tensors:
+        tensor._is_hf_initialized = tensor is not fresh
     model._init_weights(module)
     return bool(torch.isfinite(fresh).all())
 
