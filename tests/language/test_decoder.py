@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, St
 
 import edgewright
 from edgewright.errors import FormatError, UsageError
-from edgewright.io.transformers_names import cache_of, with_cache
+from edgewright.io.transformers_names import cache_of, checkpoint_activations, with_cache
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 
@@ -170,7 +170,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     model(tokens(), labels=tokens()).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])

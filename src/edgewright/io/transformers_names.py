@@ -110,4 +110,12 @@ def attention_function(name: str, eager: Callable[..., Any]) -> Callable[..., An
 def cache_room(cache: Any) -> int:
     """Most tokens that a cache can hold, -1 without a limit."""
     longest = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
-    return int(longest())
+    try:
+        return int(longest())
+    except AttributeError:  # a cache of states alone, in some versions
+        return -1
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass instead of keeping them, in a model of transformers."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()

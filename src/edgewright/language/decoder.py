@@ -35,7 +35,7 @@ from edgewright.io.transformers_names import (
 )
 from edgewright.language.attention import Attention
 from edgewright.language.decoder_config import ATTENTION, CACHE_TYPES, EdgeDecoderConfig
-from edgewright.language.longhorn_state import LonghornCache
+from edgewright.language.longhorn_state import HAS_STATES, LonghornCache
 
 
 class FeedForward(nn.Module):
@@ -318,8 +318,9 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         """transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
         cache = model_kwargs.get(cache_name())
-        if cache is not None and not any(mixer in ATTENTION for mixer in self.config.mixers):  # type: ignore[union-attr]
-            model_kwargs[cache_name()] = LonghornCache.around(cache)
+        attends = any(mixer in ATTENTION for mixer in self.config.mixers)  # type: ignore[union-attr]
+        if cache is not None and (not attends or (self._is_stateful and not HAS_STATES)):
+            model_kwargs[cache_name()] = LonghornCache.around(cache, self.config)
 
     def for_executorch(self) -> PreTrainedModel:
         """The form of this model that `export_executorch` traces."""

@@ -108,6 +108,10 @@ class Longhorn(nn.Module):
         mask = token_mask(attention_mask, h)
         window = state = None
         if cache is not None:
+            if not hasattr(cache, "get_recurrent_state"):
+                raise UsageError(
+                    f"a {type(cache).__name__} of this transformers keeps no states; make a LonghornCache(model.config)"
+                )
             state, window = cache.get_recurrent_state(layer), cache.get_conv_state(layer)
             _check_cache(state, h)
         S = unpack_state(state)
