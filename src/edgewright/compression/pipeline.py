@@ -36,16 +36,19 @@ from edgewright.evaluation.language import (
 from edgewright.export.gguf import check_exportable, export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_json
 from edgewright.io.models import load
 from edgewright.io.text import split_blocks
 from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight
 from edgewright.quantization.config import KVConfig
+from edgewright.quantization.coverage import coverage, summary
 from edgewright.quantization.kv_cache import attach_kv_quantization
 from edgewright.runtime.benchmark import benchmark_files
 from edgewright.runtime.engine import open_engine
 
+COVERAGE = "coverage.json"  # what share of the weights is quantised; the report of a resumed run repeats it
 QUESTION = "What is the capital of France?"
 Say = Callable[[str], None]
 
@@ -78,6 +81,10 @@ class Compression:
     def export(self, name: str, model: Any, layout: str | None = None) -> None:
         """Write and prove one file; its layout table is shown for the method that was asked for."""
         settings = self.settings
+        if name == settings.method:
+            line = summary(coverage(model))
+            self.say(line)
+            write_text(self.output / COVERAGE, json.dumps({"summary": line}) + "\n")
         result = export_gguf(
             model,
             self.tokenizer,
@@ -86,6 +93,12 @@ class Compression:
             strict=not settings.lenient,
             kv=settings.kv,
             progress=self.progress,
+            original=model_logits(self.model),
+        )
+        distance = result.checks["original"]
+        self.say(
+            f"{name}: verified; against the original model KL {distance['kl']:.3g}, the same token at "
+            f"{distance['top1_agreement']:.0%} of {result.checks['positions']} places"
         )
         if name == settings.method:
             save_quantized(model, self.tokenizer, self.output / "huggingface")
@@ -265,6 +278,8 @@ class Compression:
                 notes.append(f"{QUESTION} {method} {verb}: {engine.generate(prompt, 48).text.strip()}")
         except EdgewrightError as error:  # the figures are there: a template that refuses costs one sentence only
             notes.append(f"{method} was not asked {QUESTION!r}: {error}")
+        if (self.output / COVERAGE).exists():
+            notes.append(read_json(self.output / COVERAGE)["summary"])
         return notes
 
 

@@ -135,11 +135,13 @@ def check_runs(
     rows: Sequence[LayoutRow],
     cache_type: str | None = None,
     threshold: float = AGREEMENT,
+    compare: Callable[[list[int], Tensor], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run a file in llama.cpp and compare tokens, chat prompts, logits and a greedy continuation with PyTorch.
 
     Raises CheckFailed when texts are split differently or too few positions choose the same token. A model whose
     choices hang on the 8-bit rounding of activations (near ties) is judged by what that rounding alone does to it.
+    compare: gives, from the tokens and the file's logits [T, V], the entry "original" of the result.
     """
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
@@ -177,6 +179,8 @@ def check_runs(
         error = math.sqrt(max(floor * (1 - floor), 1 / len(ids)) / len(ids))
         needed = min(threshold, floor - 3 * error)
         checks["top1_agreement_of_activation_rounding"] = round(floor, 4)
+    if compare is not None:
+        checks["original"] = compare(ids, theirs)
     if not agreement >= needed or not torch.isfinite(theirs).all():
         raise CheckFailed(
             f"llama.cpp and PyTorch choose the same token at only {agreement:.0%} of {len(ids)} positions "

@@ -202,4 +202,10 @@ def _print_gguf(export: Any, every: bool, kv: int | None) -> None:
             f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places, KL {checks['kl']:.2g}",
             highlight=False,
         )
+    if original := checks.get("original"):
+        console.print(
+            f"against the original float model: KL {original['kl']:.3g}, the same token at "
+            f"{original['top1_agreement']:.1%} of {checks['positions']} places",
+            highlight=False,
+        )
     console.print(f"run it: {command_lines(export.path, kv)['chat']}", highlight=False)
