@@ -1,0 +1,49 @@
+"""Kill commands at every rename and at random times, finish them, compare with runs that nothing disturbed.
+
+python benchmarks/kills.py [JOB...] [--times N] [--only-times]    # results/kills.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from kill_jobs import JOBS  # noqa: E402
+from kills import kill_everywhere  # noqa: E402
+from results import save  # noqa: E402
+
+from edgewright.measure.report import Report  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", help=f"some of {', '.join(JOBS)} (default: all)")
+    parser.add_argument("--times", type=int, default=20, help="random times for each job (default 20)")
+    parser.add_argument("--only-times", action="store_true", help="no kills at renames")
+    args = parser.parse_args()
+    report, faults = Report("kills"), 0
+    for name in args.jobs or JOBS:
+        with tempfile.TemporaryDirectory() as folder:
+            renames = [] if args.only_times else None
+            outcome = kill_everywhere(JOBS[name], Path(folder) / name, renames=renames, times=args.times)
+        faults += len(outcome.faults)
+        report.add("kills", outcome.kills, subject=name)
+        report.add("faults", len(outcome.faults), subject=name)
+        report.add("files_equal_byte_for_byte", outcome.equal_files, subject=name)
+        report.add("files_with_times_in_them", outcome.other_files, subject=name)
+        print(f"{name}: {outcome.kills} kills, {len(outcome.faults)} faults", flush=True)
+        for fault in outcome.faults:
+            print(f"  {fault}", flush=True)
+    if not args.jobs:
+        print(save(report, "kills"))
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
