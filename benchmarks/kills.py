@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from kill_jobs import JOBS  # noqa: E402
 from kills import kill_everywhere  # noqa: E402
-from results import save  # noqa: E402
 
 from edgewright.measure.report import Report  # noqa: E402
+from results import save  # noqa: E402
 
 
 def main() -> int:

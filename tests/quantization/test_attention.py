@@ -12,6 +12,7 @@ from torch import nn
 from toy_encoder_decoders import FAMILIES, tiny_batch, tiny_encoder_decoder
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import CACHE_NAMES
 from edgewright.quantization.attention import (
     ATTENTION_NAME,
     AttentionQuantizers,
@@ -25,7 +26,7 @@ def flat(output: Any) -> list[torch.Tensor]:
     """Every tensor of a model's output, tuples of them opened."""
     found = []
     for name in output.keys():
-        if name != "past_key_values":
+        if name not in CACHE_NAMES:
             found += [output[name]] if isinstance(output[name], torch.Tensor) else list(output[name])
     return found
 

@@ -22,6 +22,18 @@ from torch import Tensor, nn
 
 from edgewright.compression import methods
 from edgewright.compression.picture import save_pareto
+from edgewright.compression.plan import (
+    CALIBRATION,
+    EVALUATION,
+    REFERENCES,
+    ROUNDING,
+    TIMING,
+    TRAINING,
+    WRITING,
+    StagePlan,
+    estimated_seconds,
+    planned_stages,
+)
 from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
 from edgewright.distillation.self_generation import START, self_generate
 from edgewright.distillation.sequences import pack_sequences
@@ -78,13 +90,18 @@ class Compression:
     def file(self, name: str) -> Path:
         return self.output / f"{name}.gguf"
 
+    def to_do(self, method: str) -> bool:
+        """Whether a method is wanted and its file not there yet."""
+        return method in self.settings.wanted and not self.file(method).exists()
+
     def export(self, name: str, model: Any, layout: str | None = None) -> None:
         """Write and prove one file; its layout table is shown for the method that was asked for."""
         settings = self.settings
-        if name == settings.method:
+        if name == settings.method:  # before the file itself, whose presence says that all of it is there
             line = summary(coverage(model))
             self.say(line)
             write_text(self.output / COVERAGE, json.dumps({"summary": line}) + "\n")
+            save_quantized(model, self.tokenizer, self.output / "huggingface")
         result = export_gguf(
             model,
             self.tokenizer,
@@ -100,40 +117,28 @@ class Compression:
             f"{name}: verified; against the original model KL {distance['kl']:.3g}, the same token at "
             f"{distance['top1_agreement']:.0%} of {result.checks['positions']} places"
         )
-        if name == settings.method:
-            save_quantized(model, self.tokenizer, self.output / "huggingface")
-            if self.progress:
-                result.print(Console(stderr=True))
+        if name == settings.method and self.progress:
+            result.print(Console(stderr=True))
 
     def references(self) -> None:
         """The float16 file, and llama.cpp's own 4-bit (or 8-bit) file as the peer."""
         if not self.file("reference").exists():
-            self.say("writing the float16 reference")
             # not strict: what float16 cannot hold is written in float32, which is no worse a reference
             export_gguf(self.model, self.tokenizer, self.file("reference"), strict=False, verify=False, embedding="F16")
         peer = self.peer
         if self.settings.baselines and not self.file(peer).exists():
-            self.say(f"quantising with llama.cpp's own {peer.removeprefix('llama.cpp-')}")
             llama_cpp_quantize(self.model, self.tokenizer, self.file(peer), type=peer.removeprefix("llama.cpp-"))
 
     @property
     def peer(self) -> str:
         return "llama.cpp-Q8_0" if self.settings.bits == 8 else "llama.cpp-Q4_0"
 
-    def plain_methods(self) -> None:
-        for method, scale in (("rtn", "absmax"), ("mse", "mse")):
-            if method in self.settings.wanted and not self.file(method).exists():
-                self.say(f"quantising: {method}")
-                self.export(method, methods.round_to_nearest(self.model, self.settings.bits, scale))
-
     def second_order(self) -> nn.Module | None:
         """The calibrated student, still under quantisation; None when no later stage needs it."""
-        train = self.settings.method == "qat" and not self.file("qat").exists()
-        show = "gptq" in self.settings.wanted and not self.file("gptq").exists()
+        train, show = self.to_do("qat"), self.to_do("gptq")
         if not (train or show):
             return None
         blocks = self.calibration_blocks()
-        self.say(f"calibrating on {blocks.shape[0]} blocks of {blocks.shape[1]} tokens")
         with ProgressBar("calibrating blocks", None, shown=self.progress) as bar:
             student = methods.calibrated(
                 self.model, self.settings.bits, blocks, lambda done, total: bar.update(done, total=total)
@@ -214,20 +219,21 @@ class Compression:
             settings={"model": self.settings.model, "bits": self.settings.bits, "kv": self.settings.kv},
         )
         final = methods.packed(student)
-        self.export("qat", final)
         if self.settings.bits <= 2 and self.settings.layout == "auto":
             self.export("qat-small", final, "small")
-        # Latent weights and optimizer state are ten times the file; nothing needs them once it is proved.
-        shutil.rmtree(self.output / "training" / "checkpoints", ignore_errors=True)
+        self.export("qat", final)
 
-    def report(self) -> Report:
-        """Quality of every file in its runtime, then size and speed, alternating between the files."""
-        settings = self.settings
-        names = ["reference", *([self.peer] if settings.baselines else []), *settings.wanted]
-        files = {name: self.file(name) for name in names}
+    @property
+    def files(self) -> dict[str, Path]:
+        """The files that are judged, by name."""
+        names = ["reference", *([self.peer] if self.settings.baselines else []), *self.settings.wanted]
+        return {name: self.file(name) for name in names}
+
+    def evaluate(self) -> Report:
+        """Quality of every file in its runtime, and its size."""
+        settings, files = self.settings, self.files
         report = Report(f"{settings.model} at {settings.bits:g} bits", settings.to_dict())
         cache = {None: "f16", 8: "q8_0", 4: "q4_0"}[settings.kv]
-        self.say(f"evaluating {len(files)} files on {self.evaluation.shape[0]} held-out blocks")
         engines = {
             name: open_engine(
                 path, context=self.length, cache_type_k=_cache(name, cache), cache_type_v=_cache(name, cache)
@@ -245,23 +251,40 @@ class Compression:
             for engine in engines.values():
                 engine.close()
         add_rows(report, results)
-        small = self.file("qat-small")
-        if small.exists():
-            files["qat-small"] = small
-        for name, path in files.items():
+        for name, path in self.with_small().items():
             report.add("file_size", path.stat().st_size / 1e6, subject=name, unit="MB")
             report.add("bits_per_weight", bits_per_weight(path), subject=name)
-        if settings.benchmark:
-            self.say("timing the files in turn")
-            speeds = benchmark_files(list(files.values()), prompt_tokens=128, decode_tokens=32, progress=self.progress)
-            for row in speeds.rows:
-                if row.metric in ("decode", "prefill", "time_to_first_token", "roofline", "peak_memory"):
-                    report.add(row.metric, row.value, subject=row.subject.removesuffix(".gguf"), se=row.se, n=row.n,
-                               unit=row.unit)  # fmt: skip
         report.notes += self.notes()
-        report.save(self.output)
-        save_pareto(report, self.output / "pareto.png")
         return report
+
+    def with_small(self) -> dict[str, Path]:
+        """`files`, and the small layout of the trained one where there is one."""
+        small = self.file("qat-small")
+        return {**self.files, **({"qat-small": small} if small.exists() else {})}
+
+    def time_files(self, report: Report) -> None:
+        """Speed and memory, alternating between the files."""
+        files = list(self.with_small().values())
+        for row in benchmark_files(files, prompt_tokens=128, decode_tokens=32, progress=self.progress).rows:
+            if row.metric in ("decode", "prefill", "time_to_first_token", "roofline", "peak_memory"):
+                report.add(row.metric, row.value, subject=row.subject.removesuffix(".gguf"), se=row.se, n=row.n,
+                           unit=row.unit)  # fmt: skip
+
+    def save(self, report: Report) -> None:
+        """The report comes last: its presence says that the run is finished."""
+        # Latent weights and optimizer state are ten times the file; nothing needs them once it is verified.
+        shutil.rmtree(self.output / "training" / "checkpoints", ignore_errors=True)
+        save_pareto(report, self.output / "pareto.png")
+        report.save(self.output)
+
+    def plan(self, files_only: bool) -> StagePlan:
+        """The stages of this call; those that an earlier one has finished take no time."""
+        steps = self.settings.budget.steps or DEFAULT_STEPS
+        seconds = estimated_seconds(self.settings, self.model, self.evaluation, steps)
+        references = [self.file("reference"), *([self.file(self.peer)] if self.settings.baselines else [])]
+        to_do = {name for name in self.settings.wanted if self.to_do(name)}
+        to_do |= {"reference"} if not all(path.exists() for path in references) else set()
+        return StagePlan(planned_stages(self.settings, seconds, to_do, files_only), self.say, self.progress)
 
     def notes(self) -> list[str]:
         """What was measured, and a look at the file: an answer in its chat format, a plain continuation without one."""
@@ -316,15 +339,35 @@ def compress(
         return Report.from_file(finished)
     run = Compression(settings, output, say, progress)
     _claim(output, settings)  # now that model and text are known to do: a mended command finds the folder free
+    plan = run.plan(files_only)
     if not files_only:
-        run.references()
-    run.plain_methods()
-    student = run.second_order()
-    if student is not None:
-        run.training(student)
-        del student
-        gc.collect()
-    return None if files_only else run.report()
+        with plan.stage(REFERENCES):
+            run.references()
+    for method, scale in (("rtn", "absmax"), ("mse", "mse")):
+        if method in settings.wanted:
+            with plan.stage(ROUNDING[method]):
+                if run.to_do(method):
+                    run.export(method, methods.round_to_nearest(run.model, settings.bits, scale))
+    if run.to_do("gptq") or run.to_do("qat"):
+        if settings.data is None:
+            with plan.stage(WRITING):
+                run.own_text(settings.budget.steps or DEFAULT_STEPS)
+        with plan.stage(CALIBRATION):
+            student = run.second_order()
+        if student is not None:
+            with plan.stage(TRAINING):
+                run.training(student)
+            del student
+            gc.collect()
+    if files_only:
+        return None
+    with plan.stage(EVALUATION):
+        report = run.evaluate()
+    if settings.benchmark:
+        with plan.stage(TIMING):
+            run.time_files(report)
+    run.save(report)
+    return report
 
 
 def _check_claim(output: Path, settings: CompressSettings) -> None:

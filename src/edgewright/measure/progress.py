@@ -26,15 +26,23 @@ class ProgressBar:
         shown: False shows nothing at all.
         start: units that were done before this call; they do not count into the time left.
         transient: remove the bar from a terminal at the end.
+        lines_only: nothing on a terminal; for work in which other bars open.
     """
 
     def __init__(
-        self, label: str, total: int | None, *, shown: bool = True, start: int = 0, transient: bool = True
+        self,
+        label: str,
+        total: int | None,
+        *,
+        shown: bool = True,
+        start: int = 0,
+        transient: bool = True,
+        lines_only: bool = False,
     ) -> None:
         self.label, self.total, self.done, self.facts = label, total, start, ""
         self._start, self._began = start, time.monotonic()
         self._lines = shown and not sys.stderr.isatty()
-        self._bar = _rich_bar(transient) if shown and not self._lines else None
+        self._bar = _rich_bar(transient) if shown and not self._lines and not lines_only else None
         self._task: Any = None
 
     def __enter__(self) -> ProgressBar:

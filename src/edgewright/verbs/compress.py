@@ -189,4 +189,6 @@ def _run_language(args: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"- {note}")
     print(f"files, report.md and pareto.png are in {output}")
+    if not args.sweep:
+        print(f"next: edgewright chat {output / (args.method + '.gguf')}")
     return 0
