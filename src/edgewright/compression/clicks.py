@@ -45,12 +45,14 @@ def compress_clicks(
     log: rows that the model was not trained on, in the layout of its vocabulary; the earlier half is searched on, the
     later half confirms and is what the report tells. The same call goes on where it was stopped.
     """
+    from edgewright.io.run_folder import claim_folder
     from edgewright.recsys.dlrm import DLRM
     from edgewright.recsys.quant import AccuracyGate, apply_recipe, search, uniform_recipe
     from edgewright.recsys.quant.choices import choices_report
 
     if unknown := [name for name in targets if name not in FILES]:
         raise UsageError(f"--to {unknown[0]}: a click model is written as {', '.join(FILES)}")
+    claim_folder(output, "compress")
     model = DLRM.from_pretrained(folder).eval()
     early, late = read_clicks(folder, log).split(0.5)
     say(f"{len(early)} rows to search on, {len(late)} to confirm with")

@@ -30,6 +30,7 @@ from edgewright.evaluation.language import add_rows, engine_logits, evaluate_lan
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
 from edgewright.io.models import load
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.measure.progress import ProgressBar
@@ -291,7 +292,7 @@ def _claim(output: Path, settings: CompressSettings) -> None:
     marker = output / "settings.json"
     wanted = json.loads(json.dumps(settings.to_dict()))
     if marker.exists():
-        held = json.loads(marker.read_text(encoding="utf-8"))
+        held = read_object(marker)
         differing = sorted(key for key in wanted if held.get(key) != wanted[key])
         if differing:
             key = differing[0]

@@ -21,6 +21,7 @@ from edgewright.errors import FormatError
 from edgewright.io.json_file import read_json
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
+from edgewright.io.tensors import load_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +73,6 @@ def load_quantized(
     dtype: of everything that is not quantised, and of the activations. Raises FormatError for a description that
     contradicts the weights or the model, UsageError for a folder that cannot be read.
     """
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     folder = Path(folder)
@@ -83,7 +83,7 @@ def load_quantized(
         raise FormatError(f"{folder} claims {layers} layers, but its weights are {len(entries)} tensors")
     model = _skeleton(folder, settings, dtype)
     _check_description(folder, model, modules, shared, entries)
-    stored = load_file(folder / WEIGHTS)
+    stored = load_tensors(folder / WEIGHTS)
     for name, fields in modules.items():
         step = stored.pop(f"{name}.step").float()
         if not torch.isfinite(step).all():

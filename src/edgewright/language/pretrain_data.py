@@ -51,7 +51,7 @@ def prepare_data(
             say(f"training a tokenizer of {vocab_size} tokens")
             limit, _ = split_limit(texts, validation_share)
             tokenizer = train_tokenizer(_for_training(texts, limit), vocab_size)
-            with atomic_directory(folder) as temporary:
+            with atomic_directory(folder, ours=True) as temporary:
                 tokenizer.save_pretrained(temporary)
         tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         if fresh:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors
 from edgewright.language.decoder import EdgeDecoderForCausalLM
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.stem import StemFeedForward, stem_blocks
@@ -71,8 +72,6 @@ def load_offloaded(
     tables: another folder for them, as `offload_(device="disk", path=...)` leaves it. options: of `offload_`. Raises
     FormatError naming a table shard or a weight that is missing.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not (folder / BACKBONE).is_file() or not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no folder that save_stem wrote: it has no {BACKBONE} or no config.json")
@@ -84,7 +83,7 @@ def load_offloaded(
         layer.table = None
         if not (file := table_file(Path(tables or folder), block)).is_file():
             raise FormatError(f"the table shard {file} is missing; layer {block} reads its rows from it")
-    state = load_file(folder / BACKBONE)
+    state = load_tensors(folder / BACKBONE)
     # Assigned, not copied: nothing of the model's size exists twice. The rotary buffers are not in the file.
     missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
     model.tie_weights()

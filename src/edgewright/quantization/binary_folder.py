@@ -17,6 +17,7 @@ from torch import nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.quantization.binary_encoder import FAMILIES, BitConfig, bit_, elastic_quantizers
 from edgewright.quantization.binary_linear import BinaryEmbedding, BinaryLinear, pack_binary_
 
@@ -37,15 +38,12 @@ def save_binary(
 
     Raises UsageError for a model without packed layers, OutputError when the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     if not any(isinstance(module, BinaryLinear | BinaryEmbedding) for module in model.modules()):
         raise UsageError("the model has no packed binary layer; call pack_binary_(model) before save_binary")
     settings: Any = model.config
     description = {"architectures": [type(model).__name__], KEY: {"format": FORMAT, "config": config.to_dict()}}
     with atomic_directory(folder) as temporary:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(temporary / WEIGHTS, model.state_dict(), {"format": "pt"})
         text = json.dumps(json.loads(settings.to_json_string(use_diff=False)) | description, indent=1)
         (temporary / "config.json").write_text(text + "\n", "utf-8")
         if tokenizer is not None:
@@ -58,8 +56,6 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
 
     Raises UsageError for a folder that cannot be read, FormatError for one that contradicts itself.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     settings, config = _description(folder)
     entries = check_safetensors(folder / WEIGHTS)
@@ -72,7 +68,7 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
     except UsageError as error:
         raise FormatError(f"{folder}: its settings do not fit its model: {error}") from error
     wanted = model.state_dict()
-    stored = load_file(folder / WEIGHTS)
+    stored = load_tensors(folder / WEIGHTS)
     for name, tensor in wanted.items():
         found = stored.get(name)
         if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:

@@ -203,22 +203,18 @@ class _Rewriting:
 
     def _teacher(self) -> Any:
         """The full-precision model: from its file, or trained and put there."""
-        from safetensors.torch import load_file, save_file
-
         from edgewright.distillation.sequence_to_sequence import SequenceLossConfig, SequenceToSequenceDistillation
-        from edgewright.io.atomic import atomic_file
+        from edgewright.io.tensors import load_tensors, save_tensors
 
         settings, path = self.settings, self.output / "teacher.safetensors"
         model = _bart(settings)
         if path.exists():
-            model.load_state_dict(load_file(path), strict=False)  # tied tables are stored once
+            model.load_state_dict(load_tensors(path), strict=False)  # tied tables are stored once
             model.tie_weights()
             return model.eval()
         loss = SequenceToSequenceDistillation(None, SequenceLossConfig.labels_only())
         self._fit(model, loss, "teacher", settings.teacher_steps, settings.teacher_rate, settings.seed)
-        with atomic_file(path) as temporary:
-            tensors = {id(tensor): (name, tensor.detach().contiguous()) for name, tensor in model.named_parameters()}
-            save_file(dict(tensors.values()), temporary)
+        save_tensors(path, dict(model.named_parameters()))
         shutil.rmtree(self.output / "teacher", ignore_errors=True)
         return model.eval()
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
 from edgewright.training.batches import ResumableBatches
 from edgewright.training.checkpoint import describe
 
@@ -98,6 +98,18 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def check_gradients(path: Path, model: nn.Module, saved: Any) -> None:
+    """Raise FormatError unless every saved gradient is that of a parameter of this model."""
+    shapes = {name: describe(parameter) for name, parameter in model.named_parameters()}
+    for name, gradient in saved.items():
+        if (
+            name not in shapes
+            or not isinstance(gradient, Tensor)
+            or tuple(gradient.shape) != tuple(model.get_parameter(name).shape)
+        ):
+            raise FormatError(f"checkpoint {path} is damaged: it holds no gradient that {name[:80]!r} could have")
+
+
 def restore_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put gradients back in the memory layout of their parameters, as autograd would have left them."""
     for name, parameter in model.named_parameters():
@@ -140,6 +152,18 @@ def random_state(device: torch.device, generator: torch.Generator | None) -> dic
         "device": _on_device(device, "get_rng_state") if device.type != "cpu" else None,
         "generator": None if generator is None else generator.get_state(),
     }
+
+
+def check_random_state(where: object, device: torch.device, state: Any) -> None:
+    """Raise FormatError unless `restore_random_state` can take this, whatever generator it is given."""
+    try:
+        torch.Generator().set_state(state["cpu"])
+        if device.type not in ("cpu", "mps") and state["device"] is not None:
+            torch.Generator(device).set_state(state["device"])
+        if state["generator"] is not None:
+            torch.Generator().set_state(state["generator"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"{where} holds random states that no generator has ({error!r:.160})") from error
 
 
 def restore_random_state(device: torch.device, generator: torch.Generator | None, state: Mapping[str, Any]) -> None:

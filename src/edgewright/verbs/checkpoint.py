@@ -135,17 +135,10 @@ def _diff(args: argparse.Namespace) -> int:
 def _apply(args: argparse.Namespace) -> int:
     to = _new(args.to)
 
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from edgewright.io.safetensors_header import check_safetensors
+    from edgewright.io.tensors import load_tensors
     from edgewright.training.checkpointing.update import apply_delta
 
-    check_safetensors(args.model)
-    try:
-        tensors = load_file(args.model)
-    except SafetensorError as error:
-        raise FormatError(f"{args.model} cannot be read ({error})") from error
+    tensors = load_tensors(args.model)
     fields = apply_delta(tensors, args.update)
     _save(tensors, to, {"checkpoint": fields["id"]})
     print(f"{fields['id']} is in {to}, proved by its sha256")
@@ -160,9 +153,6 @@ def _new(text: str) -> Path:
 
 
 def _save(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    from edgewright.io.tensors import save_tensors
 
-    from edgewright.io.atomic import atomic_file
-
-    with atomic_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    save_tensors(path, tensors, metadata)

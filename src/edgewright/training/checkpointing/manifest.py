@@ -104,7 +104,11 @@ def decode(text: bytes, where: str) -> tuple[Manifest, str]:
     if not isinstance(body, dict) or body.get("format") != KIND:
         raise FormatError(f"{where} is not the manifest of a checkpoint of ours (format {KIND!r})")
     digest = body.pop("digest", None)
-    if digest != _digest(body):  # first, so that a flipped bit in the version is damage and not another format
+    try:
+        fits = digest == _digest(body)
+    except RecursionError as error:
+        raise FormatError(f"{where} is nested more deeply than any manifest") from error
+    if not fits:  # first, so that a flipped bit in the version is damage and not another format
         raise FormatError(f"{where} was changed: its digest does not fit")
     if body.get("version") != VERSION:
         raise OtherVersion(
@@ -127,6 +131,8 @@ def decode(text: bytes, where: str) -> tuple[Manifest, str]:
 def read(files: Files, folder: str) -> tuple[Manifest, str]:
     """The manifest in a checkpoint's folder. Raises FormatError where there is none or it is broken, OtherVersion."""
     path = f"{folder}/{NAME}"
+    if files.kind(folder) != "folder":
+        raise FormatError(f"{folder} is a link or a file; links are not followed")
     try:
         if (size := files.size(path)) > LARGEST:
             raise FormatError(f"{path} has {size} bytes; at most {LARGEST} are allowed")
