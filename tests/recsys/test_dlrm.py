@@ -185,7 +185,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     DLRM(CONFIG).save_pretrained(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(FormatError, match="does not hold the model"):
+    with pytest.raises(FormatError, match="not a usable safetensors file.*truncated"):
         DLRM.from_pretrained(tmp_path / "m")
     config = tmp_path / "m" / "config.json"
     fields = json.loads(config.read_text())

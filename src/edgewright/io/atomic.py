@@ -113,7 +113,7 @@ def output_error(path: str | Path, error: Exception) -> Exception:
     """
     if isinstance(error, OSError):
         return OutputError(f"cannot write {path}: {error.strerror or error}")
-    if type(error) is Exception or type(error).__module__.startswith(("safetensors", "builtins")):
+    if type(error) is Exception or type(error).__module__.startswith("safetensors"):
         if code := RUST_ERROR.search(str(error)):
             return OutputError(f"cannot write {path}: {os.strerror(int(code[1]))}")
     return error

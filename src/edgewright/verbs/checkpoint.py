@@ -64,6 +64,7 @@ def _list(args: argparse.Namespace) -> int:
 def _table(listing: Any) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
@@ -73,14 +74,15 @@ def _table(listing: Any) -> None:
         mark = " (LATEST)" if entry.id == listing.latest else ""
         raw = f" ({entry.raw_rows} as float)" if entry.raw_rows else ""
         bits = "float" if entry.bits is None else str(entry.bits)
-        table.add_row(
+        cells = (
             entry.id + mark, entry.kind, str(entry.step), bits, f"{entry.rows}{raw}", str(entry.bytes),
             f"{entry.ratio:.1%}", entry.status,
         )  # fmt: skip
+        table.add_row(*map(escape, cells))  # names and reasons come from files: their brackets are no markup
     console = Console()
     console.print(table)
     if listing.leftovers:
-        console.print(f"left by a process that ended early: {', '.join(listing.leftovers)}")
+        console.print(escape(f"left by a process that ended early: {', '.join(listing.leftovers)}"))
 
 
 def _restore(args: argparse.Namespace) -> int:

@@ -118,7 +118,7 @@ def _check_state(manifest: Manifest) -> None:
             f"{manifest.id}: its state lacks optimizers, or a part for each of {manifest.world} processes"
         )
     for rank in ranks:
-        if not isinstance(rank, dict) or not {"random", "reader"} <= rank.keys():
+        if not isinstance(rank, dict) or "reader" not in rank or not isinstance(rank.get("random"), dict):
             raise FormatError(f"{manifest.id}: the state of a process lacks random numbers or the reader")
     for entry in optimizers:
         groups, held = (entry.get("groups"), entry.get("state")) if isinstance(entry, dict) else (None, None)
