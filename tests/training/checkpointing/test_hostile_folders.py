@@ -115,7 +115,7 @@ def test_parts_and_manifests_that_are_links_or_lead_outside_are_refused(tmp_path
             LocalFiles(root).open(path)
 
 
-# -- manifests that lie -------------------------------------------------------------------------------------------------
+# -- manifests that lie ------------------------------------------------------------------------------------------------
 
 
 def _edit(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
