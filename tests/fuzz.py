@@ -35,7 +35,17 @@ from fuzz_mutations import damage
 from fuzz_readers import READERS
 
 MOST_SECONDS, MOST_BYTES = 20.0, 2 << 30
-WRITES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree")
+WRITES = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "shutil.rmtree",
+)
 
 
 @dataclass
@@ -103,7 +113,11 @@ def make_input(base: Path, reader: str, number: int, seed: int, folder: Path) ->
 
 
 def run(
-    count: int | None = None, seconds: float | None = None, seed: int = 0, readers: list[str] | None = None, say: Any = None
+    count: int | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    readers: list[str] | None = None,
+    say: Any = None,
 ) -> Tally:
     """Try inputs until so many were tried, or so much time is over."""
     tally, began = Tally(), time.monotonic()
@@ -153,7 +167,9 @@ class _Worker:
     def ask(self, reader: str, number: int) -> Outcome:
         if self.process is None:
             self.pipe, theirs = self.context.Pipe()
-            self.process = self.context.Process(target=_serve, args=(theirs, self.pipe, self.work, self.seed), daemon=False)
+            self.process = self.context.Process(
+                target=_serve, args=(theirs, self.pipe, self.work, self.seed), daemon=False
+            )
             self.process.start()
             theirs.close()
         began = time.monotonic()

@@ -13,7 +13,17 @@ from typing import Any
 HUGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**64, 10**30, 20_000_000, 3_000, 100_000)
 NUMBERS = (*HUGE, 0, -1, 1, 2, 3, 7, -(2**63), 0.5, 1e308, -1e-308, 0.1)
 LITERALS = ("NaN", "Infinity", "-Infinity", "1e999", "-0", "0x10", "null", "tru")
-TEXTS = ("", "\0", "../../etc/passwd", "/etc/passwd", "[/red] [bold", "\ud7ff\U0001f600", "%s{}{0}", "a" * 100_000, "..")
+TEXTS = (
+    "",
+    "\0",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "[/red] [bold",
+    "\ud7ff\U0001f600",
+    "%s{}{0}",
+    "a" * 100_000,
+    "..",
+)
 
 
 def damage(path: Path, chance: random.Random) -> str:
@@ -60,12 +70,16 @@ def _flip(data: bytes, chance: random.Random) -> tuple[str, bytes]:
 
 
 def _cut(data: bytes, chance: random.Random) -> tuple[str, bytes]:
-    return "cut short", data[: chance.choice((0, 1, 8, 16, len(data) // 2, max(len(data) - 1, 0), _place(data, chance)))]
+    return "cut short", data[
+        : chance.choice((0, 1, 8, 16, len(data) // 2, max(len(data) - 1, 0), _place(data, chance)))
+    ]
 
 
 def _overwrite(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     place = _place(data, chance)
-    new = struct.pack("<Q", chance.choice((0, 1, 2**16, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1, chance.getrandbits(64))))
+    new = struct.pack(
+        "<Q", chance.choice((0, 1, 2**16, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1, chance.getrandbits(64)))
+    )
     new = new[: chance.choice((1, 4, 8))]
     return "number overwritten", data[:place] + new + data[place + len(new) :]
 
@@ -224,8 +238,8 @@ def change_header(data: bytes, chance: random.Random) -> tuple[str, bytes]:
 def change_gguf(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     """The value of one key of the header."""
     places = []
-    position, (count,) = 24, struct.unpack("<Q", data[16:24])
     try:
+        position, (count,) = 24, struct.unpack("<Q", data[16:24])
         for _ in range(min(count, 1000)):
             (size,) = struct.unpack_from("<Q", data, position)
             key = data[position + 8 : position + 8 + size].decode()
@@ -249,7 +263,20 @@ def change_gguf(data: bytes, chance: random.Random) -> tuple[str, bytes]:
         new[place : place + 1] = bytes([chance.randrange(256)])
     else:
         width = len(new)
-        values = (0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**32 - 1, 2**64 - 1, 0x7FC00000, 0xFF800000, chance.getrandbits(64))
+        values = (
+            0,
+            1,
+            2,
+            3,
+            255,
+            2**16,
+            2**31 - 1,
+            2**32 - 1,
+            2**64 - 1,
+            0x7FC00000,
+            0xFF800000,
+            chance.getrandbits(64),
+        )
         new[:] = struct.pack("<Q", chance.choice(values))[:width]
     return f"{key} changed", data[:start] + bytes(new) + data[end:]
 

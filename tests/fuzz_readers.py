@@ -556,7 +556,7 @@ def build_template(folder: Path) -> None:
 
 
 BOMBS = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(999) %}{% endfor %}{% endfor %}{% endfor %}",
     "{{ 'x' * 3000000000 }}",
     "{% set a = 'x' * 100000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
     "{{ lipsum(n=100000) }}",
@@ -588,7 +588,9 @@ READERS: dict[str, Reader] = {
     "bert folder": Reader(_family("bert", **SMALL), load_model, weight=2),
     "gemma folder": Reader(_family("gemma2", head_dim=16, num_key_value_heads=1, **SMALL), load_model, weight=2),
     "mixtral folder": Reader(_family("mixtral", num_local_experts=2, num_key_value_heads=1, **SMALL), load_model),
-    "tokenizer": Reader(build_llama, load_model, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), weight=4),
+    "tokenizer": Reader(
+        build_llama, load_model, ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"), weight=4
+    ),
     "config": Reader(build_llama, load_model, ("config.json", "generation_config.json"), weight=4),
     "quantised folder": Reader(build_quantized, load_model, weight=3),
     "own decoder": Reader(build_decoder, load_model, weight=2),

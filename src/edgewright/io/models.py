@@ -19,7 +19,9 @@ from torch import nn
 
 from edgewright.errors import FormatError, MissingPackage, Unsupported, UsageError
 from edgewright.io.bundled import BUNDLED, bundled_path
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.config_bounds import check_claim, check_numbers
+from edgewright.io.foreign import check_json_files, load_tokenizer, reading
+from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,10 +107,12 @@ def _download(name: str) -> Path:
 def _load_folder(
     folder: Path, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM
 
     config = _read_config(folder)
-    _check_weights(folder)
+    entries = _check_weights(folder)
+    check_json_files(folder)
+    check_numbers(folder / "config.json", config, entries)
     _check_head(folder, config)
     for plugin in entry_points(group=PLUGINS, name=config["model_type"]):
         plugin.load()
@@ -118,11 +122,12 @@ def _load_folder(
         return load_quantized(folder, dtype, device)
     factory: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(), _one_sentence(folder):
+    with _quiet(), reading(folder), _one_sentence(folder):
+        check_claim(folder, factory, entries)
         model, report = factory.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **local
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = load_tokenizer(folder)
     # transformers fills both kinds of gap with random numbers and goes on.
     missing = sorted(report["missing_keys"])
     if missing == ["lm_head.weight"]:
@@ -156,8 +161,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_weights(folder: Path) -> None:
-    """Check every safetensors header and the index, and refuse folders whose weights are pickles."""
+def _check_weights(folder: Path) -> dict[str, SafetensorsEntry]:
+    """Check every safetensors header and the index, and refuse folders whose weights are pickles. All tensors."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
@@ -168,8 +173,7 @@ def _check_weights(folder: Path) -> None:
                 "AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
             )
         raise UsageError(f"{folder} has no .safetensors file; pass a folder that save_pretrained wrote")
-    for file in files:
-        check_safetensors(file)
+    entries = {name: entry for file in files for name, entry in check_safetensors(file).items()}
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = {file.name for file in files}
@@ -179,6 +183,7 @@ def _check_weights(folder: Path) -> None:
             raise FormatError(f"{index} is not an index of safetensors files") from error
         if lost := sorted(str(name) for name in wanted - names):
             raise FormatError(f"{index} names {lost[0][:80]!r}, which is not a safetensors file in this folder")
+    return entries
 
 
 def _check_head(folder: Path, config: dict[str, Any]) -> None:
@@ -229,6 +234,8 @@ def _one_sentence(folder: Path) -> Iterator[None]:
     """transformers' many-line complaints as one typed sentence."""
     try:
         yield
+    except FormatError:
+        raise
     except ImportError as error:
         raise MissingPackage(f"loading {folder} needs a package: {_first_line(error)}") from error
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError
+from edgewright.io.config_bounds import check_numbers
+from edgewright.io.foreign import load_tokenizer
 from edgewright.io.json_file import read_json
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
@@ -73,14 +75,10 @@ def load_quantized(
     dtype: of everything that is not quantised, and of the activations. Raises FormatError for a description that
     contradicts the weights or the model, UsageError for a folder that cannot be read.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     modules, shared, settings = read_description(folder)
     entries = check_safetensors(folder / WEIGHTS)
-    layers = settings.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(entries):  # before a billion empty layers are built
-        raise FormatError(f"{folder} claims {layers} layers, but its weights are {len(entries)} tensors")
+    check_numbers(folder / "config.json", settings, entries)
     model = _skeleton(folder, settings, dtype)
     _check_description(folder, model, modules, shared, entries)
     stored = load_tensors(folder / WEIGHTS)
@@ -96,7 +94,7 @@ def load_quantized(
         owner: Any = model.get_submodule(source)
         _put(model, name, owner.packed, dtype)
     _fill(folder, model, stored, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     nn.Module.to(model, device)
     return model.eval(), tokenizer
 

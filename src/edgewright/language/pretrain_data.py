@@ -20,13 +20,12 @@ TOKENIZER_TEXT = 64 * 2**20  # characters that a tokenizer is trained on at most
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder. Raises FormatError where there is none that transformers can read."""
-    from transformers import AutoTokenizer
+    from edgewright.io import foreign
 
     try:
-        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FormatError(f"{folder} holds no tokenizer that can be read: {first}") from error
+        return foreign.load_tokenizer(Path(folder))
+    except FormatError as error:
+        raise FormatError(f"{folder} holds no tokenizer that can be read: {error}") from error
 
 
 def prepare_data(

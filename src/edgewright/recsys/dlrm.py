@@ -93,7 +93,7 @@ class DLRMConfig:
         }
         for name, (holds, allowed) in rules.items():
             if not holds:
-                raise UsageError(f"DLRMConfig {name}={getattr(self, name)!r}: it must be {allowed}")
+                raise UsageError(f"DLRMConfig {name}={getattr(self, name)!r:.200}: it must be {allowed}")
         if self.bottom[-1] != self.dim:
             raise UsageError(
                 f"the bottom network ends with {self.bottom[-1]} units, the vectors have dim={self.dim}; e.g. "

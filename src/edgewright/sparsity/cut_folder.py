@@ -151,7 +151,7 @@ def _description(folder: Path) -> dict[str, Any]:
         and kept
         and isinstance(data.get("class"), str)
         and isinstance(data.get("expand"), bool)
-        and (data.get("grid") is None or data["grid"] in CODE_RANGES)
+        and (data.get("grid") is None or (isinstance(data["grid"], str) and data["grid"] in CODE_RANGES))
     )
     if not fits:
         raise FormatError(f"{path} must have class, ascending kept_ids below vocabulary, expand, and a known grid")

@@ -135,6 +135,7 @@ class Keeper:
         if (saved is None) != (self._loss_function is None):
             was, is_now = ("absent", "there") if saved is None else ("there", "absent")
             raise UsageError(f"cannot resume from {path}: the loss function's own state was {was}, now it is {is_now}")
+        snapshot.check_optimizer(path, self._optimizer, state["optimizer"])
         position = _position(path, state)
 
         snapshot.restore_batches(self._batches, state["batches"])

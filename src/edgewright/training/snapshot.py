@@ -21,6 +21,8 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.training.batches import ResumableBatches
 from edgewright.training.checkpoint import describe
 
+# Entries of torch's optimizers that have the shape of their parameter.
+FULL_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg", "exp_inf", "acc_delta")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -81,6 +83,37 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for group in optimizer.param_groups
     ]
     return {"class": type(optimizer).__qualname__, "groups": groups}
+
+
+def option_fits(value: Any, live: Any) -> bool:
+    """Whether a saved option of an optimizer can stand where the live one does: a number for a number, a pair for a
+    pair, a tensor for one of the same shape."""
+    if isinstance(value, Tensor) and isinstance(live, Tensor):
+        return value.shape == live.shape
+    number = (int, float, Tensor)
+    if isinstance(live, number) and not isinstance(live, bool):
+        return isinstance(value, number) and not isinstance(value, bool)
+    if isinstance(live, tuple | list):
+        alike = isinstance(value, tuple | list) and len(value) == len(live)
+        return alike and all(map(option_fits, value, live))
+    return live is None or isinstance(value, type(live))
+
+
+def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Raise FormatError unless groups, options and, of torch's optimizers, tensors are such as `optimizer` has."""
+    live, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    problem = len(live) != len(saved) and f"{len(saved)} groups instead of {len(live)}"
+    for group, old in zip(live, saved, strict=False):
+        odd = [name for name, value in old.items() if name != "params" and not option_fits(value, group.get(name))]
+        problem = problem or (odd and f"an option {str(odd[0])[:40]!r} of another kind")
+        problem = problem or (group["params"] != old["params"] and "other parameters")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state["state"].items() if type(optimizer).__module__.startswith("torch.optim") else ():
+        for name, value in entries.items():
+            if name in FULL_STATE and value is not None and value.shape != parameters[index].shape:
+                problem = problem or f"{name} of another shape"
+    if problem:
+        raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problem}")
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ class Placing:
             for group, saved in zip(leaf.param_groups, entry["groups"], strict=True):
                 options = decode_state(_whole(saved), self.values)
                 for name, value in options.items():
-                    if not _fits(value, group.get(name)):
+                    if not snapshot.option_fits(value, group.get(name)):
                         raise FormatError(
                             f"{self.tip.id}: the option {name[:40]!r} of {entry['class'][:40]} does not fit"
                         )
@@ -216,16 +216,6 @@ def _fill(group: dict[str, Any], options: dict[str, Any], entries: list[Any]) ->
             state[parameter] = {n: _placed(value, n, before, parameter, group) for n, value in found.items()}
         else:
             state.pop(parameter, None)
-
-
-def _fits(value: Any, live: Any) -> bool:
-    """Whether a saved option can stand where the live one does: a number for a number, a tensor of the same shape."""
-    if isinstance(value, Tensor) and isinstance(live, Tensor):
-        return value.shape == live.shape
-    number = (int, float, Tensor)
-    if isinstance(live, number) and not isinstance(live, bool):
-        return isinstance(value, number) and not isinstance(value, bool)
-    return live is None or isinstance(value, type(live))
 
 
 def _slice(table: TableRows, shard: RowShard) -> TableRows:
