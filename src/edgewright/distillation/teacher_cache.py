@@ -84,9 +84,7 @@ class TeacherCache:
         blocks, counts = self.settings.get("blocks"), [self.settings.get(name) for name in ("shard_blocks", "k")]
         sizes = [*blocks, *counts] if isinstance(blocks, list) and len(blocks) == 2 else [None]
         if not all(type(size) is int and 0 < size < 2**40 for size in sizes):
-            raise FormatError(
-                f"{self.folder} does not say how many blocks it holds: {str(blocks)[:80]}, {counts!r:.80}"
-            )
+            raise FormatError(f"{self.folder} does not say its blocks: {str(blocks)[:80]}, {counts!r:.80}")
         rows, self.shard_blocks = int(self.settings["blocks"][0]), int(self.settings["shard_blocks"])
         self._paths = shard_paths(self.folder, -(-rows // self.shard_blocks), "safetensors")
         missing = [path.name for path in self._paths if not path.exists()]
