@@ -222,7 +222,8 @@ def change_header(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     except (ValueError, RecursionError):
         return _flip(data, chance)
     texts = header.get("__metadata__") if isinstance(header, dict) else None
-    inner = [key for key, value in texts.items() if value[:1] in "{["] if isinstance(texts, dict) else []
+    texts = texts if isinstance(texts, dict) else {}
+    inner = [key for key, value in texts.items() if isinstance(value, str) and value[:1] in "{["]
     if inner and chance.random() < 0.7:
         key = chance.choice(inner)
         name, new = change_json(texts[key].encode(), chance)
@@ -249,7 +250,7 @@ def change_gguf(data: bytes, chance: random.Random) -> tuple[str, bytes]:
             start = position
             position += _gguf_size(data, kind, position)
             places.append((key, kind, start, position))
-    except (struct.error, UnicodeDecodeError, KeyError):
+    except (struct.error, UnicodeDecodeError, KeyError, OverflowError):
         return _flip(data, chance)
     if not places:
         return _flip(data, chance)

@@ -80,7 +80,7 @@ def test_a_process_that_died_in_between_is_started_again() -> None:
 
 
 BOMBS = {
-    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+    "loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% if a == b %}{% endif %}{% endfor %}{% endfor %}",
     "lipsum": "{% for i in range(9999) %}{{ lipsum(n=1000) }}{% endfor %}",
     "repeated text": "{{ 'x' * 3000000000 }}",
     "doubling": "{% set n = namespace(a='xx') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}{{ n.a }}",

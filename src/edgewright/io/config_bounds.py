@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from edgewright.errors import FormatError
-from edgewright.io.foreign import reading
 from edgewright.io.safetensors_header import SafetensorsEntry
 
 FREE_LAYERS = 128  # so many, and so many parts of a layer, cost nothing to describe
@@ -52,6 +51,8 @@ def check_claim(folder: Path, factory: Any, entries: Mapping[str, SafetensorsEnt
     The model is built without memory for its weights; what it takes is counted. Twice the size of the files passes,
     so that a tensor that is missing or of another shape is named by whoever loads them.
 
+    What transformers raises over a configuration passes as it is: the caller stands around its other calls too.
+
     Args:
         folder: with config.json, which `check_numbers` has passed.
         factory: a class of transformers, or one of its Auto classes.
@@ -59,12 +60,11 @@ def check_claim(folder: Path, factory: Any, entries: Mapping[str, SafetensorsEnt
     """
     from transformers import AutoConfig
 
-    with reading(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        build = getattr(factory, "from_config", None) or factory._from_config
-        with torch.device("meta"):
-            model = build(config)
-        tensors = {id(t): t.numel() for t in (*model.parameters(), *model.buffers())}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    build = getattr(factory, "from_config", None) or factory._from_config
+    with torch.device("meta"):
+        model = build(config)
+    tensors = {id(t): t.numel() for t in (*model.parameters(), *model.buffers())}
     claimed, held = sum(tensors.values()), sum(math.prod(entry.shape) for entry in entries.values())
     if claimed > 2 * held + FREE_NUMBERS:
         raise FormatError(

@@ -83,7 +83,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
             raise FormatError(f"{folder / 'tokenizer_config.json'}: model_max_length is {str(longest)[:40]}, no length")
-        tokenizer("a b", verbose=False)  # what is broken shows at the first text, not at the first one of the user
+        tokenizer(
+            "a b hello \u2603 1", verbose=False
+        )  # what is broken shows at the first text, not at the first one of the user
     return tokenizer
 
 

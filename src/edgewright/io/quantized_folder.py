@@ -116,7 +116,8 @@ def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     for name, fields in modules.items():
         shape = fields.get("shape") if isinstance(fields, dict) else None
         sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
-        if not sizes or fields.get("kind") not in KINDS or fields.get("grid") not in CODE_RANGES:
+        known = sizes and fields.get("kind") in tuple(KINDS) and fields.get("grid") in tuple(CODE_RANGES)
+        if not known:
             raise FormatError(
                 f"{path}: module {name[:80]!r} needs kind (linear, embedding), a known grid and a shape [out, in]"
             )

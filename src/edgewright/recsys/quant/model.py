@@ -70,8 +70,10 @@ class QuantizedModel(nn.Module):
         tensors = load_tensors(folder / WEIGHTS)
         shared = read_object(folder / SHARED) if (folder / SHARED).exists() else {}
         for name, owner in shared.items():
-            if owner not in tensors or name in tensors:
-                raise FormatError(f"{folder / SHARED}: {name} is said to be {owner}, which {WEIGHTS} does not hold")
+            if not isinstance(owner, str) or owner not in tensors or name in tensors:
+                raise FormatError(
+                    f"{folder / SHARED}: {name} is said to be {str(owner)[:80]}, which {WEIGHTS} does not hold"
+                )
             tensors[name] = tensors[owner]
         _load(made, tensors, folder / WEIGHTS)
         return cls(made, recipe)
