@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.json_file import read_object
 
 if TYPE_CHECKING:
     from edgewright.measure.report import Report
@@ -24,9 +24,9 @@ def click_folder(model: str) -> Path | None:
 
     for folder in (Path(model), Path(model) / "model"):
         try:
-            if json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE:
+            if read_object(folder / CONFIG).get("model_type") == MODEL_TYPE:
                 return folder
-        except (OSError, ValueError, AttributeError):
+        except (UsageError, FormatError):
             continue
     return None
 

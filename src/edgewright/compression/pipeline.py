@@ -25,7 +25,7 @@ from edgewright.compression.picture import save_pareto
 from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
 from edgewright.distillation.self_generation import START, self_generate
 from edgewright.distillation.sequences import pack_sequences
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
 from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
 from edgewright.export.gguf import export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
@@ -166,7 +166,10 @@ class Compression:
             batch = self.text[: self.settings.batch_size]
             seconds = methods.seconds_per_step(student, self.model, batch)
             write_text(kept, json.dumps({"steps": max(1, round(60 * budget.minutes / seconds)), "seconds": seconds}))
-        return int(json.loads(kept.read_text())["steps"])
+        steps = read_object(kept).get("steps")
+        if type(steps) is not int or steps < 0:
+            raise FormatError(f"{kept} does not say how many steps there are; remove it")
+        return steps
 
     def training(self, student: nn.Module) -> None:
         if self.kv is not None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from edgewright.distillation.best import Best
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.training.checkpoint import latest_checkpoint
 from edgewright.training.config import TrainConfig
@@ -234,7 +235,7 @@ def _finished(folder: Path, record: dict[str, Any], student: nn.Module) -> dict[
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_object(path)
         same = {name: found[name] for name in record} == record
         done = {name: found[name] for name in ("metrics", "errors")}
     except (ValueError, KeyError, TypeError) as error:

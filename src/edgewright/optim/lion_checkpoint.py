@@ -167,7 +167,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no checkpoint of a Distributed Lion run: {error.strerror} ({MANIFEST})") from error
     except FormatError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path / MANIFEST} is damaged ({error!r}): remove that checkpoint") from error
     return manifest  # type: ignore[no-any-return]
 

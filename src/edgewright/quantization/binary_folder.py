@@ -18,6 +18,7 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.quantization.binary_encoder import FAMILIES, BitConfig, bit_, elastic_quantizers
 from edgewright.quantization.binary_linear import BinaryEmbedding, BinaryLinear, pack_binary_
 
@@ -96,12 +97,7 @@ def _description(folder: Path) -> tuple[dict[str, Any], BitConfig]:
     found = settings.pop(KEY, None) if isinstance(settings, dict) else None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("config"), dict):
         raise FormatError(f"{path} has no {KEY!r} of format {FORMAT}; save_binary writes such folders")
-    try:
-        fields = dict(found["config"])
-        fields["sets"] = tuple((str(pattern), str(kind)) for pattern, kind in fields.get("sets", ()))
-        return settings, BitConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {KEY!r} is not a BitConfig: {error}") from error
+    return settings, from_json(BitConfig, found["config"], path)
 
 
 def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
@@ -112,7 +108,7 @@ def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
     names = settings.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     factory = getattr(transformers, name, None)
-    if settings.get("model_type") not in FAMILIES or not (
+    if settings.get("model_type") not in tuple(FAMILIES) or not (
         isinstance(factory, type) and issubclass(factory, transformers.PreTrainedModel)
     ):
         raise FormatError(f"{folder} describes {name[:60]!r}, which is none of the encoders {', '.join(FAMILIES)}")

@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 
 from edgewright.errors import EdgewrightError, FormatError, UsageError
 from edgewright.io.tensors import read_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.quantization.affine import BITS
 from edgewright.quantization.batchnorm import ConvBNQuant2d, StaticLayer
-from edgewright.quantization.observers import ActivationQuantizer, FixedActivation, ObserverConfig
+from edgewright.quantization.observers import ActivationQuantizer, FixedActivation
 from edgewright.quantization.static import StaticConfig, quantize_static, set_submodule
 
 
@@ -77,13 +78,14 @@ def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
     tensors, texts = read_tensors(path)
     try:
         record = json.loads(texts["static"])
-        settings = dict(record["config"])
-        settings["observer"] = ObserverConfig(**settings["observer"])
-        settings["skip"] = tuple(settings["skip"])
-        config = StaticConfig(**settings)
+        config = from_json(StaticConfig, record["config"], path)
         shapes, activations = record["layers"], record["activations"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FormatError(f"{path} is no network written by save_static: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise (
+            error
+            if isinstance(error, FormatError)
+            else FormatError(f"{path} is no network written by save_static: {error}")
+        ) from error
     if config.weight_bits not in BITS:
         raise FormatError(f"{path} is no network written by save_static: weight_bits is {config.weight_bits}")
     loaded = quantize_static(model, example, config).eval()

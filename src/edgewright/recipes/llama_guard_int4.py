@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -143,7 +144,7 @@ def run(settings: LlamaGuardInt4, output: Path) -> Report:
     units = {"bytes": "bytes", "latency": "ms"}
     report = result.report("Llama Guard INT4: the chain on SmolLM2-135M", units)
     store = output / "points.json"
-    points: dict[str, dict[str, float]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, float]] = read_object(store) if store.exists() else {}
     for name, measure in COMPARISONS.items():
         for seed in range(settings.seeds if name not in UNSEEDED else 1):
             if f"{name}/{seed}" not in points:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
@@ -159,7 +160,7 @@ def run(settings: TernaryBinaryNLG, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, list[Row]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, list[Row]] = read_object(store) if store.exists() else {}
     made: dict[str, Any] = {}
 
     def measured(name: str, bench: Callable[..., Any], measure: str, *arguments: Any) -> list[Row]:

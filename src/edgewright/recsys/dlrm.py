@@ -25,6 +25,7 @@ from edgewright.io.atomic import atomic_directory
 from edgewright.io.json_file import read_object
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.recsys.bags import JaggedBatch, check_ids
 from edgewright.recsys.tables import (
     COMBINATIONS,
@@ -255,10 +256,7 @@ def read_config(folder: Path) -> DLRMConfig:
     fields = read_object(path, MOST_CONFIG, f"a saved DLRM is a folder with {CONFIG}")
     if fields.pop("model_type", None) != MODEL_TYPE:
         raise FormatError(f"{path} does not describe a DLRM (model_type {MODEL_TYPE!r})")
-    try:
-        return DLRMConfig(**fields)
-    except (TypeError, UsageError) as error:
-        raise FormatError(f"{path} is no configuration of a DLRM: {error}") from error
+    return from_json(DLRMConfig, fields, path)
 
 
 def check_elements(config: DLRMConfig, weights: Path) -> None:

@@ -139,7 +139,9 @@ def prepare_clicks(
         with atomic_directory(folder, ours=True) as temporary:
             _prepare(path, layout, temporary, made_from, tick)
     vocabulary = Vocabulary.from_pretrained(folder)
-    count = json.loads((folder / DATA).read_text(encoding="utf-8"))["rows"]
+    count = read_object(folder / DATA).get("rows")
+    if type(count) is not int or count < 1:
+        raise FormatError(f"{folder / DATA} does not say how many rows there are; remove {folder} and run again")
     arrays = [_mapped(folder, name, count, *kind) for name, kind in _files(layout).items()]
     return *_data(vocabulary.schema, *arrays).split(1 - valid), vocabulary
 
@@ -204,10 +206,10 @@ def _mapped(folder: Path, name: str, count: int, kind: Any, columns: int) -> np.
 
 def _is_ready(folder: Path, made_from: Mapping[str, Any]) -> bool:
     try:
-        known = json.loads((folder / DATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_object(folder / DATA)
+    except (UsageError, FormatError):
         return False
-    return isinstance(known, dict) and all(known.get(key) == value for key, value in made_from.items())
+    return all(known.get(key) == value for key, value in made_from.items())
 
 
 def _data(schema: Schema, dense: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> ClickData:

@@ -24,6 +24,7 @@ from edgewright.io.models import load
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.sparsity.cut_folder import save_checkpoint
 from edgewright.sparsity.r_sparse import Calibration, remove_rsparse, sparse_layers
 from edgewright.sparsity.r_sparse_factors import Factors
@@ -165,13 +166,7 @@ def _description(folder: Path) -> tuple[dict[str, Any], RSparseConfig]:
     fits = isinstance(settings, dict) and isinstance(data.get("model"), str)
     if not fits or len(str(settings.get("targets", ""))) > MAX_TARGETS:
         raise FormatError(f"{path} needs a configuration with targets of at most {MAX_TARGETS} characters, and a hash")
-    try:
-        config = RSparseConfig(**settings)
-    except (TypeError, UsageError) as error:
-        raise FormatError(f"{path}: its configuration is not one: {error}") from error
-    if not (isinstance(config.dense_prefill, bool) and isinstance(config.share_mask, bool)):
-        raise FormatError(f"{path}: dense_prefill and share_mask are true or false")
-    return data, config
+    return data, from_json(RSparseConfig, settings, path)
 
 
 def _is_layer(fields: Any) -> bool:

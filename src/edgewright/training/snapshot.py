@@ -102,18 +102,18 @@ def option_fits(value: Any, live: Any) -> bool:
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raise FormatError unless groups, options and, of torch's optimizers, tensors are such as `optimizer` has."""
     live, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
-    problem = len(live) != len(saved) and f"{len(saved)} groups instead of {len(live)}"
+    problems = [f"{len(saved)} groups instead of {len(live)}"] if len(live) != len(saved) else []
     for group, old in zip(live, saved, strict=False):
         odd = [name for name, value in old.items() if name != "params" and not option_fits(value, group.get(name))]
-        problem = problem or (odd and f"an option {str(odd[0])[:40]!r} of another kind")
-        problem = problem or (group["params"] != old["params"] and "other parameters")
+        problems += [f"an option {str(name)[:40]!r} of another kind" for name in odd]
+        problems += ["other parameters"] if group["params"] != old["params"] else []
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entries in state["state"].items() if type(optimizer).__module__.startswith("torch.optim") else ():
         for name, value in entries.items():
             if name in FULL_STATE and value is not None and value.shape != parameters[index].shape:
-                problem = problem or f"{name} of another shape"
-    if problem:
-        raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problem}")
+                problems.append(f"{name} of another shape")
+    if problems:
+        raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problems[0]}")
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
