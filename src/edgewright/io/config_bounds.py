@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from edgewright.errors import FormatError
 from edgewright.io.safetensors_header import SafetensorsEntry
@@ -64,12 +65,18 @@ def check_claim(folder: Path, factory: Any, entries: Mapping[str, SafetensorsEnt
     build = getattr(factory, "from_config", None) or factory._from_config
     with torch.device("meta"):
         model = build(config)
+    check_size(folder / "config.json", model, entries)
+
+
+def check_size(path: Path, model: nn.Module, entries: Mapping[str, SafetensorsEntry], packed: int = 1) -> None:
+    """Raise FormatError where a model, on the meta device, is far larger than the files of its weights.
+
+    packed: values of a weight that one stored number may hold.
+    """
     tensors = {id(t): t.numel() for t in (*model.parameters(), *model.buffers())}
-    claimed, held = sum(tensors.values()), sum(math.prod(entry.shape) for entry in entries.values())
+    claimed, held = sum(tensors.values()), packed * sum(math.prod(entry.shape) for entry in entries.values())
     if claimed > 2 * held + FREE_NUMBERS:
-        raise FormatError(
-            f"{folder / 'config.json'} describes a {type(model).__name__} of {claimed} numbers, its weights are {held}"
-        )
+        raise FormatError(f"{path} describes a {type(model).__name__} of {claimed} numbers, its weights are {held}")
 
 
 def _numbers(tree: Any, depth: int, path: Path, key: str = "") -> Iterator[tuple[str, int]]:

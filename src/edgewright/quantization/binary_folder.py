@@ -16,7 +16,8 @@ from torch import nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.config_bounds import check_numbers, check_size
+from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.io.typed import from_json
 from edgewright.quantization.binary_encoder import FAMILIES, BitConfig, bit_, elastic_quantizers
@@ -30,6 +31,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_LAYERS = 1000
+PACKED = 64  # weights in one stored word at most
 
 
 def save_binary(
@@ -60,7 +62,8 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
     folder = Path(folder)
     settings, config = _description(folder)
     entries = check_safetensors(folder / WEIGHTS)
-    model = _skeleton(folder, settings, len(entries))
+    check_numbers(folder / "config.json", settings, entries)
+    model = _skeleton(folder, settings, entries)
     try:
         bit_(model, config)
         for _, quantizer in elastic_quantizers(model):
@@ -100,7 +103,7 @@ def _description(folder: Path) -> tuple[dict[str, Any], BitConfig]:
     return settings, from_json(BitConfig, found["config"], path)
 
 
-def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
+def _skeleton(folder: Path, settings: dict[str, Any], entries: dict[str, SafetensorsEntry]) -> Any:
     """The float model that config.json describes, with weights that do not matter."""
     import transformers
     from transformers import AutoConfig
@@ -113,11 +116,16 @@ def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
     ):
         raise FormatError(f"{folder} describes {name[:60]!r}, which is none of the encoders {', '.join(FAMILIES)}")
     layers = settings.get("num_hidden_layers", settings.get("n_layers"))
-    if not isinstance(layers, int) or not 0 < layers <= min(MAX_LAYERS, tensors):
-        raise FormatError(f"{folder} claims {layers!r} layers, but its weights are {tensors} tensors")
+    if not isinstance(layers, int) or not 0 < layers <= min(MAX_LAYERS, len(entries)):
+        raise FormatError(f"{folder} claims {layers!r} layers, but its weights are {len(entries)} tensors")
     kept = {key: value for key, value in settings.items() if key not in ("auto_map", "dtype", "torch_dtype")}
     try:
-        return factory(AutoConfig.for_model(**kept))
+        model_config = AutoConfig.for_model(**kept)
+        with torch.device("meta"):
+            check_size(folder / "config.json", factory(model_config), entries, packed=PACKED)
+        return factory(model_config)
+    except FormatError:
+        raise
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
