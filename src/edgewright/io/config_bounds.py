@@ -19,6 +19,7 @@ FREE_NUMBERS = 64 << 20  # parameters and buffers that may be missing in the fil
 MOST_LABELS = 1 << 20
 MOST_NUMBER = 1 << 40  # above every size in a configuration
 _LAYERS = re.compile(r"(^|_)(layers?|blocks|depths?|stages?)$|^n_layers?$")
+_COUNT = re.compile(r"^(num_hidden_layers|num_layers|n_layers?|(encoder|decoder)_layers)$")
 _PARTS = re.compile(r"(^|_)(experts|levels|codebooks|groups|heads)(_|$)|^n_heads?$")
 
 
@@ -38,6 +39,8 @@ def check_numbers(path: Path, config: Mapping[str, Any], entries: Mapping[str, S
         (re.compile(""), MOST_NUMBER, "anything"),
     )
     for key, value in _numbers(config, 0, path):
+        if value < 0 and _COUNT.search(key):
+            raise FormatError(f"{path}: {key} is {value}; a model has 0 layers or more")
         for pattern, limit, what in limits:
             if pattern.search(key) and abs(value) > limit:
                 raise FormatError(

@@ -99,6 +99,16 @@ def option_fits(value: Any, live: Any) -> bool:
     return live is None or isinstance(value, type(live))
 
 
+def state_fits(optimizer: torch.optim.Optimizer, name: str, value: Any, parameter: Tensor) -> bool:
+    """Whether an entry of the state of one of torch's optimizers is such as it makes; True for other optimizers."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return True
+    if name == "step":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number or (isinstance(value, Tensor) and value.numel() == 1)
+    return name not in FULL_STATE or value is None or (isinstance(value, Tensor) and value.shape == parameter.shape)
+
+
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raise FormatError unless groups, options and, of torch's optimizers, tensors are such as `optimizer` has."""
     live, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
@@ -108,10 +118,9 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) ->
         problems += [f"an option {str(name)[:40]!r} of another kind" for name in odd]
         problems += ["other parameters"] if group["params"] != old["params"] else []
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entries in state["state"].items() if type(optimizer).__module__.startswith("torch.optim") else ():
-        for name, value in entries.items():
-            if name in FULL_STATE and value is not None and value.shape != parameters[index].shape:
-                problems.append(f"{name} of another shape")
+    for index, entries in state["state"].items():
+        odd = [name for name, value in entries.items() if not state_fits(optimizer, name, value, parameters[index])]
+        problems += [f"{str(name)[:40]!r} of another kind" for name in odd]
     if problems:
         raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problems[0]}")
 

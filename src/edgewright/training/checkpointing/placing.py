@@ -199,6 +199,9 @@ class Placing:
                             found[label] = _slice(self.tables[shard.name], shard).state[label].clone()
                         else:
                             found[label] = decode_state(_whole(value), self.values)
+                    odd = [n for n, value in found.items() if not snapshot.state_fits(leaf, n, value, parameter)]
+                    if odd:
+                        raise FormatError(f"{self.tip.id}: the optimizer's {odd[0][:40]!r} is of another kind")
                     entries.append((leaf.state, parameter, found))
                 yield group, options, entries
 
