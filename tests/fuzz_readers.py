@@ -1,4 +1,4 @@
-"""Every reader of the package with a small valid input of its own, for `fuzz.py`."""
+"""Every reader of the package with a small valid input of its own, for `benchmarks/fuzz.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files for every reader (see fuzz.py), with a fixed seed and a fixed time; and no reader opens a pickle."""
+"""Damaged files for every reader (see benchmarks/fuzz.py), for a fixed time and seed; no reader opens a pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SECONDS = 60
 
 def test_damaged_files_give_typed_errors() -> None:
     """In a process of its own: it forks, for which it must have one thread."""
-    command = [sys.executable, str(Path(__file__).with_name("fuzz.py")), "--seconds", str(SECONDS)]
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "fuzz.py"
+    command = [sys.executable, str(script), "--seconds", str(SECONDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 240, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     count = int(done.stdout.splitlines()[-1].split()[1])

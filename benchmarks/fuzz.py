@@ -1,8 +1,8 @@
 """Damaged files for every reader: what comes back is a result or an error of `edgewright.errors`, soon and in memory.
 
-python tests/fuzz.py --count 20000              all readers, a table at the end; exit code 1 where a rule was broken
-python tests/fuzz.py --reader gguf --seed 3     one reader
-python tests/fuzz.py --input "gguf:17" --keep F one input again, kept in the folder F, with its traceback
+python benchmarks/fuzz.py --count 20000              all readers and a table; exit code 1 where a rule was broken
+python benchmarks/fuzz.py --reader gguf --seed 3     one reader
+python benchmarks/fuzz.py --input "gguf:17" --keep F one input again, kept in the folder F, with its traceback
 
 Rules: no other exception, no dead process, at most 20 s, at most 2 GB more than before, nothing written outside the
 input's own folder. The inputs depend on the seed and their number alone.
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fuzz_mutations import damage
 from fuzz_readers import READERS
