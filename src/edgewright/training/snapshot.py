@@ -111,7 +111,13 @@ def state_fits(optimizer: torch.optim.Optimizer, name: str, value: Any, paramete
 
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raise FormatError unless groups, options and, of torch's optimizers, tensors are such as `optimizer` has."""
-    live, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    own = optimizer.state_dict()
+    if "state" not in own:  # a pair of optimizers, whose state is that of both under their names
+        for name, inner in vars(optimizer).items():
+            if isinstance(inner, torch.optim.Optimizer) and name in own:
+                check_optimizer(path, inner, state[name])
+        return
+    live, saved = own["param_groups"], state["param_groups"]
     problems = [f"{len(saved)} groups instead of {len(live)}"] if len(live) != len(saved) else []
     for group, old in zip(live, saved, strict=False):
         odd = [name for name, value in old.items() if name != "params" and not option_fits(value, group.get(name))]
@@ -121,6 +127,8 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) ->
     for index, entries in state["state"].items():
         odd = [name for name, value in entries.items() if not state_fits(optimizer, name, value, parameters[index])]
         problems += [f"{str(name)[:40]!r} of another kind" for name in odd]
+        needed = ("step", "exp_avg", "exp_avg_sq") if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) else ()
+        problems += [f"no {name!r}" for name in needed if entries and name not in entries]
     if problems:
         raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problems[0]}")
 

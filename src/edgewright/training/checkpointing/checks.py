@@ -127,6 +127,9 @@ def _check_state(manifest: Manifest) -> None:
         if not all(isinstance(group, dict) for group in groups) or not all(isinstance(v, dict) for v in held.values()):
             raise FormatError(f"{manifest.id}: the groups or the state of an optimizer are no tables")
         for name, labels in held.items():
+            by_row = manifest.tables[name].state if name in manifest.tables else {}
+            if any(not isinstance(labels.get(label), dict) or ROWS not in labels[label] for label in by_row):
+                raise FormatError(f"{manifest.id}: {name[:80]!r} lacks its state by row")
             for label, value in labels.items():
                 if isinstance(value, dict) and ROWS in value and (
                     name not in manifest.tables or value[ROWS] != label or label not in manifest.tables[name].state

@@ -103,6 +103,8 @@ def decode(text: bytes, where: str) -> tuple[Manifest, str]:
         raise FormatError(f"{where} is not JSON ({str(error)[:80]})") from error
     if not isinstance(body, dict) or body.get("format") != KIND:
         raise FormatError(f"{where} is not the manifest of a checkpoint of ours (format {KIND!r})")
+    if _too_deep(body):
+        raise FormatError(f"{where} is nested more deeply than any manifest")
     digest = body.pop("digest", None)
     try:
         fits = digest == _digest(body)
@@ -144,6 +146,16 @@ def read(files: Files, folder: str) -> tuple[Manifest, str]:
     if manifest.id != folder:
         raise FormatError(f"{path} is the manifest of {manifest.id}")
     return manifest, digest
+
+
+def _too_deep(tree: Any, most: int = 64) -> bool:
+    level = [tree]
+    for _ in range(most):
+        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node)
+                 if isinstance(v, dict | list)]  # fmt: skip
+        if not level:
+            return False
+    return True
 
 
 def _digest(body: Mapping[str, Any]) -> str:
