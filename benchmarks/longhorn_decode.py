@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.language.decoder import new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.longhorn_scan import longhorn_scan, longhorn_step, step_size
@@ -50,7 +51,7 @@ def standing_at(model: Any, context: int) -> LonghornCache:
     cache = None
     with torch.no_grad():
         for piece in ids.split(PIECE, 1):
-            cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache = cache_of(model(piece, use_cache=True, logits_to_keep=1, **with_cache(cache)))
     assert cache is not None
     return cache
 
@@ -61,7 +62,7 @@ def decode(model: Any, cache: Any) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             for _ in range(TOKENS):
-                model(token, past_key_values=cache, use_cache=True)
+                model(token, use_cache=True, **with_cache(cache))
 
     return run
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from edgewright.export.gguf import export_gguf
 from edgewright.io.text import builtin_documents
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.moe import Experts, MoEConfig, SparseMoE
 from edgewright.language.moe_design import moe_parameters
@@ -104,12 +105,12 @@ def _prefill_case(model: EdgeDecoderForCausalLM, ids: torch.Tensor) -> Callable[
 def _decode_case(model: EdgeDecoderForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
     """DECODED single tokens after a prompt that is read once, outside the time."""
     with torch.inference_mode():
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
 
     def run() -> None:
         with torch.inference_mode():
             for step in range(DECODED):
-                model(ids[:, step : step + 1], past_key_values=cache, logits_to_keep=1)
+                model(ids[:, step : step + 1], logits_to_keep=1, **with_cache(cache))
             cache.crop(-DECODED)
 
     return run

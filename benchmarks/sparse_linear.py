@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import edgewright
 from edgewright.io.packed import PackedLinear, PackedTensor
 from edgewright.io.text import load_texts, token_blocks
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.kernels.sparse_rows import PreparedRows, RowMatrix, why_no_kernel
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
@@ -92,11 +93,11 @@ def decoder(model: Any, prompt: torch.Tensor, active: bool) -> Callable[[], list
     def decode() -> list[int]:
         with setting(model, active=active):
             out = model(input_ids=prompt, use_cache=True)
-            cache, tokens = out.past_key_values, []
+            cache, tokens = cache_of(out), []
             for _ in range(TOKENS):
                 token = out.logits[:, -1:].argmax(-1)
                 tokens.append(int(token))
-                out = model(input_ids=token, past_key_values=cache, use_cache=True)
+                out = model(input_ids=token, use_cache=True, **with_cache(cache))
             return tokens
 
     return decode

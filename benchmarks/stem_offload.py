@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.language.decoder import new_decoder
 from edgewright.language.presets import mobilellm_config
 from edgewright.language.stem import StemConfig, stem_blocks, with_stem
@@ -69,7 +70,7 @@ def decode(model: Any, tokens: torch.Tensor) -> None:
     """One token after the other, as given: every case fetches the same rows."""
     cache = None
     for i in range(tokens.shape[1]):
-        cache = model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=tokens[:, i : i + 1], use_cache=True, **with_cache(cache)))
 
 
 @torch.no_grad()

@@ -579,7 +579,7 @@ def read_template(folder: Path) -> None:
     chance = random.Random(text)
     if chance.random() < 0.3:
         text = chance.choice(BOMBS) + text
-    render_chat(text, [{"role": "user", "content": "hello"}], bos="<s>", eos="</s>")
+    render_chat(text, [{"role": "user", "content": "hello"}], marks={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 READERS: dict[str, Reader] = {

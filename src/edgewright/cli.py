@@ -83,7 +83,13 @@ def _dispatch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"edgewright {verb}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
-    code: int = module.run(parser.parse_args(arguments[1:]))
+    args = parser.parse_args(arguments[1:])
+    try:
+        code: int = module.run(args)
+    except EdgewrightError as error:
+        from edgewright.verbs.words import in_command_words
+
+        return _complain(in_command_words(str(error), parser, getattr(module, "WORDS", ())), error.exit_code)
     return code
 
 

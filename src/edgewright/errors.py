@@ -45,3 +45,18 @@ class Unsupported(EdgewrightError, NotImplementedError):
     """A model or layer that a method does not know; refused by name rather than handled silently wrong."""
 
     exit_code = 2
+
+
+LONGEST_REASON = 2000  # characters of another library's message
+
+
+def in_one_line(error: BaseException | str) -> str:
+    """Another library's message on one line, whole, so that nothing that it says about the way out is lost.
+
+    Only what is longer than LONGEST_REASON is cut, at a word and with a mark. An error without a message gives its
+    type.
+    """
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " [...]"
+    return text or type(error).__name__

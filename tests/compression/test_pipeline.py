@@ -15,7 +15,8 @@ from edgewright.compression import methods
 from edgewright.compression.pipeline import compress
 from edgewright.compression.settings import Budget, CompressSettings
 from edgewright.compression.sweep import sweep
-from edgewright.errors import UsageError
+from edgewright.errors import CheckFailed, UsageError
+from edgewright.export.gguf import export_gguf
 from edgewright.io.gguf import GGUFFile
 from edgewright.io.models import load
 from edgewright.quantization.api import convert_, quantize_
@@ -188,3 +189,91 @@ def test_files_only_leaves_no_report(toy, text, tmp_path, capsys):
     assert cli.main([*arguments, "--output", str(tmp_path / "run")]) == 0
     assert "written and verified" in capsys.readouterr().err
     assert (tmp_path / "run" / "rtn.gguf").is_file() and not (tmp_path / "run" / "report.json").exists()
+
+
+def quick(model, text, **changes) -> CompressSettings:
+    return settings(model, text, bits=8.0, method="rtn", baselines=(), evaluation_blocks=2, **changes)
+
+
+def saved(toy, folder, **changes):
+    """The toy as a folder, with another chat template or other fields of its configuration."""
+    model, tokenizer = load(toy)
+    tokenizer.chat_template = changes.pop("template", tokenizer.chat_template)
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_blocks_end_where_the_trained_positions_end(toy, text, tmp_path):
+    model = saved(toy, tmp_path / "model", max_position_embeddings=24)
+    said: list[str] = []
+    report = compress(quick(model, text), tmp_path / "run", say=said.append, progress=False)
+    assert any("was trained for 24 positions: blocks have 24 tokens, not 32" in sentence for sentence in said)
+    assert "blocks of 24 tokens, the positions that the model was trained for" in report.notes
+    assert report.row("kl", "rtn").n == 2 * 23
+
+
+@pytest.mark.parametrize(
+    ("template", "note"),
+    [
+        (None, "rtn goes on: "),
+        ("{{ raise_exception('no questions here') }}", "refuses these messages: no questions here"),
+        ("{% for x in range(10 ** 9) %}{% endfor %}", "chat template does not work"),
+        ("{{ messages[0].content }}{% generation %}{% endgeneration %}", "rtn answers: "),
+    ],
+    ids=["none", "refuses", "broken", "generation"],
+)
+def test_what_a_chat_template_does_costs_no_report(toy, text, template, note, tmp_path):
+    model = saved(toy, tmp_path / "model", template=template)
+    report = compress(quick(model, text), tmp_path / "run", say=lambda text: None, progress=False)
+    assert (tmp_path / "run" / "report.json").is_file()
+    assert any(note in sentence for sentence in report.notes), report.notes
+
+
+def test_weights_beyond_float16_are_written_in_float32(toy, text, tmp_path):
+    model, tokenizer = load(toy)
+    with torch.no_grad():
+        for layer in model.model.layers:  # the same function, in numbers that float16 does not have
+            layer.post_attention_layernorm.weight[3] /= 2.0**21
+            layer.mlp.gate_proj.weight[:, 3] *= 2.0**21
+            layer.mlp.up_proj.weight[:, 3] *= 2.0**21
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(CheckFailed, match=r"F32 possible \(values beyond fp16's 65504\); strict=False writes the file"):
+        export_gguf(model, tokenizer, tmp_path / "m.gguf", verify=False, progress=False)
+    done = quick(tmp_path / "model", text, lenient=True)
+    report = compress(done, tmp_path / "run", say=lambda text: None, progress=False)
+    assert report.value("kl", "reference") < 1e-3
+
+
+def test_a_run_of_an_older_version_goes_on(toy, text, tmp_path):
+    chosen = quick(toy, text)
+    compress(chosen, tmp_path / "run", say=lambda text: None, progress=False)
+    marker = tmp_path / "run" / "settings.json"
+    held = json.loads(marker.read_text())
+    del held["lenient"]  # a setting that it did not have
+    marker.write_text(json.dumps(held))
+    compress(chosen, tmp_path / "run", say=lambda text: None, progress=False)
+    with pytest.raises(UsageError, match="lenient=False, not True"):
+        compress(replace(chosen, lenient=True), tmp_path / "run", say=lambda text: None, progress=False)
+
+
+def test_a_short_text_names_the_option_that_works(toy, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("The mill is wide, said the miller.\n\nHe went home and ate bread, then slept.")
+    command = ["compress", str(toy), "--bits", "8", "--method", "rtn", "--no-bench", "--no-baselines", "--json"]
+    command += ["--data", str(tmp_path / "short.txt"), "--output", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    option = said[said.index("--block-length") :].split()[:2]
+    assert cli.main([*command, *option]) == 0  # word for word
+
+
+def test_folders_of_runs_have_the_whole_name(toy, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-3.1", "tiny-3.2"):
+        saved(toy, tmp_path / name)
+        command = ["compress", name, "--bits", "8", "--method", "rtn", "--no-baselines", "--files-only"]
+        assert cli.main([*command, "--block-length", "32", "--data", str(text)]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-3.1-8bit", "tiny-3.2-8bit"]

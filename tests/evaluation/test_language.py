@@ -256,7 +256,7 @@ def test_bad_arguments_say_what_would_work() -> None:
     with pytest.raises(UsageError, match="outside the vocabulary of x"):
         evaluate(lambda ids: p(ids)[..., :10], blocks)
     for wrong in (blocks[0], blocks[:0], blocks[:, :1], blocks.float()):
-        with pytest.raises(UsageError, match="token_blocks"):
+        with pytest.raises(UsageError, match="block_length=256"):
             evaluate(p, wrong)
     with pytest.raises(UsageError, match="batch_size 0"):
         evaluate(p, blocks, batch_size=0)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from export_models import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgewright.errors import Unsupported
 from edgewright.export.gguf import export_gguf
 from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf_model import load_gguf
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.runtime.llamacpp import LlamaCppEngine
@@ -79,6 +81,104 @@ def test_llama_cpp_computes_what_the_decoder_computes(case: str, tmp_path: Path)
     with LlamaCppEngine(path, threads=1, context=128) as engine:
         got = torch.from_numpy(engine.logits(ids[0].tolist()))
     assert float((got - expected).norm() / expected.norm()) < 2e-3  # keys and values are fp16 there
+    again, _ = load_gguf(path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits[0], expected, rtol=1e-4, atol=1e-5)
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 6.0,
+    "original_max_position_embeddings": 64,
+}
+BACK: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "other rope factors": ("llama", {"rope_parameters": LLAMA3}),
+    "linear rope": ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.5}}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {}),
+    "granite": (
+        "granite_swa",
+        {
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.3,
+            "embedding_multiplier": 5.0,
+            "attention_multiplier": 0.11,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "attention_bias": True,
+        },
+    ),
+    "glm": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "routed_scaling_factor": 1.7,
+            "first_k_dense_replace": 0,
+            "num_mtp_layers": 0,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BACK)
+def test_what_is_written_is_read_back_as_the_model_that_it_was(case: str, tmp_path: Path) -> None:
+    kind, settings = BACK[case]
+    given = {**SHAPE, "head_dim": 32, "tie_word_embeddings": True, **settings}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given)).eval()
+    with torch.no_grad():
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if parameter.ndim == 1 and "inv_freq" not in name:  # biases, norms, sinks, the router's bias
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+    model.generation_config.eos_token_id = [2, 1]
+    path = tmp_path / "model.gguf"
+    export_gguf(model, make_tokenizer(), path, float_type="F32", embedding="F32", verify=False, progress=False)
+    again, _ = load_gguf(path)
+    ids = torch.randint(3, 272, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = model(input_ids=ids).logits[0], again(input_ids=ids).logits[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # scales become float32 in the header
+    with LlamaCppEngine(path, threads=1, context=128) as engine:
+        theirs = torch.from_numpy(engine.logits(ids[0].tolist()))
+    assert float((theirs - expected).norm() / expected.norm()) < 2e-3
+    assert type(again) is type(model) and again.generation_config.eos_token_id == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("granite_swa", {"layer_rope_theta": [1e4, 1e6, 1e4]}, "layer_rope_theta"),
+        ("qwen3", {"attention_bias": True}, "qwen3 with attention_bias"),
+    ],
+)
+def test_what_the_file_would_lose_is_refused(kind: str, settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(kind, **{**SHAPE, **settings})
+    with pytest.raises(Unsupported, match=words):
+        export_gguf(AutoModelForCausalLM.from_config(config), make_tokenizer(), tmp_path / "m.gguf", progress=False)
+
+
+def test_a_tied_table_is_written_once(tmp_path: Path) -> None:
+    model = decoder(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, changes in {"llama": {}, "qwen3": {"qk_norm": "l2"}, "granite_swa": WINDOW}.items():
+        export_gguf(
+            decoder(tie_word_embeddings=True, **changes),
+            make_tokenizer(),
+            tmp_path / f"{name}.gguf",
+            verify=False,
+            progress=False,
+        )
+        assert "output.weight" not in GGUFFile(tmp_path / f"{name}.gguf").tensors
 
 
 def test_skipped_attention_is_not_stored(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_real_tokenizer(smollm2):
         ("none.txt", None, "No such file"),
         ("empty.txt", b"", "is empty"),
         ("blank.txt", b" \n\t \n", "is empty"),
-        ("bytes.txt", b"good \xff\xfe", r"not UTF-8 text \(byte 5\)"),
+        ("bytes.txt", b"good \xff\xfe", r"not UTF-8 text \(byte 5 is 0xff\); save it as UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
         ("b.jsonl", b'{"text": "a"}\n\n["a"]\n', 'line 3: no "text" string'),
         ("c.jsonl", b'{"text": 5}', 'line 1: no "text" string'),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, St
 
 import edgewright
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.transformers_names import cache_of, checkpoint_activations, with_cache
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 
@@ -154,12 +155,12 @@ def test_a_window_forgets_and_keeps_its_cache_small() -> None:
         a, b = model(ids, use_cache=True), model(other)
     assert not torch.equal(a.logits[:, :4], b.logits[:, :4])
     torch.testing.assert_close(a.logits[:, 4:], b.logits[:, 4:])
-    assert a.past_key_values.layers[0].keys.shape[-2] < 4 + 1
+    assert cache_of(a).layers[0].keys.shape[-2] < 4 + 1
 
 
 def test_a_skipped_layer_keeps_nothing() -> None:
     model = new_decoder(config(mixers=["full_attention", "skip_attention"]))
-    cache = model(tokens(), use_cache=True).past_key_values
+    cache = cache_of(model(tokens(), use_cache=True))
     assert cache.layers[0].keys.shape[-2] == 12 and cache.layers[1].keys is None
     assert not any("layers.1.self_attn" in name or "layers.1.input_layernorm" in name for name in model.state_dict())
 
@@ -169,7 +170,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     model(tokens(), labels=tokens()).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}  # type: ignore[union-attr]
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model(tokens(), labels=tokens(), use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name])
@@ -229,7 +230,7 @@ def test_ids_and_lengths_are_checked() -> None:
         model(tokens(1, 20))
     cache = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(UsageError, match="12 tokens do not fit into a cache of 8"):
-        model(tokens(1, 12), past_key_values=cache)
+        model(tokens(1, 12), **with_cache(cache))
 
 
 def save_with_tokenizer(model: EdgeDecoderForCausalLM, folder: Path) -> None:

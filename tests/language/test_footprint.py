@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import cache_of
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.design import design_sweep
@@ -76,7 +77,7 @@ def test_cache_bytes_are_those_of_the_cache() -> None:
         sliding_window=8,
         num_hidden_layers=4,
     )
-    cache = new_decoder(config)(torch.zeros(1, 24, dtype=torch.long), use_cache=True).past_key_values
+    cache = cache_of(new_decoder(config)(torch.zeros(1, 24, dtype=torch.long), use_cache=True))
     held = [layer.keys.numel() + layer.values.numel() for layer in cache.layers if layer.keys is not None]
     window_less_one = 2 * 2 * 16  # transformers keeps the 7 positions that a next token will see beside itself
     assert footprint(config, kv_bits=32, context=24).cache_bytes == 4 * (sum(held) + window_less_one)

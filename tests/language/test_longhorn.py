@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.io.transformers_names import cache_name, cache_of, with_cache
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.longhorn import Longhorn, LonghornConfig, longhorn_step
 from edgewright.language.longhorn_export import NO_GGUF, export_longhorn
-from edgewright.language.longhorn_state import LonghornCache, pack_state, restore, snapshot, unpack_state
+from edgewright.language.longhorn_state import HAS_STATES, LonghornCache, pack_state, restore, snapshot, unpack_state
 from edgewright.language.presets_longhorn import longhorn_config
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
@@ -57,8 +58,8 @@ def inputs(batch: int, length: int, width: int = 16) -> torch.Tensor:
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(3))
 
 
-def single_cache() -> DynamicCache:
-    return DynamicCache(config=config(["longhorn"]))
+def single_cache() -> LonghornCache:
+    return LonghornCache(config(["longhorn"]))
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -73,11 +74,11 @@ def test_generation_is_the_same_with_a_cache(name: str, fields: dict[str, Any], 
     assert torch.equal(
         model.generate(tokens(), cache_implementation="static", disable_compile=True, **options), expected
     )
-    options["past_key_values"] = DynamicCache(config=model.config)
+    options[cache_name()] = DynamicCache(config=model.config)
     assert torch.equal(model.generate(tokens(), **options), expected)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    options["past_key_values"] = None
+    options[cache_name()] = None
     assert torch.equal(again.generate(tokens(), **options), expected)
 
 
@@ -132,6 +133,31 @@ def test_reset_reaches_the_layers_of_a_model() -> None:
     torch.testing.assert_close(model(ids, reset=reset).logits[:, 7:], model(ids[:, 7:]).logits)
 
 
+@pytest.mark.parametrize("name", ["with attention", "with a window", "attention alone"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_documents_are_the_documents_in_a_hybrid(name: str, attention: str) -> None:
+    model = new_decoder(config(MIXTURES.get(name, ["full_attention"] * 2))).eval()
+    model.set_attn_implementation(attention)
+    places: list[torch.Tensor] = []
+    model.model.rotary_emb.register_forward_pre_hook(lambda _, args: places.append(args[1]))
+    ids, sizes = tokens(2, 18), ([7, 1, 10], [3, 12, 3])
+    reset = torch.zeros(2, 18).bool()
+    for row, parts in enumerate(sizes):
+        reset[row, torch.tensor([0, *parts[:-1]]).cumsum(0)] = True
+    with torch.no_grad():
+        output = model(ids, reset=reset, use_cache=True)
+        packed = output.logits
+        assert cache_of(output) is None
+        assert places[0].tolist() == [[i for part in parts for i in range(part)] for parts in sizes]
+        for row, parts in enumerate(sizes):
+            alone = [model(part[None]).logits[0] for part in ids[row].split(parts)]
+            torch.testing.assert_close(packed[row], torch.cat(alone))
+        with pytest.raises(UsageError, match="give no cache with it"):
+            model(ids, reset=reset, **with_cache(LonghornCache(model.config)))
+        with pytest.raises(UsageError, match=r"reset is torch.bool \[1, 18\]; give bool \[2, 18\]"):
+            model(ids, reset=reset[:1])
+
+
 def test_convolution_and_gate_are_mamba_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """With both recurrences replaced by one that hands on its input, the layers are the same function."""
     mixer, h = layer(), inputs(2, 9)
@@ -153,7 +179,7 @@ def test_the_published_parameter_counts() -> None:
     assert sum(p.numel() for p in mixer.parameters()) + norm == 3_747_072
     with torch.device("meta"):
         model = EdgeDecoderForCausalLM(longhorn_config("120M"))
-    assert sum(p.numel() for p in model.parameters()) == 128_533_248
+    assert sum(p.numel() for name, p in model.named_parameters() if name != "lm_head.weight") == 128_533_248
     assert model.config.vocab_size == 50264 and longhorn_config("350M").num_hidden_layers == 48
     with pytest.raises(UsageError, match="no Longhorn model is called '7B'; choose from 120M, 350M, 1.3B"):
         longhorn_config("7B")
@@ -188,13 +214,13 @@ def test_a_snapshot_goes_back() -> None:
         model = new_decoder(config(mixers)).eval()
         cache = LonghornCache(model.config)
         with torch.no_grad():
-            model(tokens(), past_key_values=cache)
+            model(tokens(), **with_cache(cache))
             kept = snapshot(cache)
-            expected = model(tokens(seed=1), past_key_values=cache).logits
+            expected = model(tokens(seed=1), **with_cache(cache)).logits
             for _ in range(2):
                 restore(cache, kept)
                 assert cache.get_seq_length() == 12
-                assert torch.equal(model(tokens(seed=1), past_key_values=cache).logits, expected)
+                assert torch.equal(model(tokens(seed=1), **with_cache(cache)).logits, expected)
     with pytest.raises(UsageError, match="the snapshot has 2 layers and the cache 1"):
         restore(single_cache(), kept)
 
@@ -205,7 +231,7 @@ def test_memory_does_not_grow() -> None:
     sizes = []
     with torch.no_grad():
         for length in (3, 60, 1):
-            model(tokens(1, length), past_key_values=cache)
+            model(tokens(1, length), **with_cache(cache))
             sizes.append(snapshot(cache).bytes)
     d, m, w = 64, 16, 4
     assert sizes == [2 * 4 * d * (m + w)] * 3
@@ -241,7 +267,7 @@ def test_int8_states_generate_and_follow_beams() -> None:
     with torch.no_grad():
         caches = [LonghornCache(model.config) for _ in range(2)]
         for ids in (tokens(), tokens(2, 1)):
-            ours, theirs = (m(ids, past_key_values=c).logits for m, c in zip((model, plain), caches, strict=True))
+            ours, theirs = (m(ids, **with_cache(c)).logits for m, c in zip((model, plain), caches, strict=True))
         error = (ours - theirs).norm() / theirs.norm()
     assert 0 < float(error) < 0.02
     assert model.generate(tokens(), max_new_tokens=4, num_beams=2, pad_token_id=0).shape == (2, 16)
@@ -303,9 +329,13 @@ def test_bad_calls_are_one_sentence(tmp_path: Path) -> None:
         mixer(h, None, cache, 0)
     model = new_decoder(config(["longhorn"]))
     used = DynamicCache(config=model.config)
-    model(tokens(), past_key_values=used)
-    with pytest.raises(UsageError, match="go on from a LonghornCache"):
-        model.generate(tokens(), past_key_values=used, max_new_tokens=1)
+    if HAS_STATES:
+        model(tokens(), **with_cache(used))
+        with pytest.raises(UsageError, match="go on from a LonghornCache"):
+            model.generate(tokens(), **with_cache(used), max_new_tokens=1)
+    else:
+        with pytest.raises(UsageError, match="keeps no states; make a LonghornCache"):
+            model(tokens(), **with_cache(used))
     with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(tokens(1), assistant_model=model, max_new_tokens=2)
     with pytest.raises(Unsupported, match=NO_GGUF[:60].replace("(", r"\(")):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import checkpoint_activations
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.moe import moe_layers
@@ -70,7 +71,7 @@ def test_checkpointed_blocks_count_once() -> None:
     for network in (plain, again):
         balancer = LoadBalancer(network)
         if network is again:
-            network.activation_checkpointing_enable()
+            checkpoint_activations(network)
         network(tokens(), labels=tokens(), use_cache=False).loss.backward()
         counted.append(balancer.counts)
     assert all(torch.equal(a, counted[1][name]) for name, a in counted[0].items())

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from stem_toys import logits, stem
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.language.stem import stem_blocks
 from edgewright.language.stem_edit import edit_rows, entity_tokens, find_entity, length_rule, load_edit, override_tokens
 from edgewright.language.stem_files import load_offloaded, save_stem
@@ -86,7 +87,7 @@ def test_a_prompt_in_two_pieces_is_the_prompt(tokenizer: Any) -> None:
     with override_tokens(ours, ids, source="Oslo", target="Rome", tokenizer=tokenizer), torch.no_grad():
         whole = ours(ids).logits
         first = ours(ids[:, :9], use_cache=True)
-        second = ours(ids[:, 9:], past_key_values=first.past_key_values)
+        second = ours(ids[:, 9:], **with_cache(cache_of(first)))
         torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole)
         with pytest.raises(UsageError, match="give override_tokens the ids that the model gets"):
             ours(ids.flip(1))

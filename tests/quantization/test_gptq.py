@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.quantization import gptq
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.quantization.fake_quantize import Quantizer
-from edgewright.quantization.gptq import gptq_, inverse_factor, repair
+from edgewright.quantization.gptq import gptq_, inverse_factor, repair, transformer_blocks
 from edgewright.quantization.grids import GRIDS
 from edgewright.quantization.scales import grouped, mse_alpha
 
@@ -106,3 +107,90 @@ def test_refusals(tiny_llama):
         gptq_(tiny_llama, QuantConfig.weights("int4"), torch.zeros(0, 8, dtype=torch.int64))
     with pytest.raises(Unsupported, match="no list of blocks"):
         gptq_(nn.Sequential(nn.Linear(32, 4)), QuantConfig.weights("int4"), torch.zeros(1, 8, dtype=torch.int64))
+
+
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES = {
+    "Llama": {},
+    "Gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 16},
+    "Gemma3": {"sliding_window": 4, "query_pre_attn_scalar": 16, "layer_types": LAYERS},
+    "Olmo3": {"sliding_window": 4, "layer_types": LAYERS},
+    "GptOss": {"sliding_window": 4, "layer_types": LAYERS, "num_local_experts": 4},
+    "Qwen3Moe": {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "Bert": {},
+    "shared": {},
+}
+
+
+def family(name):
+    import transformers
+
+    from edgewright.language.decoder import new_decoder
+    from edgewright.language.decoder_config import EdgeDecoderConfig
+
+    sizes = {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "initializer_range": 0.2,
+    }  # fmt: skip
+    if name == "shared":
+        return new_decoder(EdgeDecoderConfig(**sizes | {"num_hidden_layers": None, "share_map": [0, 1, 0, 2]})).eval()
+    kind = "Model" if name == "Bert" else "ForCausalLM"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
+            **sizes | FAMILIES[name]
+        )
+        return getattr(transformers, f"{name}{kind}")(config).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_block_sees_what_the_model_s_own_forward_gives_it(name, monkeypatch):
+    """Only the last block is quantised: up to there the hidden states must be those of the original model."""
+    model = family(name)
+    blocks = torch.randint(3, 256, (5, 12), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(gptq, "TOKENS_AT_ONCE", 24)  # slices of two samples
+    layers = transformer_blocks(model)
+    seen = {}
+
+    def watch(number):
+        return lambda module, inputs, output: seen.setdefault(number, []).append(
+            output[0] if isinstance(output, tuple) else output
+        )
+
+    watched = [
+        next(m for n, m in layer.named_modules() if n.endswith(("self_attn", "attention.self"))) for layer in layers
+    ]
+    handles = [module.register_forward_hook(watch(number)) for number, module in enumerate(watched)]
+    model(blocks)
+    expected = {number: torch.cat(parts) for number, parts in seen.items()}
+    seen.clear()
+    if name in ("Gemma2", "Gemma3", "Olmo3", "GptOss"):
+        a, b = (vars(layers[i].self_attn).get("sliding_window") for i in (0, 1))
+        assert a != b or name == "Gemma2"  # both kinds of layers are there
+    last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f".{len(layers) - 1}." in f".{n}"]
+    errors = gptq_(model, QuantConfig((Rule(last[-1], WeightConfig("int8", 16)),), skip=()), blocks)
+    assert len(errors) == 1 and errors[0].rounded < 1e-3
+    for number, rows in expected.items():
+        found = torch.cat(seen[number])[len(rows) // len(blocks) :]  # without the first pass, of one sample
+        torch.testing.assert_close(found, rows, rtol=1e-5, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_models_whose_blocks_pass_on_more_are_refused():
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, T5Config, T5EncoderModel
+
+    config = Gemma3nTextConfig(
+        vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, hidden_size_per_layer_input=8,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=32,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0] * 2, laurel_rank=4,
+    )  # fmt: skip
+    blocks = torch.randint(3, 64, (2, 8))
+    with pytest.raises(Unsupported, match=r"block 0 of Gemma3nForCausalLM takes \[4, 1, 8, 32\]"):
+        gptq_(Gemma3nForCausalLM(config), QuantConfig((Rule("*mlp*", WeightConfig("int8")),)), blocks)
+    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2))
+    with pytest.raises(Unsupported, match="gives more than hidden states to the next one"):
+        gptq_(t5, QuantConfig((Rule("*", WeightConfig("int8")),), skip=("*shared", "*bias", "*embed*")), blocks)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from edgewright.errors import Unsupported, UsageError
+from edgewright.errors import CheckFailed, Unsupported, UsageError
+from edgewright.io.transformers_names import cache_of, with_cache
+from edgewright.quantization import kv_cache
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import KVConfig, QuantConfig
 from edgewright.quantization.kv_cache import (
@@ -43,13 +45,13 @@ def stepwise(model, ids, cache=None):
     """Logits [B, T, V] of a generation that is forced along `ids`, one token a step."""
     logits = []
     for place in range(ids.shape[1]):
-        output = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids[:, place : place + 1], **with_cache(cache), use_cache=True)
+        cache = cache_of(output)
         logits.append(output.logits)
     return torch.cat(logits, 1)
 
 
-def family(name: str):
+def family(name: str, head_dim: int = 16):
     """Tiny models of the other families; Mistral with a window shorter than the text, Qwen3 with normalised keys."""
     import transformers
 
@@ -60,7 +62,7 @@ def family(name: str):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": head_dim,
     }
     if name == "Mistral":
         settings["sliding_window"] = 7
@@ -112,6 +114,69 @@ def test_other_families(name, config):
     torch.testing.assert_close(stepwise(model, tokens()), full, **STEPWISE)
     if config.when == "post_rope":
         torch.testing.assert_close(stepwise(plain, tokens(), QuantCache(plain.config, config)), full, **STEPWISE)
+
+
+def quantised(quantizer):
+    return lambda module, inputs, output: quantizer.values(output.flatten(2)).to(output).reshape(output.shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_known_attention_sees_quantised_keys_and_values(name, monkeypatch):
+    """Against quantising inside the attention function, where no cache and no argument name takes part."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionMaskInterface.register("slow", sdpa_mask)
+    calls, ids = [], tokens(9, 1)
+    update = kv_cache._QuantizingCache.update
+    monkeypatch.setattr(kv_cache._QuantizingCache, "update", lambda *a, **k: calls.append(1) or update(*a, **k))
+    for config in (KVConfig(4, "head", "post_rope"), KVConfig.llama_cpp(8), KVConfig.llama_cpp(4), KVConfig(4)):
+        plain = family(name, head_dim=32).double()  # so that no code hangs on the order of a sum
+        quantizers = [row_quantizer(config, name.lower(), 2, 32, values=values) for values in (False, True)]
+
+        def slow(module, q, k, v, *args, by=quantizers, when=config.when, **options):
+            rows = [heads.transpose(1, 2).flatten(2) for heads in (k, v)]
+            if when == "post_rope":
+                rows[0] = by[0].values(rows[0])
+            rows[1] = by[1].values(rows[1])
+            k, v = (row.to(q.dtype).unflatten(-1, (-1, 32)).transpose(1, 2) for row in rows)
+            return sdpa_attention_forward(module, q, k, v, *args, **options)
+
+        AttentionInterface.register("slow", slow)
+        expected = copy.deepcopy(plain)
+        expected.set_attn_implementation("slow")
+        if config.when == "pre_rope":
+            for layer in expected.model.layers:
+                source = layer.self_attn.k_norm if name == "Qwen3" else layer.self_attn.k_proj
+                source.register_forward_hook(quantised(quantizers[0]))
+        model = attach_kv_quantization(copy.deepcopy(plain), config)
+        calls.clear()
+        full = model(ids, use_cache=False).logits
+        assert len(calls) == 2  # layers
+        assert torch.equal(full, expected(ids, use_cache=False).logits)
+        assert (full - plain(ids).logits).abs().max() > 1e-4
+        torch.testing.assert_close(stepwise(model, ids), full, rtol=0, atol=1e-9)
+        assert len(calls) == 2 + 2 * ids.shape[1]
+
+
+def test_attention_that_does_not_use_its_cache_is_an_error(tiny_llama):
+    attention = tiny_llama.model.layers[1].self_attn
+    forward = attention.forward
+
+    def ignoring(hidden_states, position_embeddings=None, attention_mask=None, cache=None, **options):
+        return forward(hidden_states, position_embeddings, attention_mask, **options)
+
+    attention.forward = ignoring
+    attach_kv_quantization(tiny_llama, KVConfig(4))
+    with pytest.raises(CheckFailed, match=r"LlamaAttention of transformers 5\S+ used its cache 0 times"):
+        tiny_llama(tokens())
+    detach_kv_quantization(tiny_llama)(tokens())
+    attention.forward = lambda hidden_states, memory=None: None
+    with pytest.raises(Unsupported, match="takes hidden_states, memory; quantised key-value caches need"):
+        attach_kv_quantization(tiny_llama, KVConfig(4))
+    assert attached_kv_config(tiny_llama) is None
 
 
 @torch.no_grad()
@@ -178,23 +243,23 @@ def test_keys_stay_quantised_when_their_projection_is_replaced(tiny_llama):
 def test_stored_codes_give_the_fake_quantised_logits(tiny_llama, config):
     model = attach_kv_quantization(copy.deepcopy(tiny_llama), config)
     full = model(tokens()).logits
-    assert torch.equal(tiny_llama(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits, full)
-    again = model(tokens(), past_key_values=QuantCache(tiny_llama.config, config)).logits
+    assert torch.equal(tiny_llama(tokens(), **with_cache(QuantCache(tiny_llama.config, config))).logits, full)
+    again = model(tokens(), **with_cache(QuantCache(tiny_llama.config, config))).logits
     assert torch.equal(again, full)  # quantised once, not twice
     torch.testing.assert_close(stepwise(tiny_llama, tokens(), QuantCache(tiny_llama.config, config)), full, **STEPWISE)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
-    stored = tiny_llama.generate(tokens(), past_key_values=QuantCache(tiny_llama.config, config), **settings)
+    stored = tiny_llama.generate(tokens(), **with_cache(QuantCache(tiny_llama.config, config)), **settings)
     assert torch.equal(stored, model.generate(tokens(), **settings))
     with pytest.raises(UsageError, match="one KVConfig"):
-        model(tokens(), past_key_values=QuantCache(tiny_llama.config, KVConfig(8, when="post_rope")))
+        model(tokens(), **with_cache(QuantCache(tiny_llama.config, KVConfig(8, when="post_rope"))))
 
 
 @torch.no_grad()
 def test_codes_of_a_token_never_change(tiny_llama):
     cache = QuantCache(tiny_llama.config, KVConfig(4, "head", "post_rope"))
-    tiny_llama(tokens()[:, :9], past_key_values=cache)
+    tiny_llama(tokens()[:, :9], **with_cache(cache))
     first = [(store.codes.clone(), store.scales.clone()) for store in cache.layers[1].stores]
-    tiny_llama(tokens()[:, 9:], past_key_values=cache)
+    tiny_llama(tokens()[:, 9:], **with_cache(cache))
     for (codes, scales), store in zip(first, cache.layers[1].stores, strict=True):
         assert torch.equal(store.codes[:, :9], codes) and torch.equal(store.scales[:, :9], scales)
 
@@ -204,7 +269,7 @@ def test_cache_bytes_are_those_of_codes_and_scales(tiny_llama):
     heads, head_dim, layers = 2, 16, 2
     for config, bits in ((KVConfig(4, 16, "post_rope"), 4 + 16 / 16), (KVConfig(8, 8, "post_rope"), 8 + 16 / 8)):
         cache = QuantCache(tiny_llama.config, config)
-        tiny_llama(tokens(), past_key_values=cache)
+        tiny_llama(tokens(), **with_cache(cache))
         assert cache.bytes_per_token() == 2 * layers * heads * head_dim * bits / 8
     with pytest.raises(UsageError, match="empty"):
         QuantCache(tiny_llama.config, config).bytes_per_token()
@@ -213,7 +278,7 @@ def test_cache_bytes_are_those_of_codes_and_scales(tiny_llama):
 @torch.no_grad()
 def test_cache_operations_of_generation(tiny_llama):
     cache = QuantCache(tiny_llama.config, KVConfig(4, "head", "post_rope"))
-    tiny_llama(tokens(), past_key_values=cache)
+    tiny_llama(tokens(), **with_cache(cache))
     keys = cache.layers[0].stores[0].decode()
     cache.reorder_cache(torch.tensor([1, 0]))
     assert torch.equal(cache.layers[0].stores[0].decode(), keys.flip(0))
@@ -236,7 +301,7 @@ def test_real_model_with_three_key_heads_and_llama_cpp_codecs(smollm2):
     plain = model(ids).logits
     for config, ratio in ((KVConfig.llama_cpp(8), 34 / 64), (KVConfig.llama_cpp(4), 18 / 64)):
         cache = QuantCache(model.config, config)
-        stored = model(ids, past_key_values=cache).logits
+        stored = model(ids, **with_cache(cache)).logits
         fp16 = 2 * 2 * 30 * 3 * 64  # bytes of keys and values, 30 layers of 3 heads of 64
         assert cache.bytes_per_token() == fp16 * ratio
         fake = attach_kv_quantization(copy.deepcopy(model), config)(ids).logits

@@ -11,6 +11,7 @@ from toy_llama import make_tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.measure.size import parameter_counts
 from edgewright.sparsity.depth import lowest_blocks, prune_depth_
 from edgewright.sparsity.importance import Importance, collect
@@ -56,7 +57,7 @@ def test_layers_are_renumbered_so_that_the_cache_works() -> None:
     with torch.no_grad():
         whole = model(TOKENS, use_cache=False).logits
         part = model(TOKENS[:, :8], use_cache=True)
-        rest = model(TOKENS[:, 8:], past_key_values=part.past_key_values).logits
+        rest = model(TOKENS[:, 8:], **with_cache(cache_of(part))).logits
     # attention over a cache runs other kernels
     torch.testing.assert_close(rest, whole[:, 8:], rtol=1e-4, atol=1e-5)
 

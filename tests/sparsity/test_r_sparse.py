@@ -15,6 +15,7 @@ from toy_llama import make_tiny_llama
 import edgewright
 from edgewright.errors import CheckFailed, Unsupported, UsageError
 from edgewright.io.packed import PackedLinear, PackedTensor
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.kernels import sparse_rows
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.sparsity import r_sparse_layer
@@ -212,7 +213,7 @@ def test_decoding_token_by_token_equals_the_whole(tiny_llama):
         out = tiny_llama(HELD_OUT[:1, :8], use_cache=True)  # the prompt is dense
         found = [out.logits]
         for i in range(8, 20):
-            out = tiny_llama(HELD_OUT[:1, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = tiny_llama(HELD_OUT[:1, i : i + 1], **with_cache(cache_of(out)), use_cache=True)
             found.append(out.logits)
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)  # two ways to sum, two blocks
 

@@ -114,3 +114,5 @@ def test_names():
     assert export.default_name("smollm2-135m") == "smollm2-135m"
     assert export.default_name("/models/tiny/") == "tiny"
     assert export.default_name("out/m.gguf") == "m"
+    assert export.default_name("out/m-3.1-00001-of-00003.gguf") == "m-3.1"
+    assert export.default_name("tiny-3.1") == "tiny-3.1"

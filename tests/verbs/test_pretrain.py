@@ -96,7 +96,7 @@ def test_shapes_by_name_number_and_file(tmp_path: Path) -> None:
         (["1e5", "--text", "shape.json", "--shards", "x"], "give one of the two"),
         (["1e5", "--shards", "."], "manifest.json: No such file"),
         (["1e5", "--steps", "5", "--tokens", "9"], "give one of the two"),
-        (["1e5", "--schedule", "square"], "schedule='square'"),
+        (["1e5", "--schedule", "square"], "--schedule square"),
         (["1e5", "--vocab", "100", "--text", "two.jsonl"], "259 or more"),
         (["1e5", "--tokenizer", "."], "no tokenizer"),
     ],

@@ -74,9 +74,9 @@ def test_a_table_for_people(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_what_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--layers", "0,1"], "layer 0 would be a STEM layer"),
-        (["--layers", "half"], "layers='half' of 3"),
+        (["--layers", "half"], "--layers half of 3"),
         (["--layers", "1,x"], "--layers '1,x'"),
-        (["--init", "best"], "init='best'"),
+        (["--init", "best"], "--init best"),
     ):
         assert convert(folder, *arguments) == 2
         assert message in capsys.readouterr().err

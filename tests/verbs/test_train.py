@@ -68,7 +68,7 @@ def test_the_model_leaves_as_a_file(log: Path, tmp_path: Path, capsys: pytest.Ca
         (["--bottom", "wide"], "--bottom 'wide': widths of layers, e.g. --bottom 512,256"),
         (["--to", "gguf"], "--to gguf: there are onnx, executorch"),
         (["--rows", "1"], "--rows 1: at least 2"),
-        (["--epochs", "0"], "epochs=0.0"),
+        (["--epochs", "0"], "--epochs 0.0"),
         (["--data", "none.csv"], "there is no file none.csv"),
     ],
 )

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from edgewright.distillation.language import LanguageDistillation
 from edgewright.errors import UsageError
-from edgewright.quantization.api import convert_, dequantize_, quantize_
+from edgewright.io.packed import as_matrix
+from edgewright.quantization.api import convert_, dequantize_, quantizable_layers, quantize_
 from edgewright.quantization.config import KVConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.gptq import gptq_
 from edgewright.quantization.grids import grid_for_bits
+from edgewright.quantization.layers import WeightStack
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, TrainResult, fit
 
@@ -46,18 +48,25 @@ def weight_config(bits: float, columns: int, scale: str, coarse_rows: bool = Fal
 
 
 def linear_config(model: nn.Module, bits: float, scale: str, kv: KVConfig | None = None) -> QuantConfig:
-    """Rules for every linear layer of a language model but its head, one rule a layer."""
+    """Rules for every linear layer and stack of experts of a language model but its head, one rule a layer."""
     probe = QuantConfig(rules=(Rule("*"),))
-    linears = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and probe.rule_for(name) is not None
-    ]
-    if not linears:
+    inputs = {
+        name: _inputs(layer)
+        for name, layer in quantizable_layers(model).items()
+        if isinstance(layer, nn.Linear | WeightStack) and probe.rule_for(name) is not None
+    }
+    if not inputs:
         raise UsageError(f"{type(model).__name__} has no linear layers that compress knows how to quantise")
-    coarse = all(module.in_features % 256 == 0 for _, module in linears)
-    rules = tuple(Rule(name, weight_config(bits, module.in_features, scale, coarse)) for name, module in linears)
+    coarse = all(columns % 256 == 0 for columns in inputs.values())
+    rules = tuple(Rule(name, weight_config(bits, columns, scale, coarse)) for name, columns in inputs.items())
     return QuantConfig(rules=rules, kv=kv)
+
+
+def _inputs(layer: nn.Linear | WeightStack) -> int:
+    """Length of the rows that groups divide."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    return int(as_matrix(layer.weight, layer.group_axis).shape[1])
 
 
 def table_config() -> QuantConfig:

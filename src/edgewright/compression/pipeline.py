@@ -25,22 +25,30 @@ from edgewright.compression.picture import save_pareto
 from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
 from edgewright.distillation.self_generation import START, self_generate
 from edgewright.distillation.sequences import pack_sequences
-from edgewright.errors import FormatError, UsageError
-from edgewright.evaluation.language import add_rows, engine_logits, evaluate_language, model_logits
-from edgewright.export.gguf import export_gguf, llama_cpp_quantize
+from edgewright.errors import EdgewrightError, FormatError, UsageError
+from edgewright.evaluation.language import (
+    add_rows,
+    engine_logits,
+    evaluate_language,
+    model_logits,
+    trained_positions,
+)
+from edgewright.export.gguf import check_exportable, export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
+from edgewright.io.json_file import read_json, read_object
 from edgewright.io.models import load
-from edgewright.io.text import load_texts, token_blocks
+from edgewright.io.text import split_blocks
 from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight
 from edgewright.quantization.config import KVConfig
+from edgewright.quantization.coverage import coverage, summary
 from edgewright.quantization.kv_cache import attach_kv_quantization
 from edgewright.runtime.benchmark import benchmark_files
 from edgewright.runtime.engine import open_engine
 
+COVERAGE = "coverage.json"  # what share of the weights is quantised; the report of a resumed run repeats it
 QUESTION = "What is the capital of France?"
 Say = Callable[[str], None]
 
@@ -53,11 +61,19 @@ class Compression:
         self.model: Any
         self.model, self.tokenizer = load(settings.model)
         self.kv = None if settings.kv is None else KVConfig.llama_cpp(settings.kv)
-        length = settings.block_length
-        self.text = token_blocks(load_texts(settings.data, "calibration"), self.tokenizer, length, seed=settings.seed)
-        self.evaluation = token_blocks(
-            load_texts(settings.data, "evaluation"), self.tokenizer, length, settings.evaluation_blocks, settings.seed
+        check_exportable(self.model, self.tokenizer)  # before the work, not after
+        self.length = length = min(settings.block_length, trained_positions(self.model) or settings.block_length)
+        if length < settings.block_length:
+            say(f"{settings.model} was trained for {length} positions: blocks have {length} tokens, not "
+                f"{settings.block_length}")  # fmt: skip
+        self.text, self.evaluation = split_blocks(
+            settings.data, self.tokenizer, length, evaluation=settings.evaluation_blocks, seed=settings.seed
         )
+
+    @property
+    def generated(self) -> int:
+        """Tokens of a text that the model writes itself."""
+        return min(GENERATED_LENGTH, self.length)
 
     def file(self, name: str) -> Path:
         return self.output / f"{name}.gguf"
@@ -65,13 +81,24 @@ class Compression:
     def export(self, name: str, model: Any, layout: str | None = None) -> None:
         """Write and prove one file; its layout table is shown for the method that was asked for."""
         settings = self.settings
+        if name == settings.method:
+            line = summary(coverage(model))
+            self.say(line)
+            write_text(self.output / COVERAGE, json.dumps({"summary": line}) + "\n")
         result = export_gguf(
             model,
             self.tokenizer,
             self.file(name),
             layout=layout or settings.layout,
+            strict=not settings.lenient,
             kv=settings.kv,
             progress=self.progress,
+            original=model_logits(self.model),
+        )
+        distance = result.checks["original"]
+        self.say(
+            f"{name}: verified; against the original model KL {distance['kl']:.3g}, the same token at "
+            f"{distance['top1_agreement']:.0%} of {result.checks['positions']} places"
         )
         if name == settings.method:
             save_quantized(model, self.tokenizer, self.output / "huggingface")
@@ -82,7 +109,8 @@ class Compression:
         """The float16 file, and llama.cpp's own 4-bit (or 8-bit) file as the peer."""
         if not self.file("reference").exists():
             self.say("writing the float16 reference")
-            export_gguf(self.model, self.tokenizer, self.file("reference"), verify=False, embedding="F16")
+            # not strict: what float16 cannot hold is written in float32, which is no worse a reference
+            export_gguf(self.model, self.tokenizer, self.file("reference"), strict=False, verify=False, embedding="F16")
         peer = self.peer
         if self.settings.baselines and not self.file(peer).exists():
             self.say(f"quantising with llama.cpp's own {peer.removeprefix('llama.cpp-')}")
@@ -129,7 +157,7 @@ class Compression:
     def own_text(self, steps: int) -> Tensor:
         """Shuffled blocks for so many steps, written by the model: half plain text, half answers in its chat format."""
         settings = self.settings
-        sequences = -(-steps * settings.batch_size * settings.block_length // GENERATED_LENGTH)
+        sequences = -(-steps * settings.batch_size * self.length // self.generated)
         template = chat_template(self.tokenizer)
         kinds: list[tuple[str, str | None, int]] = [("plain", None, sequences)]
         if template is not None:
@@ -138,12 +166,12 @@ class Compression:
         for name, prompt, count in kinds:
             folder = self.output / "data" / f"{name}-{count}"
             if not folder.exists():
-                self.say(f"the model writes {count} texts of up to {GENERATED_LENGTH} tokens ({name})")
+                self.say(f"the model writes {count} texts of up to {self.generated} tokens ({name})")
             written = self_generate(
                 self.model,
                 self.tokenizer,
                 n_sequences=count,
-                max_length=GENERATED_LENGTH,
+                max_length=self.generated,
                 seed=settings.seed,
                 prompt_template=prompt,
                 output=folder,
@@ -154,7 +182,7 @@ class Compression:
         tokens = torch.cat([functional.pad(part.tokens, (0, width - part.tokens.shape[1])) for part in parts])
         lengths = torch.cat([part.lengths for part in parts])
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(settings.seed))
-        return pack_sequences(tokens[order], lengths[order], settings.block_length, self.tokenizer.eos_token_id)
+        return pack_sequences(tokens[order], lengths[order], self.length, self.tokenizer.eos_token_id)
 
     def steps(self, student: nn.Module) -> int:
         budget = self.settings.budget
@@ -205,7 +233,7 @@ class Compression:
         self.say(f"evaluating {len(files)} files on {self.evaluation.shape[0]} held-out blocks")
         engines = {
             name: open_engine(
-                path, context=settings.block_length, cache_type_k=_cache(name, cache), cache_type_v=_cache(name, cache)
+                path, context=self.length, cache_type_k=_cache(name, cache), cache_type_v=_cache(name, cache)
             )
             for name, path in files.items()
         }
@@ -239,12 +267,23 @@ class Compression:
         return report
 
     def notes(self) -> list[str]:
-        with open_engine(self.file(self.settings.method)) as engine:
-            answer = engine.generate(engine.chat_prompt([{"role": "user", "content": QUESTION}]), 48)
-        return [
-            "quality: each file run in llama.cpp against the float32 model in PyTorch, on text that no method saw",
-            f"{QUESTION} {self.settings.method} answers: {answer.text.strip()}",
-        ]
+        """What was measured, and a look at the file: an answer in its chat format, a plain continuation without one."""
+        notes = ["quality: each file run in llama.cpp against the float32 model in PyTorch, on text that no method saw"]
+        if self.length < self.settings.block_length:
+            notes.append(f"blocks of {self.length} tokens, the positions that the model was trained for")
+        method = self.settings.method
+        try:
+            with open_engine(self.file(method)) as engine:
+                if self.tokenizer.chat_template:
+                    prompt, verb = engine.chat_prompt([{"role": "user", "content": QUESTION}]), "answers"
+                else:
+                    prompt, verb = QUESTION, "goes on"
+                notes.append(f"{QUESTION} {method} {verb}: {engine.generate(prompt, 48).text.strip()}")
+        except EdgewrightError as error:  # the figures are there: a template that refuses costs one sentence only
+            notes.append(f"{method} was not asked {QUESTION!r}: {error}")
+        if (self.output / COVERAGE).exists():
+            notes.append(read_json(self.output / COVERAGE)["summary"])
+        return notes
 
 
 GENERATED_LENGTH = 128
@@ -273,12 +312,13 @@ def compress(
     another run, and whatever a stage raises; finished stages stay usable.
     """
     output = Path(output)
-    _claim(output, settings)
+    _check_claim(output, settings)
     finished = output / "report.json"
     if finished.exists():
         say(f"{output} holds this run already, finished")
         return Report.from_file(finished)
     run = Compression(settings, output, say, progress)
+    _claim(output, settings)  # now that model and text are known to do: a mended command finds the folder free
     if not files_only:
         run.references()
     run.plain_methods()
@@ -290,12 +330,13 @@ def compress(
     return None if files_only else run.report()
 
 
-def _claim(output: Path, settings: CompressSettings) -> None:
-    """Make the folder ours, or find that it is: a run never mixes with another one's files."""
+def _check_claim(output: Path, settings: CompressSettings) -> None:
+    """Raise UsageError where the folder holds something else than this run: a run never mixes with other files."""
     marker = output / "settings.json"
     wanted = json.loads(json.dumps(settings.to_dict()))
     if marker.exists():
-        held = read_object(marker)
+        # a setting younger than the folder had its default then
+        held = {**CompressSettings("").to_dict(), **read_object(marker)}
         differing = sorted(key for key in wanted if held.get(key) != wanted[key])
         if differing:
             key = differing[0]
@@ -306,7 +347,13 @@ def _claim(output: Path, settings: CompressSettings) -> None:
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
-    write_text(marker, json.dumps(wanted, indent=2) + "\n")
+
+
+def _claim(output: Path, settings: CompressSettings) -> None:
+    """Write into the folder whose run it is."""
+    marker = output / "settings.json"
+    if not marker.exists():
+        write_text(marker, json.dumps(settings.to_dict(), indent=2) + "\n")
 
 
 def _cache(name: str, cache: str) -> str:

@@ -37,7 +37,8 @@ class CompressSettings:
     method: the way to the shipped file. baselines: other methods shown beside it. data: text to train and calibrate on
     (None: the model trains on what it writes itself and calibrates on the built-in text). kv: width of the runtime's
     key-value cache, 4, 8 or None for float16. learning_rate None: by width, see `rate`. Lengths and blocks are in
-    tokens and blocks of tokens.
+    tokens and blocks of tokens. lenient: tensors that cannot have the type that the layout wants are marked in the
+    table instead of ending the run.
     """
 
     model: str
@@ -55,6 +56,7 @@ class CompressSettings:
     evaluation_blocks: int = 12
     benchmark: bool = True
     seed: int = 0
+    lenient: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in WIDTHS:

@@ -24,6 +24,7 @@ from edgewright.distillation.manifest import claim_folder, fingerprint, read_man
 from edgewright.distillation.sequences import distinct_n, pack_sequences
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_file
+from edgewright.io.transformers_names import with_cache
 
 __all__ = ["GeneratedData", "StartTokenError", "distinct_n", "pack_sequences", "self_generate"]
 
@@ -198,7 +199,7 @@ def _generate(
     inputs = torch.tensor(rows, device=device)
     cache = DynamicCache(config=teacher.config)  # type: ignore[arg-type]
     for place in range(1, max_length):
-        logits = teacher(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = teacher(input_ids=inputs, use_cache=True, logits_to_keep=1, **with_cache(cache)).logits[:, -1]
         active = torch.tensor(alive, device=device)
         chosen = sample(logits, uniforms[active, place])
         chosen = torch.where(openings[active] > place, logits.argmax(-1), chosen)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.distillation.best import Best
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
 from edgewright.io.tensors import load_tensors, save_tensors
@@ -252,7 +252,7 @@ def load_state(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise FormatError(f"{path} does not fit the student: {' '.join(str(error).split())[:400]}") from error
+        raise FormatError(f"{path} does not fit the student: {in_one_line(error)}") from error
 
 
 def _digest(model: nn.Module) -> int:

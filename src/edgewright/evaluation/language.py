@@ -85,6 +85,22 @@ def model_logits(model: nn.Module) -> LogitsFunction:
     return logits
 
 
+def trained_positions(model: nn.Module) -> int | None:
+    """The longest text in tokens that a language model was trained for; None where its configuration does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_positions(model: nn.Module, block_length: int, name: str = "the model") -> None:
+    """Raise UsageError for blocks beyond the positions that the model was trained for: figures would mean nothing."""
+    limit = trained_positions(model)
+    if limit is not None and block_length > limit:
+        raise UsageError(
+            f"blocks of {block_length} tokens are longer than the {limit} positions that {name} was trained for; "
+            f"block_length={limit} is the most"
+        )
+
+
 def engine_logits(engine: LogitsEngine) -> LogitsFunction:
     """Logits of an exported file, run block by block in its own runtime."""
 
@@ -277,8 +293,8 @@ def _check_arguments(candidates: Mapping[str, LogitsFunction], blocks: Tensor, b
         raise UsageError("evaluate_language needs at least one candidate: evaluate_language({'model': ...}, blocks)")
     if blocks.ndim != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2 or blocks.is_floating_point():
         raise UsageError(
-            f"blocks must be token ids of shape [blocks >= 1, length >= 2], got {blocks.dtype} {tuple(blocks.shape)}: "
-            "token_blocks(texts, tokenizer, 256) makes them"
+            f"blocks must be token ids of shape [blocks >= 1, length >= 2], got {blocks.dtype} {tuple(blocks.shape)}; "
+            "block_length=256 is usual"
         )
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} is not positive: 1 uses the least memory")

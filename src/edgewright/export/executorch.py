@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, EdgewrightError, Unsupported, UsageError
+from edgewright.errors import CheckFailed, EdgewrightError, Unsupported, UsageError, in_one_line
 from edgewright.export.executorch_language import check_language_model, export_language, is_language_model
 from edgewright.export.executorch_layers import TABLES, import_executorch, prepare
 from edgewright.export.executorch_lowering import Delegation, lower, quiet
@@ -30,7 +30,9 @@ from edgewright.export.executorch_static import (
     has_fake_quantization,
     place_codes_,
 )
+from edgewright.export.original import Original, comparison, output_distance
 from edgewright.io.atomic import atomic_file
+from edgewright.io.packed import PackedEmbedding, PackedLinear
 from edgewright.io.pte import share_segments
 from edgewright.runtime.pte_metadata import language_metadata, program_metadata
 
@@ -103,6 +105,7 @@ def export_executorch(
     dynamic_batch: bool = False,
     min_delegated: float = MIN_DELEGATED,
     verify: bool = True,
+    original: Original | None = None,
 ) -> ExecuTorchExport:
     """Write `model` (float or converted) as `path` (.pte) and prove that the file computes what the model computes.
 
@@ -115,7 +118,9 @@ def export_executorch(
     embedding: what becomes of token table and head. "auto": their codes as they are where a kernel holds them; grouped
     8-bit codes of a head, which XNNPACK lacks, and the float table of an otherwise packed model are rounded to 8 bits
     per row, and `notes` says so. "exact": refuse instead. "int8": round a float table too. "float": leave it.
-    min_delegated: least share of graph nodes that XNNPACK must take.
+    min_delegated: least share of graph nodes that XNNPACK must take. original: the float model before quantisation;
+    `checks["original"]` then says how far the file is from it (see `export.original`). A language model without
+    quantised weights is its own original.
 
     Raises CheckFailed (share, or a file that computes something else), Unsupported naming the operator and the module
     or the layer, UsageError (arguments), MissingPackage (the extra `executorch`), OutputError.
@@ -161,9 +166,16 @@ def export_executorch(
         if verify:
             started = time.perf_counter()
             if inputs is None:
-                checks = check_language(temporary, twin, model, tokenizer)
+                language: Any = model
+                plain = not any(isinstance(m, PackedLinear | PackedEmbedding) for m in language.modules())
+                original = language if original is None and plain else original
+                compare = None if original is None else comparison(original, path.name, plain)
+                checks = check_language(temporary, twin, model, tokenizer, compare)
             else:
-                checks = check_program(temporary, twin, inputs, dynamic_batch, placed.activations > 0)
+                integers = placed.activations > 0
+                checks = check_program(
+                    temporary, twin, inputs, dynamic_batch, integers, _program_comparison(original, path)
+                )
             seconds["verify"] = round(time.perf_counter() - started, 2)
         size = temporary.stat().st_size
     parts = placed.parts if static else stored_bytes(twin) if isinstance(twin, nn.Module) else {}
@@ -219,6 +231,17 @@ class _Plain(nn.Module):
         return flat_outputs(self.model(*inputs))
 
 
+def _program_comparison(original: Any, path: Path) -> Any:
+    """A function from (inputs, the file's outputs) to their distance from the original's outputs; None without one."""
+    if original is None:
+        return None
+
+    def compare(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> dict[str, Any]:
+        return output_distance(flat_outputs(original(*inputs)), outputs, path.name)
+
+    return compare
+
+
 def flat_outputs(value: Any) -> tuple[Tensor, ...]:
     """The tensors of a model's output in order: of a tensor, a tuple, a list, a mapping or a ModelOutput."""
     if isinstance(value, Tensor):
@@ -239,7 +262,7 @@ def _guarded(model: nn.Module, trace: Any) -> Any:
     except EdgewrightError:
         raise
     except Exception as error:  # torch.export's errors share no base class; each means: not traceable
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        reason = in_one_line(error)
         raise Unsupported(f"torch.export cannot trace {type(model).__name__}: {reason}") from error
 
 

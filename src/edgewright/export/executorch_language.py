@@ -10,6 +10,7 @@ used; only its attention function is exchanged, through the interface that trans
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def check_language_model(model: PreTrainedModel, context: int) -> None:
         raise Unsupported(f"{name} mixes the layer types {', '.join(sorted(kinds))}; only full attention is exported")
     if sliding and not getattr(config, "layer_types", None):
         raise Unsupported(f"{name} attends to a window of {window} tokens; export it with context={window} at most")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "num_experts"):
+    for key in ("attn_logit_softcapping", "num_local_experts", "num_experts"):
         if getattr(config, key, None):
             raise Unsupported(f"{name} with {key}={getattr(config, key)} is not exported to ExecuTorch")
     if getattr(config, "is_encoder_decoder", False):
@@ -83,13 +84,34 @@ class CachedLanguageModel(nn.Module):
         torch._check(first + tokens.shape[1] <= self.context)
         positions = start + torch.arange(tokens.shape[1])
         store = {i: (getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i in self.layers}
-        body: Any = self.model.base_model
-        hidden = body(
-            input_ids=tokens, position_ids=positions[None], use_cache=False, first_position=first, cache_store=store
-        ).last_hidden_state
-        head: Any = self.model.get_output_embeddings()
-        logits: Tensor = head(hidden[0].index_select(0, rows))
+        options: dict[str, Any] = {"position_ids": positions[None], "use_cache": False}
+        options |= {"first_position": first, "cache_store": store}
+        whole: Any = self.model
+        if keeps_positions(whole):  # its own forward: what it does behind its head (scales, caps) belongs to it
+            logits: Tensor = whole(input_ids=tokens, logits_to_keep=rows, **options).logits[0]
+            return logits
+        hidden = whole.base_model(input_ids=tokens, **options).last_hidden_state
+        logits = whole.get_output_embeddings()(hidden[0].index_select(0, rows))
         return logits
+
+
+def keeps_positions(model: nn.Module) -> bool:
+    """Whether the model's forward takes the positions whose logits are wanted."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raise Unsupported for a model that changes the logits behind its head and cannot give those of some positions."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    if keeps_positions(model):
+        return
+    alone = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
+    if not torch.equal(alone, model(input_ids=ids).logits):
+        raise Unsupported(
+            f"{type(model).__name__} changes its logits behind its head, and its forward has no logits_to_keep; "
+            "it cannot be exported with a cache"
+        )
 
 
 def cache_shapes(config: Any) -> dict[int, tuple[int, int]]:
@@ -103,6 +125,7 @@ def cache_shapes(config: Any) -> dict[int, tuple[int, int]]:
 
 def export_language(model: PreTrainedModel, context: int) -> ExportedProgram:
     """The exported program of a prepared model (see `executorch_layers.prepare`)."""
+    check_head(model)
     program = CachedLanguageModel(model, context).eval()
     chunk = min(CHUNK, context)
     tokens, rows = torch.export.Dim("tokens", min=1, max=chunk), torch.export.Dim("rows", min=1, max=chunk)

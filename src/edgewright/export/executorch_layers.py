@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgewright.errors import MissingPackage, Unsupported
+from edgewright.io.own_forward import refuse_own_forwards
 from edgewright.io.packed import CODE_RANGES, PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
 
 INSTALL = "pip install 'edgewright[executorch]'"
@@ -129,6 +130,7 @@ def prepare(model: nn.Module, table: str = "auto") -> tuple[nn.Module, list[str]
     Raises Unsupported naming the layer whose codes no kernel of ExecuTorch holds.
     """
     import_executorch()
+    refuse_own_forwards(model, "a .pte file")
     notes: list[str] = []
     replaced: dict[int, Any] = {}
     tables = _tables(model, table, notes)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgewright.errors import EdgewrightError, Unsupported
+from edgewright.errors import EdgewrightError, Unsupported, in_one_line
 from edgewright.export.executorch_graph import RewriteForXnnpack
 from edgewright.runtime.executorch_library import library
 from edgewright.runtime.pte_metadata import METHOD, pack
@@ -59,8 +59,7 @@ def lower(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[Any, Dele
         except EdgewrightError:
             raise
         except Exception as error:  # a compiler of many authors: anything it raises means that it cannot
-            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0][:300]
-            raise Unsupported(f"ExecuTorch cannot lower the model: {reason}") from error
+            raise Unsupported(f"ExecuTorch cannot lower the model: {in_one_line(error.__cause__ or error)}") from error
     return manager, delegation
 
 

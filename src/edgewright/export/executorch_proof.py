@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from edgewright.errors import CheckFailed
 from edgewright.export.executorch_layers import DynamicLinear
+from edgewright.export.gguf_texts import check_template
 
 QUANTIZED = 0.05  # root mean square of the difference over that of the outputs, with 8-bit inputs
 FLOAT = 1e-3  # the same in float32
@@ -38,8 +39,17 @@ summer. def twice(x): return 2 * x  # naïve, but it works. Żółw i zając; М
 """
 
 
-def check_language(path: Path, twin: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Compare logits of a text in one go and decoded token by token. Raises CheckFailed beyond the tolerance."""
+def check_language(
+    path: Path,
+    twin: Any,
+    model: Any,
+    tokenizer: Any,
+    compare: Callable[[list[int], Tensor], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Compare logits of a text in one go and decoded token by token. Raises CheckFailed beyond the tolerance.
+
+    compare: gives, from the tokens and the file's logits [T, V], the entry "original" of the result.
+    """
     from edgewright.runtime.executorch import ExecuTorchEngine
 
     with ExecuTorchEngine(path, check=False) as engine:
@@ -62,7 +72,7 @@ def check_language(path: Path, twin: Any, model: Any, tokenizer: Any) -> dict[st
             f"decoding with the cache differs by {cached:.2g} from one pass over all, allowed {tolerance:g}; "
             "the file was not kept"
         )
-    checks = {
+    checks: dict[str, Any] = {
         "positions": len(ids),
         "relative_error": float(f"{error:.3g}"),
         "tolerance": tolerance,
@@ -72,22 +82,30 @@ def check_language(path: Path, twin: Any, model: Any, tokenizer: Any) -> dict[st
     original = _eager(model, ids, whole.shape[1]).log_softmax(-1)
     ours = whole.log_softmax(-1)
     checks["kl_to_model"] = float(f"{float((original.exp() * (original - ours)).sum(-1).mean()):.3g}")
+    if compare is not None:
+        checks["original"] = compare(list(ids), whole)
     return checks
 
 
 def check_program(
-    path: Path, twin: Any, inputs: Sequence[Tensor], dynamic: bool, integers: bool = False
+    path: Path,
+    twin: Any,
+    inputs: Sequence[Tensor],
+    dynamic: bool,
+    integers: bool = False,
+    compare: Callable[[Sequence[Tensor], Sequence[Tensor]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Compare all outputs for the example, and for another batch where that is free. Raises CheckFailed.
 
     integers: the program rounds activations with fixed scales; the tolerance is then measured, see above.
+    compare: gives, from the example and the file's outputs for it, the entry "original" of the result.
     """
     from edgewright.export.executorch import flat_outputs
     from edgewright.runtime.executorch_program import ExecuTorchProgram
 
     tolerance = QUANTIZED if integers or not isinstance(twin, nn.Module) or _rounds(twin) else FLOAT
     cases = [tuple(inputs)] + ([tuple(value[:1] for value in inputs)] if dynamic else [])
-    worst, outputs = 0.0, 0
+    worst, outputs, original = 0.0, 0, {}
     with ExecuTorchProgram(path, check=False) as program, torch.no_grad():
         for case in cases:
             expected = flat_outputs(twin(*case))
@@ -100,12 +118,14 @@ def check_program(
             if len(results) != len(expected):
                 raise CheckFailed(f"the file gives {len(results)} outputs, the model {len(expected)}; it was not kept")
             outputs = len(results)
+            if compare is not None and case is cases[0]:
+                original = {"original": compare(case, [torch.from_numpy(result) for result in results])}
             for ours, theirs in zip(results, expected, strict=True):
                 error = relative_error(torch.from_numpy(ours).double(), theirs.double())
                 if not error <= tolerance:
                     raise CheckFailed(_message(path, error, tolerance))
                 worst = max(worst, error)
-    return {"outputs": outputs, "relative_error": float(f"{worst:.3g}"), "tolerance": tolerance}
+    return {"outputs": outputs, "relative_error": float(f"{worst:.3g}"), "tolerance": tolerance, **original}
 
 
 class _Nudged(TorchFunctionMode):
@@ -163,6 +183,7 @@ def _ids(engine: Any, tokenizer: Any) -> list[int]:
         theirs = list(tokenizer(TEXT)["input_ids"])
         if engine.tokenize(TEXT) != theirs:
             raise CheckFailed("the tokenizer inside the file splits a text differently from the model's own")
+        check_template(engine, tokenizer)
         return theirs[:longest]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, engine.tokens, (longest,), generator=generator).tolist()

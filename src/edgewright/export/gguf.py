@@ -7,19 +7,20 @@ that does not decode to the model, or does not answer like it, never takes its f
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.export import ggml
 from edgewright.export.gguf_blocks import TYPE_IDS, Array
 from edgewright.export.gguf_encode import encode
-from edgewright.export.gguf_families import native_form
+from edgewright.export.gguf_families import native_form, writer
 from edgewright.export.gguf_layout import (
     EMBEDDING_TYPES,
     FLOAT_TYPES,
@@ -34,8 +35,10 @@ from edgewright.export.gguf_metadata import file_type, model_metadata, rope_divi
 from edgewright.export.gguf_proof import AGREEMENT, check_runs, check_tensors
 from edgewright.export.gguf_tensors import ModelTensor, model_tensors
 from edgewright.export.gguf_writer import TensorSource, write_gguf
+from edgewright.export.original import Original, comparison
 from edgewright.io.atomic import atomic_file
-from edgewright.io.gguf_model import ROPE_FACTORS
+from edgewright.io.end_tokens import end_tokens
+from edgewright.io.gguf_families import ROPE_FACTORS
 from edgewright.measure.progress import ProgressBar
 from edgewright.runtime.child_check import GGUF_RUN, vouch
 
@@ -95,6 +98,7 @@ def export_gguf(
     kv: Any = None,
     threshold: float = AGREEMENT,
     progress: bool = True,
+    original: Original | None = None,
 ) -> GGUFExport:
     """Write a converted (or plain) causal language model to `path` and prove it.
 
@@ -103,7 +107,10 @@ def export_gguf(
     the file against PyTorch (needs xllamacpp). float_type: "F16" or "F32" for matrices that are not quantised.
     embedding: "Q8_0", "F16" or "F32" for embedding tables that are not quantised; Q8_0 rounds, and the proof then
     compares with the rounded table. kv: 4 or 8 (or a KVConfig of that width) to run and recommend the file with a
-    quantised cache. threshold: least top-1 agreement with PyTorch.
+    quantised cache. threshold: least top-1 agreement with PyTorch. original: the float model before quantisation, or a
+    function from ids [1, T] to its logits [1, T, V]; `checks["original"]` then says how far the file is from it (see
+    `export.original`), with a UserWarning where that is further than a guess. A model without quantised weights is its
+    own original, and the file must not be that far away.
 
     Writes `path` and `path`.json, or neither. Raises UsageError (settings), Unsupported (architecture, layer,
     tokenizer), CheckFailed (departure under strict, proof that fails), OutputError (disk), MissingPackage.
@@ -111,9 +118,14 @@ def export_gguf(
     path = Path(path)
     kv = getattr(kv, "bits", kv)
     check_settings(path, layout, float_type, embedding, kv)
-    model = native_form(model)
+    given, model = model, native_form(model)
     tensors = model_tensors(model)
-    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
+    if plain := not any(tensor.is_packed for tensor in tensors):
+        original = given if original is None else original
+    metadata = {
+        **model_metadata(model, path.stem),
+        **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer)),
+    }
     rows = plan(tensors, layout, float_type, embedding)
     departures = [row for row in rows if row.departure]
     if departures and strict:
@@ -135,6 +147,7 @@ def export_gguf(
         verify=verify,
         threshold=threshold,
         progress=progress,
+        compare=None if original is None else comparison(original, path.name, plain),
     )
 
 
@@ -159,7 +172,10 @@ def llama_cpp_quantize(
     quantized = [tensor.name for tensor in tensors if tensor.is_packed]
     if quantized:
         raise UsageError(f"llama_cpp_quantize needs float weights, but {quantized[0]} is quantised; use export_gguf")
-    metadata = {**model_metadata(model, path.stem), **tokenizer_metadata(tokenizer, tensor_rows(tensors))}
+    metadata = {
+        **model_metadata(model, path.stem),
+        **tokenizer_metadata(tokenizer, tensor_rows(tensors), end_tokens(model, tokenizer)),
+    }
     tied = all(tensor.name != "output.weight" for tensor in tensors)
     rows = []
     for tensor in tensors:
@@ -182,6 +198,7 @@ def write_and_prove(
     verify: bool = False,
     threshold: float = AGREEMENT,
     progress: bool = True,
+    compare: Callable[[list[int], Tensor], dict[str, Any]] | None = None,
 ) -> GGUFExport:
     """The second half of `export_gguf`: everything after the decisions."""
     if verify:
@@ -206,7 +223,8 @@ def write_and_prove(
             if verify:
                 checks = check_tensors(temporary, tensors, rows, lambda: bar.advance(facts="decoding every tensor"))
                 bar.advance(facts="running it in llama.cpp")
-                checks |= check_runs(temporary, model, tokenizer, tensors, rows, CACHE_TYPES.get(kv or 0), threshold)
+                cache = CACHE_TYPES.get(kv or 0)
+                checks |= check_runs(temporary, model, tokenizer, tensors, rows, cache, threshold, compare)
                 bar.advance()
         export = GGUFExport(path, tuple(rows), temporary.stat().st_size, checks, layout)
         notes.write_text(json.dumps(_notes(export, kv), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -233,6 +251,13 @@ def plan(
         else:
             rows.append(plan_float(tensor.name, values, embedding if tensor.name in TABLES else float_type))
     return rows
+
+
+def check_exportable(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise what `export_gguf` would raise for the class of the model or its tokenizer, without writing anything."""
+    model = native_form(model)
+    writer(model)
+    tokenizer_metadata(tokenizer, model.config.vocab_size, end_tokens(model, tokenizer))
 
 
 def tensor_rows(tensors: Sequence[ModelTensor]) -> int:

@@ -24,6 +24,7 @@ from edgewright.export.gguf_blocks import TYPE_IDS, Array, ggml_type
 from edgewright.export.gguf_encode import as_written
 from edgewright.export.gguf_layout import LayoutRow
 from edgewright.export.gguf_tensors import ModelTensor
+from edgewright.export.gguf_texts import check_template, check_tokens, normalization
 from edgewright.io.gguf import GGUFFile
 from edgewright.io.gguf_types import decode
 from edgewright.io.packed import PackedEmbedding
@@ -33,27 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AGREEMENT = 0.9  # default least share of positions at which llama.cpp and PyTorch choose the same token
-POSITIONS = 160  # tokens of TEXT that are compared
 PROMPT_TOKENS, NEW_TOKENS = 24, 24
 PIECE = 1 << 17  # values decoded at once
 
 # Types that the installed gguf package decodes; Q1_0 and Q2_0 are younger than it.
 GGUF_PACKAGE_TYPES = ("Q4_0", "Q8_0", "TQ1_0", "TQ2_0", "Q2_K", "Q3_K")
-
-# Ordinary prose with what trips tokenizers: digits, contractions, capitals, punctuation, other scripts, code, spaces.
-TEXT = """The river rises in the hills above the village, and when it reaches the mill it is about 40 metres wide.
-In 1873 the miller's daughter, who couldn't read, counted the boats that passed: 12 on a weekday, 31 on a Sunday.
-"Why do you count them?" asked the schoolmaster. She didn't answer at first. Then she said that numbers were the only
-things in the valley which nobody could take away from her, and that's why she'd kept them in a small blue book.
-
-Temperature is a measure of how fast the particles of a body move; heat is the energy that flows from a warmer body to
-a colder one. Water boils at 100 °C at sea level, but at 3,000 m it boils near 90 °C - tea made there tastes weak.
-
-def area(radius):
-    return 3.14159 * radius ** 2    # naïve, but good enough
-
-Zürich, São Paulo, Kraków; Москва; 東京. E-mail: someone@example.org (50% off!)
-"""
 
 
 def check_tensors(
@@ -150,11 +135,13 @@ def check_runs(
     rows: Sequence[LayoutRow],
     cache_type: str | None = None,
     threshold: float = AGREEMENT,
+    compare: Callable[[list[int], Tensor], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Run a file in llama.cpp and compare tokenisation, logits on TEXT and a greedy continuation with PyTorch.
+    """Run a file in llama.cpp and compare tokens, chat prompts, logits and a greedy continuation with PyTorch.
 
     Raises CheckFailed when texts are split differently or too few positions choose the same token. A model whose
     choices hang on the 8-bit rounding of activations (near ties) is judged by what that rounding alone does to it.
+    compare: gives, from the tokens and the file's logits [T, V], the entry "original" of the result.
     """
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
@@ -165,7 +152,8 @@ def check_runs(
     for cache in ("f16",) if cache_type is None else ("f16", cache_type):
         caches = {"cache_type_k": cache, "cache_type_v": cache}
         with LlamaCppEngine(path, threads=threads, context=512, check=False, **caches) as engine:
-            ids = _same_tokens(engine, tokenizer)[:POSITIONS]
+            ids = check_tokens(engine, tokenizer)
+            prompts = check_template(engine, tokenizer)
             by_cache[cache] = torch.from_numpy(engine.logits(ids))
             prompt = ids[:PROMPT_TOKENS]
             written = list(engine.generate(prompt, NEW_TOKENS, ignore_end=True).ids)
@@ -178,7 +166,8 @@ def check_runs(
     theirs = by_cache[max(agreements, key=lambda cache: agreements[cache])]
     needed = threshold
     checks: dict[str, Any] = {
-        "tokenizer": "equal",
+        "tokenizer": normalization(tokenizer),
+        "chat_prompts_equal": prompts,
         "positions": len(ids),
         "top1_agreement": round(agreement, 4),
         "top1_threshold": threshold,
@@ -191,6 +180,8 @@ def check_runs(
         error = math.sqrt(max(floor * (1 - floor), 1 / len(ids)) / len(ids))
         needed = min(threshold, floor - 3 * error)
         checks["top1_agreement_of_activation_rounding"] = round(floor, 4)
+    if compare is not None:
+        checks["original"] = compare(ids, theirs)
     if not agreement >= needed or not torch.isfinite(theirs).all():
         raise CheckFailed(
             f"llama.cpp and PyTorch choose the same token at only {agreement:.0%} of {len(ids)} positions "
@@ -205,20 +196,6 @@ def check_runs(
         "equal_choices": sum(same),
     }
     return checks
-
-
-def _same_tokens(engine: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of TEXT, after checking that llama.cpp splits it like the tokenizer, with and without special tokens."""
-    for special in (False, True):
-        ours = list(tokenizer(TEXT, add_special_tokens=special)["input_ids"])
-        theirs = engine.tokenize(TEXT, special=special)
-        if ours != theirs:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-            )
-            near = tokenizer.decode(ours[max(0, at - 2) : at + 3])
-            raise CheckFailed(f"llama.cpp splits the text differently from the tokenizer, first near {near!r}")
-    return ours
 
 
 def _reference(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, Unsupported
-from edgewright.export.gguf_families import Part, writer
-from edgewright.io.gguf_model import TOP_NAMES
+from edgewright.export.gguf_families import writer
+from edgewright.io.gguf_families import pair_order, placed
 from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 
 if TYPE_CHECKING:
@@ -80,66 +80,42 @@ class ModelTensor:
         return (value[pair_order(len(value), self.heads)] if self.heads else value).numpy()
 
 
-def pair_order(rows: int, heads: int) -> Tensor:
-    """Row order of query and key matrices in llama files: the halves of each head interleaved (a0 b0 a1 b1 ...)."""
-    return torch.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(-1)
-
-
 def model_tensors(model: PreTrainedModel) -> list[ModelTensor]:
     """All tensors of a model, each once: a head that shares the embedding's table is left out, as llama.cpp expects.
 
     Raises Unsupported, naming the layer, for a module that would be exported as something it is not.
     """
-    family = writer(model)
-    tensors = [ModelTensor(name, path, attribute, module) for name, path, attribute, module in _top(model)]
-    decoder: Any = model.model
-    for index, layer in enumerate(decoder.layers):
-        for name, part in family.parts.items():
-            part = Part(part) if isinstance(part, str) else part
-            try:
-                module = layer.get_submodule(part.path)
-            except AttributeError:
-                continue
-            full, whole = f"model.layers.{index}.{part.path}", f"blk.{index}.{name}"
-            if "." in name:  # one parameter by its full name
-                tensors.append(ModelTensor(whole, full, part.attribute, module, select=part.select, whole=True))
-                continue
-            heads = (
-                _rows(module) // _head_width(model.config) if name in ("attn_q", "attn_k") and family.permuted else 0
-            )
-            for attribute in ("weight", "bias"):
-                if attribute == "weight" or getattr(module, attribute, None) is not None:
-                    tensors.append(ModelTensor(f"{whole}.{attribute}", full, attribute, module, heads))
+    tensors = [
+        ModelTensor(
+            one.name,
+            one.path,
+            one.part.attribute,
+            one.module,
+            one.heads,
+            None if one.part.half is None else one.part.select,
+            one.whole,
+        )
+        for one in placed(model, writer(model), shares_table(model))
+    ]
     for tensor in tensors:
         _check_module(tensor)
     _check_complete(model, tensors)
     return tensors
 
 
-def _rows(module: Any) -> int:
-    return int(module.out_features)
-
-
-def _head_width(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def shares_table(model: PreTrainedModel) -> bool:
-    """Whether the output head computes with the embedding's own table."""
+    """Whether the output head computes with the embedding's own table: the same memory, or by the configuration."""
     head: Any = model.get_submodule("lm_head")
     table: Any = model.get_submodule("model.embed_tokens")
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if isinstance(head, PackedLinear) and isinstance(table, PackedEmbedding):
-        return head.codes.data_ptr() == table.codes.data_ptr() and torch.equal(head.step, table.step)
+        same = head.codes.data_ptr() == table.codes.data_ptr() or (tied and torch.equal(head.codes, table.codes))
+        return same and torch.equal(head.step, table.step)
     if isinstance(head, PackedLinear) or isinstance(table, PackedEmbedding):
         return False
-    return head.weight.data_ptr() == table.weight.data_ptr()
-
-
-def _top(model: PreTrainedModel) -> Iterator[tuple[str, str, str, nn.Module]]:
-    for name, parameter in TOP_NAMES.items():
-        path, attribute = parameter.rsplit(".", 1)
-        if name != "output.weight" or not shares_table(model):
-            yield name, path, attribute, model.get_submodule(path)
+    if head.weight.data_ptr() == table.weight.data_ptr():
+        return True
+    return tied and head.weight.shape == table.weight.shape and torch.equal(head.weight, table.weight)
 
 
 def _check_module(tensor: ModelTensor) -> None:
@@ -153,13 +129,15 @@ def _check_module(tensor: ModelTensor) -> None:
         if tensor.whole:
             return
         raise Unsupported(
-            f"layer {tensor.path} is a {type(module).__name__}, which has no place in a GGUF file; before the export, "
-            "call convert_(model), merge its adapter, or take its sparsity away (remove_rsparse)"
+            f"layer {tensor.path} is a {type(module).__name__}, which has no place in a GGUF file; quantised "
+            "layers have one once they are converted, adapters once they are merged, R-Sparse layers have none"
         )
 
 
 def _check_complete(model: PreTrainedModel, tensors: list[ModelTensor]) -> None:
     known = {id(getattr(tensor.module, tensor.attribute)) for tensor in tensors if not tensor.is_packed}
+    if shares_table(model):
+        known.add(id(getattr(model.get_submodule("lm_head"), "weight", None)))
     for name, parameter in model.named_parameters():
         if id(parameter) not in known:
             raise Unsupported(f"the parameter {name!r} has no place in a GGUF file of {type(model).__name__}")

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from edgewright.errors import Unsupported, UsageError
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 from edgewright.io.quantized_folder import FORMAT, QUANTIZATION_KEY, WEIGHTS, pack_codes, tied_parameters
 from edgewright.io.tensors import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Packed = PackedLinear | PackedEmbedding
+Packed = PackedLinear | PackedEmbedding | PackedStack
 
 
 def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
@@ -47,6 +47,8 @@ def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
         value = module.packed
         kind = "embedding" if isinstance(module, PackedEmbedding) else "linear"
         modules[name] = {"kind": kind, "grid": value.grid, "shape": list(value.codes.shape)}
+        if isinstance(module, PackedStack):
+            modules[name] |= {"kind": "stack", "count": module.count, "group_axis": module.group_axis}
         state[f"{name}.codes"] = pack_codes(value.codes.detach().cpu(), value.grid)
         state[f"{name}.step"] = _smallest_exact(value)
     state |= _other_tensors(model, packed)
@@ -67,7 +69,8 @@ def save_dequantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         source = tied.get(f"{name}.weight", "").removesuffix(".weight")
         if source in packed and _same_table(module, packed[source]):
             continue
-        state[f"{name}.weight"] = module.weight.detach().cpu().to(dtype)
+        key = name if isinstance(module, PackedStack) else f"{name}.weight"
+        state[key] = module.weight.detach().cpu().to(dtype).contiguous()
     state |= _other_tensors(model, packed)
     apart = [name for name, source in tied.items() if name in state and source in state]
     _save(model, tokenizer, folder, state, {"tie_word_embeddings": False} if apart else {})

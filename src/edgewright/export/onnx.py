@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from edgewright.errors import MissingPackage, Unsupported, UsageError
 from edgewright.export import onnx_graph, onnx_trace
 from edgewright.export.onnx_layers import Storage
 from edgewright.export.onnx_proof import prove, variations
+from edgewright.export.original import output_distance
 from edgewright.io.atomic import atomic_file
+from edgewright.runtime.onnx import OnnxProgram
 
 INSTALL = "pip install 'edgewright[onnx]'"
 OPSETS = (21, 22, 23)  # 4-bit initialisers came with 21
@@ -54,6 +56,7 @@ class OnnxExport:
     outputs: tuple[str, ...]
     operators: dict[str, int]
     notes: tuple[str, ...] = ()
+    checks: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path)}
@@ -71,6 +74,7 @@ def export_onnx(
     tolerance: float | None = None,
     storage: Storage = "nibbles",
     integers: onnx_graph.Integers = "unsigned",
+    original: nn.Module | None = None,
 ) -> OnnxExport:
     """Write `model` (float32, on the CPU) to `path`, run the file in ONNX Runtime, compare, and only then name it.
 
@@ -84,6 +88,7 @@ def export_onnx(
     integers: type of 8-bit codes in QDQ. "unsigned" stores int8 codes as uint8, 128 higher: the same values, which ONNX
         Runtime multiplies exactly on every CPU. "signed" leaves int8 as int8, for runtimes that take symmetric weights
         only; ONNX Runtime on x86 without VNNI then clips sums of large products.
+    original: the float model before quantisation; `checks["original"]` then says how far the file is from it.
 
     Raises Unsupported naming the operator and the module without a translation, UsageError for arguments that cannot
     work, CheckFailed when the runtime answers otherwise, MissingPackage without the extra.
@@ -120,13 +125,25 @@ def export_onnx(
         staged = Path(folder) / path.name  # its external data must have its final name when it is checked
         external = _save(graph, staged)
         proof = prove(staged, results, reference, variations(tensors, free), tolerance)
+        checks = {} if original is None else {"original": _distance(original, names, staged, tensors, path.name)}
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         if external:
             notes.append(f"more than 2 GiB: the tensors are in {external}, which belongs beside the file")
             os.replace(Path(folder) / external, path.parent / external)
         os.replace(staged, temporary)
     notes.insert(0, f"ran in ONNX Runtime with batches of {', '.join(map(str, proof.batches))}")
-    return OnnxExport(path, size, proof.error, tolerance, tuple(given), tuple(results), operators, tuple(notes))
+    return OnnxExport(path, size, proof.error, tolerance, tuple(given), tuple(results), operators, tuple(notes), checks)
+
+
+def _distance(
+    original: nn.Module, names: Sequence[str] | None, file: Path, tensors: Sequence[Tensor], name: str
+) -> dict[str, Any]:
+    """How far the file's outputs for the example are from those of the model before quantisation."""
+    with OnnxProgram(file, check=False) as program, torch.no_grad():
+        found = [torch.from_numpy(value) for value in program.run([tensor.numpy() for tensor in tensors])]
+        wanted = list(onnx_trace.call(onnx_trace.clone(original), names, tensors).values())
+    floats = [(a, b) for a, b in zip(wanted, found, strict=True) if a.is_floating_point()]
+    return output_distance([a for a, _ in floats], [b for _, b in floats], name)
 
 
 def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
@@ -136,7 +153,7 @@ def example_inputs_for(model: nn.Module) -> dict[str, Tensor]:
     """
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
-    if not isinstance(vocabulary, int) or vocabulary < 2:
+    if not isinstance(vocabulary, int) or vocabulary < 2 or getattr(config, "is_encoder_decoder", False):
         raise UsageError(
             f"no example inputs are known for {type(model).__name__}; give them, e.g. "
             "export_onnx(model, 'model.onnx', example_inputs=torch.randn(2, 3, 224, 224))"

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.io.own_forward import refuse_own_forwards
 from edgewright.io.packed import CODE_RANGES, PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
 
 Storage = Literal["nibbles", "smallest"]
@@ -210,6 +211,7 @@ def replace_packed_(model: nn.Module, storage: Storage) -> list[str]:
 
     Layers that share codes (a tied embedding and head) share them in the file too.
     """
+    refuse_own_forwards(model, "an ONNX file")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _PACKED)]
     tables: dict[int, nn.Module] = {}
     for name, layer in sorted(layers, key=lambda item: isinstance(item[1], PackedEmbedding)):  # linear layers choose

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgewright.errors import CheckFailed, EdgewrightError
+from edgewright.errors import CheckFailed, EdgewrightError, in_one_line
 from edgewright.runtime.onnx import OnnxProgram, check_model_file
 
 SHORTER = 3  # positions that the second example has less, where the length is free
@@ -64,7 +64,7 @@ def prove(
         check_model_file(path)
         onnx.checker.check_model(str(path))
     except (EdgewrightError, onnx.checker.ValidationError) as error:
-        raise CheckFailed(f"the written ONNX file is not valid: {_first_line(error)}") from error
+        raise CheckFailed(f"the written ONNX file is not valid: {in_one_line(error)}") from error
     worst, where = 0.0, ""
     try:
         with OnnxProgram(path, check=False) as program:
@@ -81,8 +81,8 @@ def prove(
         raise CheckFailed(f"ONNX Runtime does not run the written file: {error}") from error
     if not worst <= tolerance:
         raise CheckFailed(
-            f"ONNX Runtime's output {where!r} differs from PyTorch's by {worst:.2g} of its largest value; allowed is "
-            f"tolerance={tolerance:.2g}. The file was not kept"
+            f"ONNX Runtime's output {where!r} differs from PyTorch's by {worst:.2g} of its largest value; allowed are "
+            f"{tolerance:.2g}. The file was not kept"
         )
     return Difference(worst, where, tuple(int(t[0].shape[0]) if t[0].ndim else 1 for t in inputs))
 
@@ -103,8 +103,3 @@ def difference(want: np.ndarray, got: Any) -> float:
         return 0.0
     peak = max(float(np.abs(want[finite]).max()), float(np.finfo(np.float32).tiny))
     return float(np.abs(got[finite].astype(np.float64) - want[finite]).max()) / peak
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MAX_NAME_BYTES = 64
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = 1 << 48
 MAX_ALIGNMENT = 1 << 20
+MAX_PARTS = 4096
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 # Value type id -> struct code. 8 is a string and 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -40,7 +43,8 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies. shape: torch order (rows first). offset: bytes from the start of the file."""
+    """Where one tensor lies. shape: torch order (rows first). offset: bytes from the start of the file, or of the part
+    (counted from 0) of a split one."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,43 +52,69 @@ class GGUFTensor:
     type_name: str
     offset: int
     nbytes: int
+    part: int = 0
 
 
 class GGUFFile:
-    """A checked GGUF file; tensor data stays on disk until it is asked for.
+    """A checked GGUF file; tensor data stays on disk until it is asked for. The first part of a split file stands for
+    all of them, which are opened by llama.cpp's naming (-00001-of-00003).
 
     metadata: key -> int, float, bool, str, or a list of one of them. value_types: key -> (type id, element type id or
-    None) as the file wrote them. tensors: name -> GGUFTensor in file order. alignment, data_start: bytes.
+    None) as the file wrote them. tensors: name -> GGUFTensor in file order. alignment, data_start: bytes. parts: the
+    files, one where it is not split; size: their bytes together.
     Raises UsageError for a file that cannot be opened, FormatError for one that breaks a rule of the format.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_file():
-            raise UsageError(f"cannot read the GGUF file {self.path}: it is not a file")
-        try:
-            with self.path.open("rb") as handle:
-                self.size = os.fstat(handle.fileno()).st_size
-                header = mmap.mmap(handle.fileno(), self.size, access=mmap.ACCESS_READ) if self.size else None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"cannot read the GGUF file {self.path}: {reason}") from error
-        if header is None:
-            raise FormatError(f"{self.path} is not a usable GGUF file: it is empty")
-        with header:
-            parser = _Header(self.path, header, self.size)
-            self.version = parser.version
-            self.metadata: dict[str, Any] = parser.metadata
-            self.value_types: dict[str, tuple[int, int | None]] = parser.value_types
-            self.alignment = parser.alignment
-            self.data_start = parser.data_start
-            self.tensors: dict[str, GGUFTensor] = parser.tensors
-        self._bytes: Array = np.memmap(self.path, dtype=np.uint8, mode="r")
+        first = _parse(self.path)
+        self.version = first.version
+        self.metadata: dict[str, Any] = first.metadata
+        self.value_types: dict[str, tuple[int, int | None]] = first.value_types
+        self.alignment = first.alignment
+        self.data_start = first.data_start
+        self.tensors: dict[str, GGUFTensor] = first.tensors
+        self.parts: tuple[Path, ...] = (self.path, *self._add_parts())
+        self.size = sum(part.stat().st_size for part in self.parts)
+        self._bytes: list[Array] = [np.memmap(part, dtype=np.uint8, mode="r") for part in self.parts]
+
+    def _add_parts(self) -> list[Path]:
+        """Take in the tensors of the other parts where this is the first part of a split file."""
+        place, count = split_place(self.path, self.metadata)
+        if count == 1:
+            return []
+        named = SPLIT_NAME.fullmatch(self.path.name)
+        if named is None or (int(named[2]), int(named[3])) != (place + 1, count):
+            raise FormatError(
+                f"{self.path} is part {place + 1} of {count} of a split GGUF file, but not named as one; llama.cpp "
+                f"finds the others by the name NAME-{place + 1:05d}-of-{count:05d}.gguf"
+            )
+        paths = [self.path.with_name(f"{named[1]}-{number + 1:05d}-of-{count:05d}.gguf") for number in range(count)]
+        if place:
+            raise FormatError(
+                f"{self.path} is part {place + 1} of {count} of a split GGUF file; pass the first, {paths[0]}"
+            )
+        for number, path in enumerate(paths[1:], 1):
+            if not path.is_file():
+                raise FormatError(
+                    f"{self.path} is part 1 of {count} of a split GGUF file, and part {number + 1} is missing: {path}"
+                )
+            other = _parse(path)
+            if split_place(path, other.metadata) != (number, count):
+                raise FormatError(f"{path} does not say that it is part {number + 1} of {count} of {self.path}")
+            for name, tensor in other.tensors.items():
+                if name in self.tensors:
+                    raise FormatError(f"{path} holds the tensor {name!r}, which another part of {self.path} holds too")
+                self.tensors[name] = replace(tensor, part=number)
+        total = self.metadata.get("split.tensors.count", len(self.tensors))
+        if total != len(self.tensors):
+            raise FormatError(f"the parts of {self.path} hold {len(self.tensors)} tensors, the first names {total}")
+        return paths[1:]
 
     def raw(self, name: str) -> Array:
         """The stored bytes of a tensor, uint8 [nbytes], a read-only view of the file."""
         tensor = self._tensor(name)
-        return self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
+        return self._bytes[tensor.part][tensor.offset : tensor.offset + tensor.nbytes]
 
     def dequantize(self, name: str) -> Array:
         """The tensor's values, float32 in torch order. Raises Unsupported for a type without a decoder."""
@@ -96,6 +126,32 @@ class GGUFFile:
         if name not in self.tensors:
             raise FormatError(f"{self.path} has no tensor {name!r}")
         return self.tensors[name]
+
+
+def split_place(path: Path, metadata: dict[str, Any]) -> tuple[int, int]:
+    """(number from 0, parts in all) of a file that may be one part of a split one."""
+    count, place = metadata.get("split.count", 1), metadata.get("split.no", 0)
+    if count == 0:  # llama.cpp takes it for not split
+        return 0, 1
+    if type(count) is not int or type(place) is not int or not 0 <= place < count <= MAX_PARTS:
+        raise FormatError(f"{path} is not a usable GGUF file: split.no {place!r} of split.count {count!r}")
+    return place, count
+
+
+def _parse(path: Path) -> _Header:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"cannot read the GGUF file {path}: it is not a file")
+    try:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            header = mmap.mmap(handle.fileno(), size, access=mmap.ACCESS_READ) if size else None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read the GGUF file {path}: {reason}") from error
+    if header is None:
+        raise FormatError(f"{path} is not a usable GGUF file: it is empty")
+    with header:
+        return _Header(path, header, size)
 
 
 class _Header:

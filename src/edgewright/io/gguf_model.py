@@ -1,16 +1,17 @@
 """A GGUF file as an ordinary transformers model: configuration, weights and tokenizer, ready to train or to save.
 
-The header's claims are compared with the tensors that are there before a model is built, so a file cannot ask for
-more memory than its own tensors take. Llama files store the rows of the query and key projections in the order that
-rotates neighbouring pairs; transformers rotates halves, so the rows are put back (`unpermute`).
+The header's claims are compared with the tensors that are there before memory is taken, so a file cannot ask for more
+than its own tensors take. Which tensor goes where is in `io.gguf_families`, the table that the writer uses too.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,49 +19,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgewright.errors import FormatError, Unsupported
+from edgewright.errors import EdgewrightError, FormatError, Unsupported, in_one_line
+from edgewright.io.end_tokens import gguf_end_tokens
 from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf_families import (
+    BY_ARCHITECTURE,
+    ROPE_FACTORS,
+    ROPE_SETTINGS,
+    Family,
+    Placed,
+    llama3_divisors,
+    placed,
+)
 from edgewright.io.gguf_tokenizer import gguf_tokenizer
 from edgewright.io.gguf_types import Array
+from edgewright.io.quantized_folder import recompute_buffers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-
-@dataclass(frozen=True)
-class Family:
-    """One decoder family. permuted: query and key rows lie in pair order. qkv_bias, head_norms: always present."""
-
-    permuted: bool = False
-    qkv_bias: bool = False
-    head_norms: bool = False
-
-
-# general.architecture, which is also the transformers model type.
-FAMILIES = {"llama": Family(permuted=True), "qwen2": Family(qkv_bias=True), "qwen3": Family(head_norms=True)}
-
-# GGUF block tensor -> module inside a transformers decoder layer.
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-ROPE_FACTORS = "rope_freqs.weight"
-# Keys that change the arithmetic in a way the three families above do not have in transformers.
+MOST_LAYERS = 1024  # as in `runtime.gguf_sizes`
+PLUGINS = "edgewright_models"
+# Keys that change the arithmetic in a way that only the families with these fields have.
 REFUSED_KEYS = ("expert_count", "attention.sliding_window", "attention.scale", "logit_scale")
+# What Llama 3 was published with, for files that hold the divisors alone.
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def load_gguf(
@@ -84,30 +67,32 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
 
     family, prefix = _family(file)
     for key in REFUSED_KEYS:
-        if file.metadata.get(f"{prefix}.{key}"):
+        if key not in family.fields and file.metadata.get(f"{prefix}.{key}"):
             raise Unsupported(f"{file.path} sets {prefix}.{key}, which edgewright does not read")
-    layers = _integer(file, "block_count", most=len(file.tensors))
+    layers = _integer(file, "block_count", most=min(len(file.tensors), MOST_LAYERS))
+    further = _further(file, family)
     width = _integer(file, "embedding_length")
-    heads = _integer(file, "attention.head_count")
-    head_width = _integer(file, "attention.key_length", default=max(1, width // heads))
+    heads = further.get("num_attention_heads") or _integer(file, "attention.head_count")
+    most_heads = max(heads) if isinstance(heads, list) else heads
+    head_width = _integer(file, "attention.key_length", default=max(1, width // most_heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := _integer(file, key, default=head_width)) != head_width:
             raise Unsupported(f"{file.path} has {prefix}.{key} = {other}, but heads of {head_width}")
-    key_heads = _integer(file, "attention.head_count_kv", default=heads)
-    if heads % key_heads or head_width % 2:
+    groups = further.get("num_key_value_heads") or _integer(file, "attention.head_count_kv", default=most_heads)
+    if head_width % 2 or (isinstance(heads, int) and isinstance(groups, int) and heads % groups):
         raise FormatError(
-            f"{file.path} has {heads} heads of width {head_width} with head_count_kv = {key_heads}; "
+            f"{file.path} has {heads} heads of width {head_width} with head_count_kv = {groups}; "
             "the width must be even and head_count_kv divide the heads"
         )
-    special = {role: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "eos", "eot", "padding")}
-    ends = list(dict.fromkeys(i for i in (special["eos"], special["eot"]) if i is not None))
+    special = {role: file.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("bos", "padding")}
+    ends = gguf_end_tokens(file.metadata)
     settings: dict[str, Any] = {
         "vocab_size": _shape(file, "token_embd.weight")[0],
         "hidden_size": width,
-        "intermediate_size": _integer(file, "feed_forward_length"),
+        "intermediate_size": further.get("intermediate_size") or _integer(file, "feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
+        "num_key_value_heads": groups,
         "head_dim": head_width,
         "max_position_embeddings": _integer(file, "context_length"),
         "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
@@ -117,10 +102,13 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": special["padding"],
     }
-    if not family.qkv_bias:
-        settings["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
-    config = AutoConfig.for_model(prefix, **settings)
-    config.architectures = [f"{prefix.capitalize()}ForCausalLM"]
+    for plugin in entry_points(group=PLUGINS, name=family.model_type):
+        plugin.load()
+    try:
+        config = AutoConfig.for_model(family.model_type, **(settings | further))
+    except Exception as error:  # transformers' checks of a configuration raise what their authors chose
+        raise FormatError(f"{file.path} describes no {family.model_type} model: {in_one_line(error)}") from error
+    config.architectures = [family.class_name]
     return config
 
 
@@ -134,57 +122,32 @@ def gguf_weights(
 
     Besides the model itself, only the tensors being decoded are in memory.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     config = config or gguf_config(file)
-    names = tensor_names(file, config)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    permuted = _family(file)[0].permuted
+    config.dtype = dtype
+    model = _empty(file, config)
+    parts = _parts(file, model)
 
-    def read(name: str) -> Tensor:
-        values = file.dequantize(name)
-        part = name.split(".")[-2]
-        if permuted and part in heads:
-            values = unpermute(values, heads[part])
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
+    def read(pieces: Sequence[Placed]) -> Tensor:
+        values = [file.dequantize(piece.name) for piece in pieces]
+        if pieces[0].heads:
+            values = [unpermute(one, pieces[0].heads) for one in values]
+        whole = np.ascontiguousarray(values[0] if len(values) == 1 else np.concatenate(values, axis=1))
+        return torch.from_numpy(whole).to(device=device, dtype=dtype)
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        state = dict(zip(names.values(), pool.map(read, names), strict=True))
+        state = dict(zip(parts, pool.map(read, parts.values()), strict=True))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config.dtype = dtype
-    with torch.device("meta"):  # no memory and no random initialisation for weights that are replaced at once
-        model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
-    # The rotary frequencies are the only values that are computed instead of stored.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    recompute_buffers(model, file.path)  # the rotary frequencies are computed instead of stored
+    model.to(device)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     return model.eval()
-
-
-def tensor_names(file: GGUFFile, config: PreTrainedConfig) -> dict[str, str]:
-    """GGUF tensor name -> transformers parameter name, after checking that all are there with the right shape.
-
-    Raises FormatError for a missing or misshapen tensor, Unsupported for one that the model has no place for.
-    """
-    names: dict[str, str] = {}
-    for name, shape in _expected_shapes(file, config):
-        if _shape(file, name) != shape:
-            raise FormatError(f"{file.path} has tensor {name!r} of shape {_shape(file, name)} instead of {shape}")
-        if name in TOP_NAMES:
-            names[name] = TOP_NAMES[name]
-        else:
-            _, layer, part, suffix = name.split(".")
-            names[name] = f"model.layers.{layer}.{LAYER_NAMES[part]}.{suffix}"
-    for name in file.tensors:
-        if name not in names and name != ROPE_FACTORS:
-            raise Unsupported(
-                f"{file.path} has the tensor {name!r}, which a {config.model_type} model has no place for"
-            )
-    return names
 
 
 def unpermute(values: Array, heads: int) -> Array:
@@ -193,41 +156,76 @@ def unpermute(values: Array, heads: int) -> Array:
     return values.reshape(heads, half, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _expected_shapes(file: GGUFFile, config: PreTrainedConfig) -> list[tuple[str, tuple[int, ...]]]:
+def _empty(file: GGUFFile, config: PreTrainedConfig) -> Any:
+    """The model without memory and without random initialisation: its weights are put in at once."""
+    from transformers import AutoModelForCausalLM
+
+    for layer in range(config.num_hidden_layers):  # before a module is made for each of them
+        if not any(f"blk.{layer}.{norm}.weight" in file.tensors for norm in ("attn_norm", "ffn_norm")):
+            raise FormatError(f"{file.path} has no tensor 'blk.{layer}.attn_norm.weight'")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # sizes that no model has
+        raise FormatError(f"{file.path} describes no {config.model_type} model: {in_one_line(error)}") from error
+
+
+def _parts(file: GGUFFile, model: Any) -> dict[str, list[Placed]]:
+    """Parameter -> the tensors of the file that hold it, after checking that all are there with the right shape.
+
+    Raises FormatError for a missing or misshapen tensor, Unsupported for one that the model has no place for.
+    """
     family, _ = _family(file)
-    width, inner, head_width = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
-    layer: dict[str, tuple[int, ...]] = {
-        "attn_norm.weight": (width,),
-        "attn_q.weight": (queries, width),
-        "attn_k.weight": (keys, width),
-        "attn_v.weight": (keys, width),
-        "attn_output.weight": (width, queries),
-        "ffn_norm.weight": (width,),
-        "ffn_gate.weight": (inner, width),
-        "ffn_up.weight": (inner, width),
-        "ffn_down.weight": (width, inner),
-    }
-    if family.head_norms:
-        layer |= {"attn_q_norm.weight": (head_width,), "attn_k_norm.weight": (head_width,)}
-    output_bias = getattr(config, "attention_bias", False)
-    if family.qkv_bias or output_bias:
-        layer |= {"attn_q.bias": (queries,), "attn_k.bias": (keys,), "attn_v.bias": (keys,)}
-    if output_bias:
-        layer |= {"attn_output.bias": (width,)}
-    expected = [("token_embd.weight", (config.vocab_size, width)), ("output_norm.weight", (width,))]
-    if not config.tie_word_embeddings:
-        expected.append(("output.weight", (config.vocab_size, width)))
-    for index in range(config.num_hidden_layers):
-        expected += [(f"blk.{index}.{name}", shape) for name, shape in layer.items()]
-    return expected
+    parts: dict[str, list[Placed]] = {}
+    known = {ROPE_FACTORS}
+    for one in placed(model, family, model.config.tie_word_embeddings):
+        parameter = getattr(one.module, one.part.attribute, None)
+        if parameter is None:
+            continue
+        shape = list(parameter.shape)
+        if one.part.half is not None:
+            shape[1] //= 2
+        if _shape(file, one.name) != tuple(shape):
+            raise FormatError(
+                f"{file.path} has tensor {one.name!r} of shape {_shape(file, one.name)} instead of {tuple(shape)}"
+            )
+        parts.setdefault(one.parameter, []).append(one)
+        known.add(one.name)
+    for name in file.tensors:
+        if name not in known:
+            raise Unsupported(
+                f"{file.path} has the tensor {name!r}, which a {model.config.model_type} model has no place for"
+            )
+    return parts
+
+
+def _further(file: GGUFFile, family: Family) -> dict[str, Any]:
+    """The settings that only this family has."""
+
+    def header(key: str, kind: type, default: Any) -> Any:
+        if kind is int:
+            return _integer(file, key, default, least=0)
+        if kind is float:
+            return _number(file, key, default)
+        value = file.metadata.get(f"{family.architecture}.{key}", default)
+        if not isinstance(value, kind):
+            raise FormatError(f"{file.path} has {key} = {str(value)[:40]}, a {kind.__name__} is needed")
+        return value
+
+    kinds = {"u32": int, "f32": float, "bool": bool}
+    settings = {field: header(key, kinds[kind], None) for key, (kind, field) in family.fields.items()}
+    try:
+        return settings | family.read(header, set(file.tensors))
+    except EdgewrightError as error:
+        raise type(error)(f"{file.path}: {error}") from error
 
 
 def _family(file: GGUFFile) -> tuple[Family, str]:
     name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise Unsupported(f"{file.path} has the architecture {str(name)[:40]!r}; known ones are {', '.join(FAMILIES)}")
-    return FAMILIES[name], name
+    if not isinstance(name, str) or name not in BY_ARCHITECTURE:
+        known = ", ".join(BY_ARCHITECTURE)
+        raise Unsupported(f"{file.path} has the architecture {str(name)[:40]!r}; known ones are {known}")
+    return BY_ARCHITECTURE[name], name
 
 
 def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
@@ -236,13 +234,13 @@ def _shape(file: GGUFFile, name: str) -> tuple[int, ...]:
     return file.tensors[name].shape
 
 
-def _integer(file: GGUFFile, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+def _integer(file: GGUFFile, key: str, default: int | None = None, most: int = 2**31 - 1, least: int = 1) -> int:
     key = f"{file.metadata['general.architecture']}.{key}"
     value = file.metadata.get(key, default)
     if isinstance(value, list):
         raise Unsupported(f"{file.path} has a different {key} in each layer, which edgewright does not read")
-    if type(value) is not int or not 1 <= value <= most:
-        raise FormatError(f"{file.path} has {key} = {str(value)[:40]}, a whole number from 1 to {most} is needed")
+    if type(value) is not int or not least <= value <= most:
+        raise FormatError(f"{file.path} has {key} = {str(value)[:40]}, a whole number from {least} to {most} is needed")
     return value
 
 
@@ -269,24 +267,33 @@ def _rope(file: GGUFFile, head_width: int) -> dict[str, Any]:
 
 
 def _llama3_rope(file: GGUFFile, base: float, head_width: int) -> dict[str, Any]:
-    """Llama 3 files store one divisor for each frequency; find the published settings that give exactly these."""
+    """Files store one divisor for each frequency; find settings that give exactly these: those that our files say, or
+    the published ones."""
     if _shape(file, ROPE_FACTORS) != (head_width // 2,):
         raise FormatError(
             f"{file.path} has {ROPE_FACTORS} of shape {_shape(file, ROPE_FACTORS)}, not {head_width // 2}"
         )
     stored = file.dequantize(ROPE_FACTORS).astype(np.float64)
-    low, high, original = 1.0, 4.0, 8192
-    factor = float(stored.max())
-    periods = 2 * np.pi * base ** (np.arange(head_width // 2) / (head_width // 2))
-    blend = np.clip((original / periods - low) / (high - low), 0.0, 1.0)
+    settings = {**LLAMA3, "factor": float(stored.max()), **_said(file)}
+    settings = {"rope_type": "llama3", "rope_theta": base, **settings}
     # rtol: the file's float32 divisors were computed in float32 from a float32 base.
-    if not np.allclose(stored, 1 / ((1 - blend) / factor + blend), rtol=1e-4):
+    if not np.allclose(stored, llama3_divisors(settings, head_width), rtol=1e-4):
         raise Unsupported(f"{file.path} has rotary divisors that are not Llama 3's, which edgewright does not read")
-    return {
-        "rope_type": "llama3",
-        "rope_theta": base,
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return settings
+
+
+def _said(file: GGUFFile) -> dict[str, Any]:
+    """Llama 3's four numbers as our own files say them; nothing in other files."""
+    text = file.metadata.get(ROPE_SETTINGS)
+    if text is None:
+        return {}
+    try:
+        told = json.loads(text)
+        numbers = {name: told[name] for name in (*LLAMA3, "factor")}
+        if not all(type(one) in (int, float) and 0 < one < 1e12 for one in numbers.values()):
+            raise ValueError("a positive number is needed")
+        if not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
+        raise FormatError(f"{file.path} has a damaged {ROPE_SETTINGS}: {in_one_line(error)}") from error
+    return numbers

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 # Values of tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
+# Key of a special token in GGUF (llama.cpp's spelling) -> transformers' name, under which chat templates use it.
+TEMPLATE_MARKS = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "cls": "cls_token",
+    "seperator": "sep_token",
+    "mask": "mask_token",
+}
+
 # The word splitters published with the models, as regular expressions in the Oniguruma dialect of `tokenizers`.
 # None: the GPT-2 splitter that `tokenizers` has built in.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -73,15 +84,13 @@ def gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         )
     splitter = SPLITTERS[name]
     tokens, types = _vocabulary(file)
-    special = {role: _token_id(file, role, len(tokens)) for role in ("bos", "eos", "unknown", "padding")}
+    special = {role: _token_id(file, role, len(tokens)) for role in TEMPLATE_MARKS}
     tokenizer = _byte_level_bpe(file, tokens, splitter)
     _add_special_tokens(tokenizer, tokens, types)
     _add_ends(tokenizer, file, tokens, special, splitter)
 
     arguments: dict[str, Any] = {
-        f"{short}_token": tokens[index]
-        for short, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (index := special[role]) is not None
+        mark: tokens[index] for role, mark in TEMPLATE_MARKS.items() if (index := special[role]) is not None
     }
     length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if isinstance(length, int) and length > 0:

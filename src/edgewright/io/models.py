@@ -1,11 +1,11 @@
 """`edgewright.load`: one call for a Hugging Face folder, a GGUF file, a bundled name or a hub id.
 
-Only safetensors and GGUF are read, and only after their headers were checked; no pickle, no code from the model.
+Files are read only after their headers were checked, and no code from the model runs: safetensors and GGUF, and where
+there is nothing else the tensors of a pytorch_model.bin, by torch's weights-only reader.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from edgewright.errors import FormatError, MissingPackage, Unsupported, UsageError
+from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError, in_one_line
 from edgewright.io.bundled import BUNDLED, bundled_path
 from edgewright.io.config_bounds import check_claim, check_numbers
 from edgewright.io.foreign import check_json_files, load_tokenizer, reading
-from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
+from edgewright.io.model_folder import check_head, check_unquantized, check_weights, has_safetensors, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What is fetched for a hub id: configuration, tokenizer and safetensors, never pickles or code.
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Installed packages, this one first, name the module that makes transformers know a model_type.
 PLUGINS = "edgewright_models"
 QUANTIZATION_KEY = "edgewright_quantization"
@@ -41,8 +40,9 @@ def load(
     """A transformers model in evaluation mode and its tokenizer.
 
     model: a folder with config.json and safetensors, a .gguf file, a bundled name (see `io.bundled`), or a hub id
-    "org/name", the only case in which anything is downloaded. Folders of causal language models give their causal
-    class, others (sentence encoders) the bare model.
+    "org/name", the only case in which anything is downloaded. A folder gives the class that its config.json names in
+    "architectures", with its head: LlamaForCausalLM, BertForSequenceClassification, BertModel, ...
+    Weights that this class has no place for are named in a warning.
 
     Raises UsageError for a model that cannot be found, FormatError for a broken file or weights that are not finite,
     Unsupported for an architecture not known here, MissingPackage for a bundled model that is not installed.
@@ -98,119 +98,102 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the client raises its own, requests' and the operating system's errors
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{name} is no local folder or .gguf file, and as a hub id it could not be fetched: {reason}"
+            f"{name} is no local folder or .gguf file, and as a hub id it could not be fetched: {in_one_line(error)}"
         ) from error
 
 
 def _load_folder(
     folder: Path, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    config = _read_config(folder)
-    entries = _check_weights(folder)
+    config = read_config(folder)
+    check_unquantized(folder, config)
+    entries = check_weights(folder)
     check_json_files(folder)
     check_numbers(folder / "config.json", config, entries)
-    _check_head(folder, config)
-    for plugin in entry_points(group=PLUGINS, name=config["model_type"]):
+    check_head(folder, config)
+    plugins = entry_points(group=PLUGINS, name=config["model_type"])
+    for plugin in plugins:
         plugin.load()
     if QUANTIZATION_KEY in config:
         from edgewright.io.quantized_folder import load_quantized
 
         return load_quantized(folder, dtype, device)
-    factory: Any = AutoModelForCausalLM if _is_causal(config) else AutoModel
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with _quiet(), reading(folder), _one_sentence(folder):
+        factory = _model_class(folder, config, known=bool(plugins))
         check_claim(folder, factory, entries)
+        # Files of torch.save go to torch's weights-only reader, which makes tensors and runs nothing.
         model, report = factory.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **local
+            folder,
+            dtype=dtype,
+            use_safetensors=has_safetensors(folder),
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **local,
         )
         tokenizer = load_tokenizer(folder)
-    # transformers fills both kinds of gap with random numbers and goes on.
+    _check_report(folder, config, model, report)
+    return model.to(device).eval(), tokenizer
+
+
+def _model_class(folder: Path, config: dict[str, Any], known: bool) -> Any:
+    """The class of transformers that config.json names; known: an installed package has registered the model_type."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        return AutoModelForCausalLM if config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
+    name = str(names[0])
+    named = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        if getattr(named.config_class, "model_type", None) not in (config["model_type"], None):
+            raise FormatError(f"{folder} names the class {name[:80]}, which is none of {config['model_type'][:80]!r}")
+        return named
+    # early files call their class otherwise (LLaMAForCausalLM); that all weights fit is checked after loading
+    renamed = name.endswith(("ForCausalLM", "LMHeadModel")) and "auto_map" not in config
+    if known or (renamed and config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return AutoModelForCausalLM
+    raise Unsupported(
+        f"{folder} names the class {name[:80]!r} for model_type {config['model_type'][:80]!r}, which transformers "
+        f"{transformers.__version__} does not have; code from a model folder is never run, but a newer transformers "
+        "may know it: pip install -U transformers"
+    )
+
+
+def _check_report(folder: Path, config: dict[str, Any], model: Any, report: dict[str, Any]) -> None:
+    """What transformers fills with random numbers, or leaves out, and goes on: an error, or a warning by name."""
+    guessed = not config.get("architectures")
+    hint = (
+        '; name its class in config.json, as in "architectures": ["BertForSequenceClassification"]' if guessed else ""
+    )
     missing = sorted(report["missing_keys"])
     if missing == ["lm_head.weight"]:
         # Some published files (MobileLLM's own among them) say that the head is no table of its own by leaving it out.
-        warnings.warn(f"{folder} has no lm_head.weight: its head is taken to be the embedding table", stacklevel=3)
+        warnings.warn(f"{folder} has no lm_head.weight: its head is taken to be the embedding table", stacklevel=4)
         model.config.tie_word_embeddings = True
         model.tie_weights()
         missing = []
+    # A pooler is trained for sentence pairs only; models whose heads do not use it are published without.
+    unused = [name for name in missing if name.split(".")[-3:-1] == ["pooler", "dense"]]
+    if unused and len(unused) == len(missing):
+        warnings.warn(f"{folder} has no pooler: {type(model).__name__} is given a new one, do not use it", stacklevel=4)
+        missing = []
     if missing:
-        raise FormatError(f"{folder} lacks {len(missing)} weights of its model, the first is {missing[0]!r}")
+        raise FormatError(f"{folder} lacks {len(missing)} weights of its model, the first is {missing[0]!r}{hint}")
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, wanted = mismatched[0]
         raise FormatError(
             f"{folder} has {name!r} of shape {tuple(stored)}, but its config.json asks for {tuple(wanted)}"
         )
-    return model.to(device).eval(), tokenizer
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} has no config.json; pass a folder that save_pretrained wrote, or a .gguf file")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON in UTF-8: {error}") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise FormatError(f"{path} does not name a model_type")
-    return config
-
-
-def _check_weights(folder: Path) -> dict[str, SafetensorsEntry]:
-    """Check every safetensors header and the index, and refuse folders whose weights are pickles. All tensors."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [file.name for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
-        if pickles:
-            raise UsageError(
-                f"{folder} holds its weights only as {pickles[0]}, a pickle, which can run any code when it is opened "
-                "and is not read here; where you trust it, convert it once with transformers: "
-                "AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
-            )
-        raise UsageError(f"{folder} has no .safetensors file; pass a folder that save_pretrained wrote")
-    entries = {name: entry for file in files for name, entry in check_safetensors(file).items()}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = {file.name for file in files}
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise FormatError(f"{index} is not an index of safetensors files") from error
-        if lost := sorted(str(name) for name in wanted - names):
-            raise FormatError(f"{index} names {lost[0][:80]!r}, which is not a safetensors file in this folder")
-    return entries
-
-
-def _check_head(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a head of its own beside a configuration that ties it to the table: one of the two would be dropped."""
-    from safetensors import safe_open
-
-    if config.get("tie_word_embeddings") is not True:
-        return
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            found |= {name: handle.get_tensor(name) for name in names if name in handle.keys()}  # noqa: SIM118
-    if len(found) == 2 and not torch.equal(*found.values()):
-        raise FormatError(
-            f"{folder} says tie_word_embeddings, but {names[0]!r} and {names[1]!r} differ; set it to false, or remove "
-            "the head"
-        )
-
-
-def _is_causal(config: dict[str, Any]) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    names = config.get("architectures")
-    if isinstance(names, list) and names:
-        return str(names[0]).endswith(("ForCausalLM", "LMHeadModel"))
-    return config["model_type"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if unexpected := sorted(str(name) for name in report["unexpected_keys"]):
+        what = f"{folder} has {len(unexpected)} weights that {type(model).__name__} has no place for"
+        if guessed:  # the weights say that it is another class
+            raise FormatError(f"{what}, the first is {unexpected[0][:80]!r}{hint}")
+        warnings.warn(f"{what}; left out: {', '.join(name[:80] for name in unexpected[:8])}", stacklevel=4)
 
 
 @contextmanager
@@ -234,14 +217,9 @@ def _one_sentence(folder: Path) -> Iterator[None]:
     """transformers' many-line complaints as one typed sentence."""
     try:
         yield
-    except FormatError:
+    except EdgewrightError:
         raise
     except ImportError as error:
-        raise MissingPackage(f"loading {folder} needs a package: {_first_line(error)}") from error
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
-        raise Unsupported(f"transformers cannot load {folder}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:240] if lines else type(error).__name__
+        raise MissingPackage(f"loading {folder} needs a package: {in_one_line(error)}") from error
+    except Exception as error:  # whatever a broken file makes transformers, tokenizers or torch raise
+        raise Unsupported(f"transformers cannot load {folder}: {in_one_line(error)}") from error

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError
+from edgewright.errors import FormatError, in_one_line
 from edgewright.io.config_bounds import check_numbers
+from edgewright.io.expert_stacks import put_stack
 from edgewright.io.foreign import load_tokenizer
 from edgewright.io.json_file import read_json
-from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
+from edgewright.io.own_forward import keeping_forward
+from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 from edgewright.io.tensors import load_tensors
 
@@ -89,7 +91,7 @@ def load_quantized(
         packed = PackedTensor(
             unpack_codes(stored.pop(f"{name}.codes"), fields["grid"], tuple(fields["shape"])), step, fields["grid"]
         )
-        _put(model, name, packed, dtype)
+        _put(model, name, packed, dtype, fields)
     for name, source in shared.items():
         owner: Any = model.get_submodule(source)
         _put(model, name, owner.packed, dtype)
@@ -116,10 +118,12 @@ def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     for name, fields in modules.items():
         shape = fields.get("shape") if isinstance(fields, dict) else None
         sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
-        known = sizes and fields.get("kind") in tuple(KINDS) and fields.get("grid") in tuple(CODE_RANGES)
-        if not known:
+        kind, grid = (fields.get("kind"), fields.get("grid")) if sizes else (None, None)
+        if kind == "stack" and (fields.get("group_axis") not in ("in", "out") or type(fields.get("count")) is not int):
+            raise FormatError(f"{path}: the stack {name[:80]!r} needs a count of matrices and a group_axis (in, out)")
+        if kind not in (*KINDS, "stack") or grid not in tuple(CODE_RANGES):
             raise FormatError(
-                f"{path}: module {name[:80]!r} needs kind (linear, embedding), a known grid and a shape [out, in]"
+                f"{path}: module {name[:80]!r} needs kind (linear, embedding, stack), a known grid, a shape [out, in]"
             )
     if not all(isinstance(source, str) for source in shared.values()):
         raise FormatError(f"{path}: 'shared' maps names of modules to names of modules")
@@ -142,7 +146,7 @@ def _skeleton(folder: Path, settings: dict[str, Any], dtype: torch.dtype) -> Pre
         with torch.device("meta"):
             model: PreTrainedModel = factory(config)
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
     model.config.dtype = dtype
     return model
@@ -158,9 +162,12 @@ def _check_description(
     """Every described module is in the model with that shape, and its codes and steps are in the file."""
     known: dict[str, Any] = dict(model.named_modules())
     for name, fields in modules.items():
-        module = known.get(name)
         rows, columns = fields["shape"]
-        if type(module) is not KINDS[fields["kind"]] or tuple(known[name].weight.shape) != (rows, columns):
+        if fields["kind"] == "stack":
+            fits = _has_stack(known.get(name.rpartition(".")[0]), name.rpartition(".")[2], fields)
+        else:
+            fits = isinstance(known.get(name), KINDS[fields["kind"]]) and known[name].weight.shape == (rows, columns)
+        if not fits:
             raise FormatError(
                 f"{folder}: the model has no {fields['kind']} layer {name[:80]!r} of shape {[rows, columns]}"
             )
@@ -176,22 +183,43 @@ def _check_description(
                 f"{folder}: the steps of {name} are {step.dtype} {list(step.shape)}, not [{rows}, groups]"
             )
     for name, source in shared.items():
-        if source not in modules or name in modules or type(known.get(name)) not in KINDS.values():
+        if source not in modules or name in modules or not isinstance(known.get(name), tuple(KINDS.values())):
             raise FormatError(f"{folder}: {name[:80]!r} cannot share the table of {source[:80]!r}")
         if list(known[name].weight.shape) != modules[source]["shape"]:
             raise FormatError(f"{folder}: {name} has another shape than {source}, whose table it should share")
 
 
-def _put(model: nn.Module, name: str, packed: PackedTensor, dtype: torch.dtype) -> None:
+def _has_stack(owner: nn.Module | None, name: str, fields: dict[str, Any]) -> bool:
+    """Whether the owner has a parameter of that name and of the described stack's shape."""
+    stack = None if owner is None else owner._parameters.get(name)
+    count, (rows, columns) = fields["count"], fields["shape"]
+    if stack is None or stack.ndim != 3 or count < 1 or rows % count:
+        return False
+    lines = (rows // count, columns)
+    return tuple(stack.shape) == (count, *(lines if fields["group_axis"] == "in" else lines[::-1]))
+
+
+def _put(
+    model: nn.Module, name: str, packed: PackedTensor, dtype: torch.dtype, fields: dict[str, Any] | None = None
+) -> None:
     """Replace a layer of the skeleton by its packed twin; a bias is filled in later with the other floats."""
     parent, _, child = name.rpartition(".")
+    if fields is not None and fields["kind"] == "stack":
+        owner = model.get_submodule(parent)
+        stack = PackedStack(packed, fields["count"], fields["group_axis"])
+        if not hasattr(owner, "weight_stacks"):
+            put_stack(owner, child, stack)
+        else:
+            delattr(owner, child)
+            setattr(owner, child, stack)
+        return
     old = model.get_submodule(name)
     new: nn.Module
     if isinstance(old, nn.Embedding):
         new = PackedEmbedding(packed, old.padding_idx, dtype)
     else:
         new = PackedLinear(packed, old.bias)  # type: ignore[arg-type]
-    setattr(model.get_submodule(parent), child, new)
+    setattr(model.get_submodule(parent), child, keeping_forward(old, new))
 
 
 def _fill(folder: Path, model: PreTrainedModel, stored: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -208,22 +236,20 @@ def _fill(folder: Path, model: PreTrainedModel, stored: dict[str, Tensor], dtype
     quantized = {
         f"{name}.{buffer}"
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedLinear | PackedEmbedding)
+        if isinstance(module, PackedLinear | PackedEmbedding | PackedStack)
         for buffer in ("codes", "step")
     }
     try:
         missing, unexpected = model.load_state_dict(stored, strict=False, assign=True)
     except RuntimeError as error:
-        raise FormatError(f"{folder}: {str(error).strip().splitlines()[-1].strip()[:200]}") from error
+        raise FormatError(f"{folder}: {in_one_line(error)}") from error
     if lost := sorted(set(missing) - quantized):
         raise FormatError(f"{folder} lacks {len(lost)} weights of its model, the first is {lost[0]!r}")
     if unexpected:
         raise FormatError(f"{folder} has the tensor {sorted(unexpected)[0][:80]!r}, which its model has no place for")
     if aliases:
         model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            _recompute(folder, model, name, module)
+    recompute_buffers(model, folder)
 
 
 def tied_parameters(model: nn.Module) -> dict[str, str]:
@@ -231,6 +257,28 @@ def tied_parameters(model: nn.Module) -> dict[str, str]:
     declared = getattr(model, "_tied_weights_keys", None)
     tie = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     return dict(declared) if isinstance(declared, dict) and tie else {}
+
+
+def recompute_buffers(model: Any, source: Path) -> None:
+    """Compute on the CPU what a model built without memory has no values for: buffers that are not stored."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            _recompute(source, model, name, module)
+
+
+def _initialised(model: PreTrainedModel, module: nn.Module, key: str) -> bool:
+    """Whether the model's own rule for new weights computes this buffer, such as Gemma's scale of the token table."""
+    meta = module._buffers[key]
+    assert meta is not None
+    fresh = torch.full_like(meta, math.nan, device="cpu") if meta.is_floating_point() else None
+    if fresh is None:
+        return False
+    module._buffers[key] = fresh
+    tensors: list[Any] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for tensor in tensors:
+        tensor._is_hf_initialized = tensor is not fresh
+    model._init_weights(module)
+    return bool(torch.isfinite(fresh).all())
 
 
 def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Module) -> None:
@@ -244,5 +292,5 @@ def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Modul
             length = buffer.shape[-1]
             fresh = torch.arange(length) if key == "position_ids" else torch.zeros(length, dtype=buffer.dtype)
             module.register_buffer(key, fresh.expand(buffer.shape).clone(), persistent=False)
-        elif buffer.is_meta:
+        elif buffer.is_meta and not _initialised(model, module, key):
             raise FormatError(f"{folder}: the buffer {name}.{key} of its model is not stored and cannot be computed")

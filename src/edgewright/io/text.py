@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import json
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import MissingPackage, UsageError
+from edgewright.io.decode import read_text
+from edgewright.io.text_rows import rows_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,23 +39,23 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "li
 def load_texts(source: str | Path | None = None, split: Split = "all") -> list[str]:
     """Texts of a source, whole or one side of its split.
 
-    source: None for the documentation topics inside Python (about 650 KB of English), a .jsonl file with {"text": ...}
-    on each line, or any other UTF-8 text file. split: about 80 % of the text is for calibration, the rest for
-    evaluation; topics go by a hash of their name, a text file is cut at a paragraph, a .jsonl between lines.
+    source: None for the documentation topics inside Python (about 650 KB of English); a file with rows (.jsonl, .json,
+    .csv, .tsv), of which the column text, content or messages is read (`io.text_rows`); or any other text file (UTF-8,
+    or UTF-16 with its mark; .gz is unpacked). split: about 80 % of the text is for calibration, the rest for
+    evaluation; topics go by a hash of their name, a text file is cut at a paragraph, one with rows between them.
 
-    Raises UsageError for an unknown split and for a file that is missing, empty, not UTF-8 or not valid JSONL.
+    Raises UsageError for an unknown split and for a file that is missing, empty, in another encoding, or without texts.
     """
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
     if source is None:
         return _topics(split)
     path = Path(source).expanduser()
-    text = _read(path)
-    if path.suffix != ".jsonl":
-        return [text] if split == "all" else [_side(_cut_text(text, path), split)]
-    texts = _read_jsonl(text, path)
+    texts = _documents(path)
     if split == "all":
         return texts
+    if rows_reader(path) is None:
+        return [_side(_cut_text(texts[0], path), split)]
     # Repeated lines would put the same text on both sides.
     texts = list(dict.fromkeys(texts))
     if len(texts) == 1:
@@ -64,9 +65,10 @@ def load_texts(source: str | Path | None = None, split: Split = "all") -> list[s
 
 
 class TextFiles:
-    """Documents of text files, .jsonl files and folders (TEXT_SUFFIXES in them), read again at each iteration.
+    """Documents of text files, files with rows and folders (TEXT_SUFFIXES in them), read again at each iteration.
 
-    A line of a .jsonl file is a document, so is a text file; texts beyond LONGEST_DOCUMENT are cut between paragraphs.
+    A row of a .jsonl, .json, .csv or .tsv file is a document, so is a text file; texts beyond LONGEST_DOCUMENT are cut
+    between paragraphs.
     Raises UsageError for a path that does not exist, a folder without text, and while reading as `load_texts`.
     """
 
@@ -86,8 +88,7 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[str]:
         for path in self.files:
-            text = _read(path)
-            for document in _read_jsonl(text, path) if path.suffix == ".jsonl" else [text]:
+            for document in _documents(path):
                 yield from _chapters(document)
 
 
@@ -116,6 +117,38 @@ def token_blocks(
     """
     if block_length < 1 or (max_blocks is not None and max_blocks < 1):
         raise UsageError(f"block_length {block_length} and max_blocks {max_blocks} must be at least 1")
+    ids = _joined(texts, tokenizer)
+    if len(ids) < block_length:
+        raise _too_short("the text", len(ids), block_length)
+    return _blocks(ids, block_length, max_blocks, seed)
+
+
+def split_blocks(
+    source: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    block_length: int,
+    *,
+    calibration: int | None = None,
+    evaluation: int | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`token_blocks` of both sides of a source (`load_texts`): for calibration and for evaluation.
+
+    calibration, evaluation: at most so many blocks. Raises as both functions do; where the source is too short, the
+    length that the message names fits both sides.
+    """
+    sides = [_joined(load_texts(source, split), tokenizer) for split in ("calibration", "evaluation")]
+    shortest = min(len(ids) for ids in sides)
+    if shortest < block_length:
+        raise _too_short("one side of the text (80 % calibrate, 20 % evaluate)", shortest, block_length)
+    first, second = (
+        _blocks(ids, block_length, most, seed) for ids, most in zip(sides, (calibration, evaluation), strict=True)
+    )
+    return first, second
+
+
+def _joined(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the texts with the end-of-text token between them."""
     texts = [text for text in texts if text]
     if not texts:
         raise UsageError("there is no text to cut into blocks; pass a file with text, or none for the built-in text")
@@ -125,14 +158,21 @@ def token_blocks(
         if ids and separator is not None:
             ids.append(separator)
         ids += encoded
+    return ids
+
+
+def _blocks(ids: list[int], block_length: int, max_blocks: int | None, seed: int) -> Tensor:
     count = len(ids) // block_length
-    if count == 0:
-        raise UsageError(
-            f"the text has {len(ids)} tokens, less than one block of {block_length}; pass more text or shorter blocks"
-        )
     blocks = torch.tensor(ids[: count * block_length], dtype=torch.int64).reshape(count, block_length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return blocks[order[:max_blocks]]
+
+
+def _too_short(what: str, tokens: int, block_length: int) -> UsageError:
+    return UsageError(
+        f"{what} has {tokens} tokens, less than one block of {block_length}; pass more text"
+        + (f", or block_length={tokens} at most" if tokens > 1 else "")
+    )
 
 
 def _chapters(text: str) -> list[str]:
@@ -161,33 +201,16 @@ def _is_calibration(name: str) -> bool:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it to UTF-8 first") from error
-    except OSError as error:
-        raise UsageError(f"cannot read the text file {path}: {error.strerror}") from error
+    text = read_text(path)
     if not text.strip():
         raise UsageError(f"the text file {path} is empty")
     return text.replace("\r\n", "\n")
 
 
-def _read_jsonl(content: str, path: Path) -> list[str]:
-    texts: list[str] = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f'{path}, line {number}: not JSON; each line must be like {{"text": "..."}}') from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UsageError(f'{path}, line {number}: no "text" string; each line must be like {{"text": "..."}}')
-        if row["text"].strip():
-            texts.append(row["text"])
-    if not texts:
-        raise UsageError(f"every text in {path} is empty")
-    return texts
+def _documents(path: Path) -> list[str]:
+    """The rows of a file that has rows, else its whole text."""
+    reader, text = rows_reader(path), _read(path)
+    return [text] if reader is None else reader(text, path)
 
 
 def _side(halves: tuple[str, str], split: Split) -> str:

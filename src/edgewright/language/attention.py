@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
+from edgewright.io.transformers_names import attention_function
 from edgewright.language.decoder_config import EdgeDecoderConfig
 
 
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         x: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
-        past_key_values: Any = None,
+        cache: Any = None,
         layer: int = 0,
         sliding_window: int | None = None,
         **options: Any,
@@ -55,9 +55,9 @@ class Attention(nn.Module):
             # Pairs (0, 1), (2, 3), ... become halves. Queries and keys change order alike, so their products do not.
             q, k = (t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for t in (q, k))
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, layer)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if cache is not None:
+            k, v = cache.update(k, v, layer)
+        attend = attention_function(self.config._attn_implementation, eager_attention_forward)
         options |= {"scaling": self.scaling, "sliding_window": sliding_window, "layer_idx": layer}
         mixed, probabilities = attend(self, q, k, v, attention_mask, dropout=0.0, **options)  # [B, T, H, h]
         return self.o_proj(mixed.reshape(*x.shape[:-1], -1)), probabilities

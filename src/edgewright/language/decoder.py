@@ -21,13 +21,21 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import (
+    cache_name,
+    cache_of,
+    cache_room,
+    mask,
+    one_cache,
+    records_outputs,
+    with_cache,
+)
 from edgewright.language.attention import Attention
 from edgewright.language.decoder_config import ATTENTION, CACHE_TYPES, EdgeDecoderConfig
-from edgewright.language.longhorn_state import LonghornCache
+from edgewright.language.longhorn_state import HAS_STATES, LonghornCache
 
 
 class FeedForward(nn.Module):
@@ -71,26 +79,29 @@ class EdgeDecoderLayer(GradientCheckpointingLayer):
         x: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
         layer: int = 0,
         sliding_window: int | None = None,
         input_ids: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """x: [B, T, hidden]. attention_mask: of the attention function, or [B, S] of real tokens for other mixers."""
+        """x: [B, T, hidden]. attention_mask: of the attention function, or [B, S] of real tokens for other mixers.
+
+        The cache comes under this version's name for it, which is the one that gradient checkpointing takes away.
+        """
+        cache = options.pop(cache_name(), None)
         if self.mixer in ATTENTION:
             mixed, _ = self.self_attn(
                 self.input_layernorm(x),
                 position_embeddings,
                 attention_mask,
-                past_key_values,
+                cache,
                 layer,
                 sliding_window,
                 **options,
             )
             x = x + mixed
         elif self.mixer == "longhorn":
-            x = x + self.longhorn(self.input_layernorm(x), attention_mask, past_key_values, layer, options.get("reset"))
+            x = x + self.longhorn(self.input_layernorm(x), attention_mask, cache, layer, options.get("reset"))
         if self.kind == "none":
             return x
         u = self.post_attention_layernorm(x)
@@ -105,7 +116,7 @@ class EdgeDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EdgeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [cache_name()]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -142,19 +153,26 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @records_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids: [B, T] int64, or inputs_embeds: [B, T, hidden]; attention_mask: [B, S], 1 at real tokens."""
+        """input_ids: [B, T] int64, or inputs_embeds: [B, T, hidden]; attention_mask: [B, S], 1 at real tokens.
+
+        cache, past_key_values: the newer and the older name of one argument.
+        reset (among the options): bool [B, T], true at the first token of each document of a packed row. No layer sees
+        the document before, and positions begin anew. A model with attention then takes and gives no cache, for a cache
+        does not know where its documents begin.
+        """
+        cache = one_cache(cache, past_key_values)
         config = self.config
         assert isinstance(config.mixers, list) and isinstance(config.ffn_types, list) and config.share_map is not None
         if (input_ids is None) == (inputs_embeds is None):
@@ -166,14 +184,20 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
         elif "stem" in config.ffn_types:
             raise UsageError("STEM layers look rows up by token: give input_ids, not inputs_embeds")
         assert inputs_embeds is not None
-        if use_cache and past_key_values is None:
-            past_key_values = LonghornCache(config) if "longhorn" in config.mixers else DynamicCache(config=config)
         attends = any(mixer in ATTENTION for mixer in config.mixers)  # else nothing here depends on positions
-        seen = past_key_values.get_seq_length() if past_key_values is not None and attends else 0
+        reset = options.get("reset") if attends else None
+        if reset is not None:
+            _check_reset(reset, inputs_embeds, cache, attention_mask, config)
+            use_cache = False
+        if use_cache and cache is None:
+            cache = LonghornCache(config) if "longhorn" in config.mixers else DynamicCache(config=config)
+        seen = cache.get_seq_length() if cache is not None and attends else 0
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        self._check_length(seen, inputs_embeds.shape[1], past_key_values)
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+            if reset is not None:  # behind the latest first token
+                position_ids = position_ids - (position_ids * reset).cummax(1).values
+        self._check_length(seen, inputs_embeds.shape[1], cache)
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids, reset)
         rotary = self.rotary_emb(inputs_embeds, position_ids)
 
         x = inputs_embeds
@@ -185,39 +209,49 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
                     CACHE_TYPES.get(mixer, mixer), None if isinstance(attention_mask, dict) else attention_mask
                 ),
                 position_embeddings=rotary,
-                past_key_values=past_key_values,
                 layer=layer,
                 sliding_window=config.sliding_window if mixer == "sliding_attention" else None,
                 input_ids=input_ids,
+                **with_cache(cache),
                 **options,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)  # type: ignore[arg-type]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **with_cache(cache))
 
     def _masks(
-        self, inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, position_ids: Tensor
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any,
+        cache: Cache | None,
+        position_ids: Tensor,
+        reset: Tensor | None = None,
     ) -> dict[str, Tensor | None]:
         """The mask of each kind of attention among the layers; `generate` may bring them ready."""
         if isinstance(attention_mask, dict):
             return attention_mask
         arguments: dict[str, Any] = {
             "config": self.config,
-            "inputs_embeds": inputs_embeds,
+            "embeddings": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
+            "cache": cache,
+            "positions": position_ids,
         }
+        if reset is not None:
+            document = reset.long().cumsum(1)  # that a token belongs to
+            # transformers finds documents in positions that begin anew; with that and ours together it cuts them wrong
+            arguments["positions"] = torch.arange(reset.shape[1], device=reset.device)[None]
+            arguments["and_mask_function"] = lambda b, head, q, kv: document[b, q] == document[b, kv]
         makers: dict[str, Any] = {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
         }
-        return {kind: make(**arguments) for kind, make in makers.items() if kind in self.config.mixers}  # type: ignore[operator]
+        return {kind: mask(make, **arguments) for kind, make in makers.items() if kind in self.config.mixers}  # type: ignore[operator]
 
-    def _check_length(self, seen: Any, new: int, past_key_values: Cache | None) -> None:
+    def _check_length(self, seen: Any, new: int, cache: Cache | None) -> None:
         """Warn once beyond the trained context; refuse what a cache of fixed size cannot hold."""
         if torch.compiler.is_compiling() or (isinstance(seen, Tensor) and seen.device.type != "cpu"):
             return  # a fixed cache counts on its device, and asking would wait for it
         total, limit = int(seen) + new, self.config.max_position_embeddings
-        room = past_key_values.get_max_length() if past_key_values is not None else -1
+        room = cache_room(cache) if cache is not None else -1
         if 0 < room < total and "sliding_attention" not in self.config.mixers:  # type: ignore[operator]
             raise UsageError(f"{total} tokens do not fit into a cache of {room}")
         if total > limit and not getattr(self, "_warned", False):
@@ -244,19 +278,23 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """labels: [B, T] int64, shifted here, -100 where nothing is to be predicted. logits: [B, T, vocab]."""
+        """labels: [B, T] int64, shifted here, -100 where nothing is to be predicted. logits: [B, T, vocab].
+
+        cache, past_key_values: the newer and the older name of one argument.
+        """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **options,
@@ -269,7 +307,7 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
+            **with_cache(cache_of(output)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
@@ -279,9 +317,10 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
     ) -> None:
         """transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not any(mixer in ATTENTION for mixer in self.config.mixers):  # type: ignore[union-attr]
-            model_kwargs["past_key_values"] = LonghornCache.around(cache)
+        cache = model_kwargs.get(cache_name())
+        attends = any(mixer in ATTENTION for mixer in self.config.mixers)  # type: ignore[union-attr]
+        if cache is not None and (not attends or (self._is_stateful and not HAS_STATES)):
+            model_kwargs[cache_name()] = LonghornCache.around(cache, self.config)
 
     def for_executorch(self) -> PreTrainedModel:
         """The form of this model that `export_executorch` traces."""
@@ -294,6 +333,15 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
         from edgewright.language.native import gguf_form
 
         return gguf_form(self)
+
+
+def _check_reset(reset: Tensor, x: Tensor, cache: Any, attention_mask: Any, config: EdgeDecoderConfig) -> None:
+    if tuple(reset.shape) != tuple(x.shape[:2]) or reset.dtype != torch.bool:
+        raise UsageError(f"reset is {reset.dtype} {list(reset.shape)}; give bool {list(x.shape[:2])}, one a token")
+    if cache is not None or isinstance(attention_mask, dict):
+        raise UsageError("reset marks documents of a packed row, which attention reads whole: give no cache with it")
+    if "flash" in str(config._attn_implementation):
+        raise UsageError(f"reset needs a mask, which {config._attn_implementation} does not take; use sdpa or eager")
 
 
 def new_decoder(config: EdgeDecoderConfig, seed: int = 0) -> EdgeDecoderForCausalLM:

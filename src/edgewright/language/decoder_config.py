@@ -36,7 +36,7 @@ class EdgeDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "edgewright_decoder"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 576
@@ -66,12 +66,24 @@ class EdgeDecoderConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    if not hasattr(PreTrainedConfig, "__post_init__"):  # before 5.4 a configuration was no dataclass
+
+        def __init__(self, **kwargs: Any) -> None:
+            own = {name: kwargs.pop(name, getattr(type(self), name)) for name in EdgeDecoderConfig.__annotations__}
+            vars(self).update({name: value for name, value in own.items() if name != "rope_parameters"})
+            self.rope_parameters = own["rope_parameters"]
+            self.__post_init__(**kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         if (given := kwargs.pop("layer_types", None)) is not None and self.mixers is None:
             self.mixers = given
         self._fill_in()
         self._check()
-        super().__post_init__(**kwargs)
+        if hasattr(PreTrainedConfig, "__post_init__"):
+            super().__post_init__(**kwargs)
+        else:
+            given = ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+            super().__init__(**{name: getattr(self, name) for name in given} | kwargs)
 
     def _fill_in(self) -> None:
         """Make every per-layer choice a list of one entry for each executed layer."""

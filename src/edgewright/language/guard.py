@@ -21,6 +21,7 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
 from edgewright.io.models import load
+from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.io.typed import from_json
 from edgewright.language.guard_policy import GuardPolicy, Message
 from edgewright.quantization.config import ActivationConfig
@@ -79,8 +80,8 @@ class ModelPredictor:
     def follow(self, ids: Sequence[int]) -> Tensor:
         device = next(self.model.parameters()).device
         tokens = torch.tensor([list(ids)], device=device)
-        output = self.model(input_ids=tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        self._cache = output.past_key_values
+        output = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **with_cache(self._cache))
+        self._cache = cache_of(output)
         return output.logits[0, -1].float().cpu()
 
     def crop(self, length: int) -> None:

@@ -95,28 +95,30 @@ class Longhorn(nn.Module):
         self,
         h: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         layer: int = 0,
         reset: Tensor | None = None,
     ) -> Tensor:
         """[B, T, d_model] -> the same.
 
         attention_mask: [B, S >= T], 1 at real tokens, of which the last T columns belong to h; zeros only before them.
-        past_key_values: a transformers cache, whose slot `layer` is read and written (without gradient).
+        cache: a transformers cache, whose slot `layer` is read and written (without gradient).
         reset: [B, T], true at the first token of each document of a packed row: nothing before it is seen.
         """
         mask = token_mask(attention_mask, h)
         window = state = None
-        if past_key_values is not None:
-            state, window = past_key_values.get_recurrent_state(layer), past_key_values.get_conv_state(layer)
+        if cache is not None:
+            if not hasattr(cache, "get_recurrent_state"):
+                raise UsageError(
+                    f"a {type(cache).__name__} of this transformers keeps no states; make a LonghornCache(model.config)"
+                )
+            state, window = cache.get_recurrent_state(layer), cache.get_conv_state(layer)
             _check_cache(state, h)
         S = unpack_state(state)
         out, inputs, S = self.advance(h, window, S, mask, reset)
-        if past_key_values is not None:
-            past_key_values.update_conv_state(
-                inputs.detach().transpose(1, 2), layer, conv_kernel_size=self.config.d_conv
-            )
-            past_key_values.update_recurrent_state(pack_state(S.detach(), self.config.state_dtype), layer)
+        if cache is not None:
+            cache.update_conv_state(inputs.detach().transpose(1, 2), layer, conv_kernel_size=self.config.d_conv)
+            cache.update_recurrent_state(pack_state(S.detach(), self.config.state_dtype), layer)
         return out
 
     def advance(

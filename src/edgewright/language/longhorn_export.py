@@ -68,7 +68,7 @@ class LonghornProgram(nn.Module):
 
     def forward(self, tokens: Tensor, window: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         states = _States(window, state)
-        hidden = self.model.model(input_ids=tokens, past_key_values=states, use_cache=False).last_hidden_state
+        hidden = self.model.model(input_ids=tokens, cache=states, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden[:, -1])
         return logits, torch.stack(states.windows), torch.stack(states.states)
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import cache_name
 
 STATE_TYPES = ("float32", "int8")
 SCALE_BYTES = 4
@@ -39,6 +40,39 @@ def unpack_state(state: Tensor | None) -> Tensor | None:
     return state[..., :-SCALE_BYTES].float() * scale
 
 
+# Before 5.21 transformers' caches keep no states that can be read back: `LonghornCache` brings slots of its own.
+HAS_STATES = hasattr(Cache, "get_recurrent_state")
+
+
+class _Slot(DynamicLayer):
+    """The two states of one Longhorn layer in a cache of an older transformers."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: dict[str, Tensor] = {}
+        self.tokens = 0  # seen by the cache, for the masks of attention layers that it is asked about
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        return self.tokens + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def reset(self) -> None:
+        self.states, self.tokens = {}, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.states = {k: v.index_select(0, beam_idx.to(v.device)) for k, v in self.states.items()}
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.states = {k: v.repeat_interleave(repeats, 0) for k, v in self.states.items()}
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.states = {k: v[indices] for k, v in self.states.items()}
+
+
 class LonghornCache(DynamicCache):
     """A DynamicCache that knows how many tokens it has seen, also where no layer of attention counts them.
 
@@ -47,27 +81,60 @@ class LonghornCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
+        if not HAS_STATES:
+            kinds = config.layer_types
+            self.layers = [_Slot() if k == "linear_attention" else x for k, x in zip(kinds, self.layers, strict=True)]
         self.tokens = 0
 
     @classmethod
-    def around(cls, cache: Cache) -> LonghornCache:
+    def around(cls, cache: Cache, config: Any) -> LonghornCache:
         """A counting cache with the very layers of another, which must be new. Raises UsageError for a used one."""
         if isinstance(cache, cls):
             return cache
-        if any(layer.has_previous_state[0] for layer in cache.layers if hasattr(layer, "has_previous_state")):
+        if any(map(_used, cache.layers)):
             raise UsageError(
                 f"the {type(cache).__name__} has seen tokens but not counted them; go on from a LonghornCache: "
-                "model.generate(..., past_key_values=LonghornCache(model.config))"
+                f"model.generate(..., {cache_name()}=LonghornCache(model.config))"
             )
+        if not HAS_STATES:
+            return cls(config)
         made = cls.__new__(cls)
         vars(made).update(vars(cache))
         made.tokens = 0
         return made
 
+    def _slot(self, layer_idx: int) -> _Slot:
+        slot = self.layers[layer_idx]
+        assert isinstance(slot, _Slot)
+        return slot
+
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Tensor:
-        if layer_idx == next(i for i, layer in enumerate(self.layers) if hasattr(layer, "conv_states")):
+        if layer_idx == next(i for i, x in enumerate(self.layers) if hasattr(x, "conv_states") or isinstance(x, _Slot)):
             self.tokens += conv_states.shape[-1]
+        if not HAS_STATES:
+            for slot in (x for x in self.layers if isinstance(x, _Slot)):
+                slot.tokens = self.tokens
+            width, states = options["conv_kernel_size"], self._slot(layer_idx).states
+            before = states.get("conv", conv_states.new_zeros(*conv_states.shape[:-1], width))
+            states["conv"] = torch.cat([before, conv_states], dim=-1)[..., -width:]
+            return states["conv"]
         return super().update_conv_state(conv_states, layer_idx, state_idx, **options)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **options: Any) -> Tensor:
+        if HAS_STATES:
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **options)
+        self._slot(layer_idx).states["recurrent"] = recurrent_states
+        return recurrent_states
+
+    def get_conv_state(self, layer_idx: int, *args: Any) -> Tensor | None:
+        if HAS_STATES:
+            return super().get_conv_state(layer_idx, *args)
+        return self._slot(layer_idx).states.get("conv")
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any) -> Tensor | None:
+        if HAS_STATES:
+            return super().get_recurrent_state(layer_idx, *args)
+        return self._slot(layer_idx).states.get("recurrent")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.tokens
@@ -75,6 +142,14 @@ class LonghornCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.tokens = 0
+
+
+def _used(layer: Any) -> bool:
+    """Whether a layer of a cache holds states (several by number, or one) or keys."""
+    before = getattr(layer, "has_previous_state", None)
+    if before is None:
+        return getattr(layer, "keys", None) is not None
+    return any(before.values()) if isinstance(before, dict) else bool(before)
 
 
 @dataclass(frozen=True)

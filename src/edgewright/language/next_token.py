@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edgewright.distillation.logits import chunked_distillation_loss
 from edgewright.errors import UsageError
+from edgewright.io.transformers_names import with_cache
 
 CHUNK_LOGITS = 2**23  # float32 logits that exist at a time: 32 MB
 
@@ -52,7 +53,7 @@ class NextToken(nn.Module):
         decoder: Any = self.decoder
         base, head = decoder.model, decoder.lm_head
         if what == "next":
-            hidden = base(input_ids=tokens, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+            hidden = base(input_ids=tokens, use_cache=cache is not None, **with_cache(cache)).last_hidden_state
             return head(hidden[:, -1]).float()
         hidden = base(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
         labels = tokens[:, 1:].reshape(-1)

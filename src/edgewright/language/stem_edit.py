@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.tensors import read_tensors, save_tensors
+from edgewright.io.transformers_names import CACHE_NAMES
 from edgewright.language.stem import stem_blocks
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class _Positions:
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward of the decoder: how many positions the cache holds already."""
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         self.offset = 0 if cache is None else int(cache.get_seq_length())
 
     def __call__(self, lookup: Any, input_ids: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class StemDecodeProgram(nn.Module):
             input_ids=tokens,
             attention_mask={"full_attention": mask},
             position_ids=position.unsqueeze(0),
-            past_key_values=cache,
+            cache=cache,
             use_cache=False,
         )
         logits = self.model.lm_head(output.last_hidden_state[:, -1])

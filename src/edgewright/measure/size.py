@@ -60,22 +60,22 @@ def bytes_by_part(source: torch.nn.Module | GGUFFile | str | Path) -> dict[str, 
         for name, tensor, _ in _unique_tensors(source):
             parts[part_of(name)] += tensor.numel() * tensor.element_size()
         return parts
-    file, path = _gguf(source)
+    file = _gguf(source)
     for name, entry in file.tensors.items():
         parts[part_of(name)] += entry.nbytes
-    parts["metadata"] = path.stat().st_size - sum(parts.values())
+    parts["metadata"] = file.size - sum(parts.values())
     return parts
 
 
 def gguf_parameters(source: GGUFFile | str | Path) -> int:
     """Number of weights stored in a GGUF file."""
-    file, _ = _gguf(source)
+    file = _gguf(source)
     return sum(_elements(tensor.shape) for tensor in file.tensors.values())
 
 
 def bits_per_weight(source: GGUFFile | str | Path) -> float:
     """Bits of tensor data per stored weight; the file's metadata (tokenizer and so on) does not count."""
-    file, _ = _gguf(source)
+    file = _gguf(source)
     return sum(tensor.nbytes for tensor in file.tensors.values()) * 8 / max(gguf_parameters(file), 1)
 
 
@@ -85,7 +85,7 @@ def bytes_per_decoded_token(source: GGUFFile | str | Path) -> int:
     A token embedding that is not also the output head gives one row only, and of a mixture of experts only the experts
     in use are read. The key-value cache is not counted: it is small at the short contexts of a benchmark.
     """
-    file, _ = _gguf(source)
+    file = _gguf(source)
     architecture = file.metadata.get("general.architecture", "")
     experts = file.metadata.get(f"{architecture}.expert_count") or 0
     used = file.metadata.get(f"{architecture}.expert_used_count") or experts
@@ -119,11 +119,10 @@ def _unique_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
             yield name, tensor, is_parameter
 
 
-def _gguf(source: Any) -> tuple[GGUFFile, Path]:
+def _gguf(source: Any) -> GGUFFile:
     from edgewright.io.gguf import GGUFFile
 
-    file = source if isinstance(source, GGUFFile) else GGUFFile(source)
-    return file, Path(file.path)
+    return source if isinstance(source, GGUFFile) else GGUFFile(source)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

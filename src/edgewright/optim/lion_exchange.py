@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from edgewright.errors import EdgewrightError, UsageError
+from edgewright.errors import EdgewrightError, UsageError, in_one_line
 from edgewright.optim.sign_bits import (
     TRITS,
     alternate_votes,
@@ -223,7 +223,7 @@ class Exchange:
             waited = time.monotonic() - began
             raise EdgewrightError(
                 f"process {self.rank} of {self.world} lost another one after {waited:.0f} s of waiting "
-                f"({str(error).strip().splitlines()[0][:120]}): start all of them again from the last checkpoint"
+                f"({in_one_line(error)}): start all of them again from the last checkpoint"
             ) from error
         finally:
             self.traffic.seconds += time.monotonic() - began

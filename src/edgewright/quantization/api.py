@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.errors import Unsupported, UsageError
+from edgewright.io.expert_stacks import foreign_stacks, put_stack, stack_axis
+from edgewright.io.own_forward import has_own_forward, keeping_forward, original_layer
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack
 from edgewright.quantization.config import QuantConfig, Rule
+from edgewright.quantization.coverage import warn_left_out
 from edgewright.quantization.kv_cache import attach_kv_quantization
 from edgewright.quantization.layers import (
     QuantConv2d,
@@ -34,14 +37,21 @@ PACKED = (PackedLinear, PackedEmbedding, PackedConv2d, PackedStack)
 def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
     """Replace, in place, the modules that the rules select by their fake-quantised twins; returns the model.
 
-    Nothing is changed unless the whole configuration fits. Raises UsageError (pattern that matches nothing, group that
-    does not divide a row, tied weight without a decision), FormatError (NaN or infinite weight).
+    A layer whose class has a forward of its own keeps it (`io.own_forward`). Nothing is changed unless the whole
+    configuration fits. `coverage(model)` of `quantization.coverage` tells what is quantised then and what is not; where
+    the pattern "*" cannot reach a hundredth of the weights there is a UserWarning.
+
+    Raises UsageError (pattern that matches nothing, group that does not divide a row, tied weight without a decision),
+    Unsupported (a layer that would lose something), FormatError (NaN or infinite weight).
     """
-    layers = _layers(model)
+    layers = quantizable_layers(model)
     selected = _select(model, layers, config)
     quantizers = _quantizers(model, layers, selected, config)
     for name, rule in selected.items():
-        _replace(model, name, _twin(layers[name], quantizers.get(name), rule, name))
+        _replace(
+            model, name, keeping_forward(layers[name], _fake_quantized(layers[name], quantizers.get(name), rule, name))
+        )
+    warn_left_out(model, config)
     if config.kv is not None:
         attach_kv_quantization(model, config.kv)
     return model
@@ -56,6 +66,7 @@ def convert_(model: nn.Module) -> nn.Module:
     tables: dict[int, nn.Module] = {}
     for name, module in _modules_of(model, QUANTIZED, "convert_ needs a model that went through quantize_"):
         packed = module.packed()
+        packed = keeping_forward(module, packed) if packed is not module else packed
         quantizer = module.quantizer
         if quantizer is not None:
             first = tables.setdefault(id(quantizer), packed)
@@ -98,17 +109,22 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def quantizable_layers(model: nn.Module) -> dict[str, Any]:
     """Everything that can be quantised, by name: layers, and the stacks of matrices that modules name as theirs."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, QUANTIZABLE):
+        if isinstance(module, QUANTIZABLE) and not isinstance(module, PACKED):
             found[name] = module
         for stack in getattr(module, "weight_stacks", ()):
             if isinstance(weight := getattr(module, stack), nn.Parameter):
-                owned = f"{name}.{stack}" if name else stack
-                found[owned] = WeightStack(weight, getattr(module, "group_axis", "in"))
+                found[_child(name, stack)] = WeightStack(weight, getattr(module, "group_axis", "in"))
+        for stack in () if hasattr(module, "weight_stacks") else foreign_stacks(module):
+            found[_child(name, stack)] = WeightStack(getattr(module, stack), str(stack_axis(module)), foreign=True)
     return found
+
+
+def _child(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _select(model: nn.Module, layers: dict[str, Any], config: QuantConfig) -> dict[str, Rule]:
@@ -129,9 +145,31 @@ def _select(model: nn.Module, layers: dict[str, Any], config: QuantConfig) -> di
         if chosen.weight is None and isinstance(layers[name], nn.Embedding):
             continue  # an embedding's input is a token id: there is no activation to quantise
         selected[name] = chosen
+    for name, chosen in selected.items():
+        _check_layer(name, layers[name], chosen)
     if config.rules and not selected:
         raise UsageError(f"every matching layer is skipped by {config.skip}; there is nothing to quantise")
     return selected
+
+
+def _check_layer(name: str, layer: nn.Module, rule: Rule) -> None:
+    """Refuse by name a layer of which quantisation would lose something."""
+    kind, reason = type(layer).__name__, ""
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        reason = "its owner multiplies with the weight itself, past the layer"
+    elif weight is None or not weight.is_floating_point():
+        reason = "its weight is no float parameter: it is parametrised, or quantised by another library"
+    elif "forward" in vars(layer):
+        reason = "its forward was replaced on this one object"
+    elif getattr(layer, "max_norm", None) is not None:
+        reason = "max_norm changes its table at every look-up"
+    elif rule.activation is not None and getattr(layer, "foreign", False):
+        kind, reason = "stack of experts", "transformers multiplies with it, and its input cannot be quantised"
+    elif rule.activation is not None and has_own_forward(layer):
+        reason = "its class has a forward of its own, before which no input can be quantised"
+    if reason:
+        raise Unsupported(f"layer {name} is a {kind} that cannot be quantised: {reason}; add {name!r} to skip=(...)")
 
 
 def _quantizers(
@@ -173,7 +211,7 @@ def _quantizers(
     return quantizers
 
 
-def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule, name: str) -> nn.Module:
+def _fake_quantized(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule, name: str) -> nn.Module:
     if isinstance(module, nn.Linear):
         inputs = rule.activation.build(name, module.in_features) if rule.activation else None
         return QuantLinear(module, quantizer, inputs)
@@ -188,7 +226,9 @@ def _twin(module: nn.Module, quantizer: WeightQuantizer | None, rule: Rule, name
 
 
 def _plain(module: Any, weight: nn.Parameter) -> nn.Module:
-    """An ordinary layer of the same kind around `weight`."""
+    """The float layer of the class before quantisation around `weight`."""
+    if has_own_forward(module):
+        return original_layer(module, weight)
     bias = getattr(module, "bias", None)
     plain: nn.Module
     with torch.device("meta"):  # no memory for weights that are replaced at once
@@ -233,7 +273,12 @@ def _modules_of(model: nn.Module, kinds: tuple[type, ...], complaint: str) -> li
 def _replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> None:
     parent, _, child = name.rpartition(".")
     owner = model.get_submodule(parent)
-    if isinstance(getattr(owner, child), nn.Parameter):
+    held = getattr(owner, child)
+    stacked = held.ndim == 3 if isinstance(held, nn.Parameter) else isinstance(held, QuantStack | PackedStack)
+    if stacked and not hasattr(owner, "weight_stacks"):
+        put_stack(owner, child, module)
+        return
+    if isinstance(held, nn.Parameter):
         delattr(owner, child)  # a parameter gives its name to a module only when it is gone
     setattr(owner, child, module)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.config_bounds import check_numbers, check_size
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
@@ -127,5 +127,5 @@ def _skeleton(folder: Path, settings: dict[str, Any], entries: dict[str, Safeten
     except FormatError:
         raise
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error

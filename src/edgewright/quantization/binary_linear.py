@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.errors import Unsupported, UsageError
+from edgewright.io.own_forward import has_own_forward, original_class
 from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.kernels.popcount import PATHS, WORD, binary_linear, pack_bits, tile, unpack_bits, unpack_signs
 from edgewright.quantization.api import quantized_modules
@@ -167,6 +168,11 @@ def pack_binary_(model: nn.Module, path: str = "auto") -> nn.Module:
 
 def _packed(name: str, module: Any, path: str) -> nn.Module:
     quantizer: Any = module.quantizer
+    if has_own_forward(module):
+        raise Unsupported(
+            f"layer {name} is a quantised {original_class(module).__name__}, whose own forward a binary layer cannot "
+            "keep; convert_(model) packs it"
+        )
     tensor = quantizer.pack(module.weight)
     if tensor.step.shape[1] != 1:
         raise UsageError(f"layer {name} has {tensor.step.shape[1]} scales a row; packed binary layers have one or none")

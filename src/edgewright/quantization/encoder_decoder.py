@@ -116,11 +116,7 @@ def tbt_(
         elif isinstance(module, nn.Linear):
             rules.append(Rule(name, grid, _input_config(acts, model, name)))
     _flag_zero_rows(model, rules)
-    scales = {name: _embed_scale(m) for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     quantize_(model, QuantConfig(tuple(rules), skip=(), tied="together"))
-    for name, scale in scales.items() if table_grid is not None else ():
-        if scale != 1.0:
-            _wrap(model, name, scale)
     if own_head and head == "fp":
         model.get_output_embeddings().weight = latent
     elif own_head:
@@ -128,24 +124,6 @@ def tbt_(
     if acts is not None:
         quantize_attention_(model, lambda name, module: _attention_quantizers(acts, name))
     return model
-
-
-class ScaledEmbedding(nn.Module):
-    """A quantised table whose rows are multiplied by sqrt(width) when they are looked up (mBART and some BARTs)."""
-
-    def __init__(self, table: nn.Module, embed_scale: float) -> None:
-        super().__init__()
-        self.table = table
-        self.embed_scale = embed_scale
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.table.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.table(tokens) * self.embed_scale
 
 
 def _weight_config(weight: WeightConfig | str | int | None) -> WeightConfig | None:
@@ -204,13 +182,3 @@ def _flag_zero_rows(model: Any, rules: list[Rule]) -> None:
         if bool(zero.any()):
             count = int(zero.sum())
             warnings.warn(f"{rule.pattern}: {count} rows are zero and become 1e-5 on the binary grid", stacklevel=3)
-
-
-def _embed_scale(module: Any) -> float:
-    return float(getattr(module, "embed_scale", 1.0))
-
-
-def _wrap(model: nn.Module, name: str, scale: float) -> None:
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    setattr(owner, child, ScaledEmbedding(getattr(owner, child), scale))

@@ -1,7 +1,7 @@
 """Second-order calibration: choose codes column by column so that each rounding error is repaired by later columns.
 
 Source: GPTQ, arXiv 2210.17323 (optimal brain quantisation with a shared inverse Hessian H = X^T X). The model is walked
-block by block; hidden states wait on disk, so memory does not grow with the number of samples.
+block by block (`walk`); hidden states wait on disk, so memory does not grow with the number of samples.
 
 deviations: scales minimise the squared error weighted by diag(H) before any column is rounded (static groups), columns
 are visited in order of falling diag(H), and the compensated but unrounded weights are kept as latent weights: rounding
@@ -28,6 +28,7 @@ from edgewright.quantization.config import QuantConfig, Rule
 from edgewright.quantization.fake_quantize import Quantizer
 from edgewright.quantization.layers import QuantLinear
 from edgewright.quantization.scales import grouped, mse_alpha
+from edgewright.quantization.walk import Walk
 
 TOKENS_AT_ONCE = 1024  # of calibration text in one call of a block
 COLUMNS_AT_ONCE = 128  # updates inside such a slice are eager, beyond it they are one matrix product
@@ -56,10 +57,11 @@ def gptq_(
     blocks: int64 [samples, length] of token ids. damping: added to diag(H), relative to its mean. scratch: folder for
     the hidden states (samples * length * width * 4 bytes; default: the system's temporary folder). on_layer: called
     with (blocks done, blocks in all). Linear layers inside the model's block list are calibrated; others selected by
-    `config` (embedding, head) follow their own scale rule. Returns the error of each calibrated layer.
+    `config` (embedding, head, stacks of experts) follow their own scale rule. A block that runs several times is
+    calibrated on what its first run sees. Returns the error of each calibrated layer.
 
-    Raises UsageError for unusable calibration data, Unsupported for a model without a list of blocks, and whatever
-    `quantize_` raises.
+    Raises UsageError for unusable calibration data, Unsupported for a model without a list of blocks or whose hidden
+    states do not go from block to block as they are, and whatever `quantize_` raises.
     """
     if blocks.ndim != 2 or blocks.shape[0] == 0:
         raise UsageError(f"calibration data of shape {tuple(blocks.shape)}; expected token ids [samples, length]")
@@ -70,14 +72,18 @@ def gptq_(
     report: list[LayerError] = []
     release_free_memory()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="edgewright-", dir=scratch) as folder:
-        states, arguments = _first_inputs(model, layers[0], blocks, Path(folder) / "hidden")
-        for index, layer in enumerate(layers):
-            report += _calibrate_block(layer, f"{index}", states, arguments, damping)
-            if index + 1 < len(layers):
+        walk = Walk(model, layers, blocks)
+        states = _first_inputs(walk, len(blocks), Path(folder) / "hidden")
+        calibrated: set[int] = set()
+        for call, index in enumerate(walk.order):
+            if index not in calibrated:
+                report += _calibrate_block(walk, call, states, damping)
+                calibrated.add(index)
+            if call + 1 < len(walk.order):
                 for samples in states.slices:
-                    states.write(samples, _hidden(layer(states.read(samples), **arguments)))
+                    states.write(samples, walk.run(samples, call, states.read(samples)))
             if on_layer is not None:
-                on_layer(index + 1, len(layers))
+                on_layer(call + 1, len(walk.order))
     model.train(was_training)
     return report
 
@@ -121,46 +127,13 @@ class _States:
         return torch.from_numpy(values).reshape(len(samples), *self.shape).to(self.device, self.dtype)
 
 
-class _Stop(Exception):
-    """Leaves the model's forward once the first block's input is known."""
-
-
-def _first_inputs(model: nn.Module, first: nn.Module, blocks: Tensor, path: Path) -> tuple[_States, dict[str, Any]]:
-    """Inputs of the first block for every sample, and the keyword arguments that all blocks receive."""
-    states: _States | None = None
-    arguments: dict[str, Any] = {}
-    current = 0
-
-    def catch(_: nn.Module, positional: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        nonlocal states, arguments
-        hidden = positional[0] if positional else keywords["hidden_states"]
-        if states is None:
-            states = _States(path, len(blocks), hidden.shape, hidden.dtype, hidden.device)
-            arguments = {name: value for name, value in keywords.items() if name != "hidden_states"}
-        states.write(range(current, current + 1), hidden)
-        raise _Stop
-
-    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
-    device = next(model.parameters()).device
-    try:
-        for current in range(len(blocks)):  # noqa: B007 - read by the hook
-            try:
-                model(blocks[current : current + 1].to(device), **_without_cache(model))
-            except _Stop:
-                pass
-    finally:
-        handle.remove()
-    assert states is not None
-    return states, arguments
-
-
-def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """A cache kept between samples would mix them."""
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _first_inputs(walk: Walk, samples: int, path: Path) -> _States:
+    """Inputs of the first block for every sample."""
+    hidden = walk.first_input(range(1))
+    states = _States(path, samples, hidden.shape, hidden.dtype, hidden.device)
+    for part in states.slices:
+        states.write(part, walk.first_input(part))
+    return states
 
 
 @contextmanager
@@ -176,9 +149,9 @@ def _unquantized(modules: list[QuantLinear]) -> Iterator[None]:
             module.quantizer = quantizer
 
 
-def _calibrate_block(
-    block: nn.Module, prefix: str, states: _States, arguments: dict[str, Any], damping: float
-) -> list[LayerError]:
+def _calibrate_block(walk: Walk, call: int, states: _States, damping: float) -> list[LayerError]:
+    prefix = f"{walk.order[call]}"
+    block = walk.layers[walk.order[call]]
     named = [(name, module) for name, module in block.named_modules() if isinstance(module, QuantLinear)]
     named = [(name, module) for name, module in named if module.quantizer is not None]
     if not named:
@@ -209,7 +182,7 @@ def _calibrate_block(
         with _unquantized([module for _, module in named]):
             for samples in states.slices:
                 seen.clear()
-                block(states.read(samples), **arguments)
+                walk.run(samples, call, states.read(samples))
     finally:
         for handle in handles:
             handle.remove()

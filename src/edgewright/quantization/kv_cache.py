@@ -6,12 +6,15 @@ never reach across tokens. LLM-QAT (arXiv 2305.17888) quantises the outputs of t
 rotary embedding; llama.cpp's cache holds keys after it.
 
 Mechanism: a forward pre-hook hands each attention module a stand-in for its cache that quantises what passes through
-`update`, whether a real cache stands behind it or not. Keys before rotation are quantised by a hook on the module that
-makes them. All state lives in hooks of the model itself: copies carry it, `detach_kv_quantization` removes it.
+`update`, whether a real cache stands behind it or not. The argument is found in the signature of the attention's
+forward, and a forward that never called `update` is an error: another version of transformers cannot bypass the
+quantiser in silence. Keys before rotation are quantised by a hook on the module that makes them. All state lives in
+hooks of the model itself: copies carry it, `detach_kv_quantization` removes it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import Unsupported, UsageError
+from edgewright.errors import CheckFailed, Unsupported, UsageError
+from edgewright.io.transformers_names import CACHE_NAMES, named_cache, version
 from edgewright.quantization.codecs import Codec
 from edgewright.quantization.config import SCALE_DTYPES, KVConfig
 
-# Classes whose forward is known to hand (keys after rotation, values) to `past_key_values.update` and nothing else.
+# Classes whose forward is known to hand (keys after rotation, values) to `update` of its cache and nothing else.
 KNOWN_ATTENTION = tuple(
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}Attention"
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -144,9 +148,11 @@ class _QuantizingCache:
 
     def __init__(self, cache: Any, config: KVConfig, keys: RowQuantizer, values: RowQuantizer) -> None:
         self.cache, self.config, self.quantizers = cache, config, (keys, values)
+        self.updates = 0
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """keys after rotation and values, both [B, heads, T, head_dim]; returns all that attention is to see."""
+        self.updates += 1
         stored = getattr(self.cache, "kv_config", None)
         if stored is None:
             head_dim = keys.shape[-1]
@@ -175,6 +181,7 @@ class _AttentionHook:
         heads = attention.config.num_key_value_heads
         shape = (attention.config.model_type, heads, attention.head_dim)
         self.config = config
+        self.position, self.argument = _cache_argument(attention)
         self.keys = row_quantizer(config, *shape, values=False)
         self.values = row_quantizer(config, *shape, values=True)
         self.key_hook = _KeyHook(self.keys) if config.when == "pre_rope" else None
@@ -186,19 +193,45 @@ class _AttentionHook:
             source = _key_source(attention)
             if not any(hook is self.key_hook for hook in source._forward_hooks.values()):
                 source.register_forward_hook(self.key_hook)
-        position = 3  # of past_key_values, after hidden states, position embeddings and mask
-        cache = args[position] if len(args) > position else kwargs.get("past_key_values")
-        stand_in = _QuantizingCache(cache, self.config, self.keys, self.values)
-        if len(args) > position:
-            return (*args[:position], stand_in, *args[position + 1 :]), kwargs
-        return args, {**kwargs, "past_key_values": stand_in}
+        given = [kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None]
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+        if len(args) > self.position:
+            stand_in = _QuantizingCache(args[self.position], self.config, self.keys, self.values)
+            return (*args[: self.position], stand_in, *args[self.position + 1 :]), kwargs
+        stand_in = _QuantizingCache(given[0] if given else None, self.config, self.keys, self.values)
+        return args, {**kwargs, self.argument: stand_in}
+
+
+class _UseHook:
+    """Forward hook of an attention module: its forward must have sent keys and values through the stand-in, once."""
+
+    def __call__(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        updates = [x.updates for x in (*args, *kwargs.values()) if isinstance(x, _QuantizingCache)]
+        if updates != [1]:
+            raise CheckFailed(
+                f"{type(attention).__name__} of transformers {version()} used its cache {sum(updates)} times in one "
+                "forward instead of once, so its keys and values are not quantised; "
+                "detach_kv_quantization(model) runs it without"
+            )
+
+
+def _cache_argument(attention: nn.Module) -> tuple[int, str]:
+    """(position, name) of the cache among the arguments of the attention's forward. Raises Unsupported."""
+    names = list(inspect.signature(attention.forward).parameters)
+    if (name := named_cache(attention.forward)) is None:
+        raise Unsupported(
+            f"{type(attention).__name__} of transformers {version()} takes {', '.join(names)}; quantised key-value "
+            f"caches need an argument named {' or '.join(CACHE_NAMES)}"
+        )
+    return names.index(name), name
 
 
 def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
     """Put the keys and values of every attention module under `config`, in place; returns the model.
 
-    Raises Unsupported naming an attention class that is not known, UsageError when the model has quantised keys and
-    values already or a group does not divide its heads. Nothing is changed unless all modules fit.
+    Raises Unsupported naming an attention class that is not known or takes no cache by a known name, UsageError when
+    the model has quantised keys and values already or a group does not divide its heads. Nothing is changed unless all
+    modules fit.
     """
     if attached_kv_config(model) is not None:
         raise UsageError("the model's key-value cache is quantised already; call detach_kv_quantization(model) first")
@@ -215,6 +248,7 @@ def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
         raise Unsupported(f"{type(model).__name__} has no attention module whose key-value cache could be quantised")
     for module, hook in hooks:
         module.register_forward_pre_hook(hook, with_kwargs=True)
+        module.register_forward_hook(_UseHook(), with_kwargs=True)
         if hook.key_hook is not None:
             _key_source(module).register_forward_hook(hook.key_hook)
     return model
@@ -228,8 +262,9 @@ def detach_kv_quantization(model: nn.Module) -> nn.Module:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _AttentionHook)]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _KeyHook)]:
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _KeyHook | _UseHook)]:
             del module._forward_hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
     return model
 
 

@@ -111,6 +111,8 @@ class QuantModule(Protocol):
 class QuantLinear(nn.Linear):
     """Linear layer computing with its quantised weight and, if asked, a quantised input. [..., in] -> [..., out]."""
 
+    original: type[nn.Module] = nn.Linear
+
     def __init__(
         self,
         linear: nn.Linear,
@@ -125,12 +127,17 @@ class QuantLinear(nn.Linear):
         self.input_quantizer = input_quantizer
         self.train(linear.training)
 
+    @property
+    def latent(self) -> Tensor:
+        """The float weight that training changes; see `io.own_forward` for layers whose `weight` may be another."""
+        return self.weight
+
     def forward(self, inputs: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             inputs = self.input_quantizer(inputs)
         if self.quantizer is None:
-            return F.linear(inputs, self.weight, self.bias)
-        matrix, alpha = self.quantizer.operands(self.weight)
+            return F.linear(inputs, self.latent, self.bias)
+        matrix, alpha = self.quantizer.operands(self.latent)
         noise = self.quantizer.noise if self.training else None
         return fake_quantized_linear(inputs, matrix, alpha, self.bias, self.quantizer.quantizer, noise)
 
@@ -144,6 +151,8 @@ class QuantLinear(nn.Linear):
 class QuantEmbedding(nn.Embedding):
     """Embedding whose rows are quantised as they are looked up. int64 [...] -> [..., width]."""
 
+    original: type[nn.Module] = nn.Embedding
+
     def __init__(self, embedding: nn.Embedding, quantizer: WeightQuantizer) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
@@ -154,17 +163,23 @@ class QuantEmbedding(nn.Embedding):
         self.quantizer = quantizer
         self.train(embedding.training)
 
+    @property
+    def latent(self) -> Tensor:
+        """The float weight that training changes; see `io.own_forward` for layers whose `weight` may be another."""
+        return self.weight
+
     def forward(self, tokens: Tensor) -> Tensor:
         flat = tokens.reshape(-1)
-        rows = F.embedding(flat, self.weight, self.padding_idx)  # [tokens, width]
+        weight = self.latent
+        rows = F.embedding(flat, weight, self.padding_idx)  # [tokens, width]
         scale = self.quantizer.weight_scale
         if scale is None and self.quantizer.config.granularity != "tensor":
             alpha = self.quantizer.alpha(rows)  # a row's own scale needs only that row
         else:
-            alpha = F.embedding(flat, self.quantizer.alpha(self.weight))
+            alpha = F.embedding(flat, self.quantizer.alpha(weight))
         if self.quantizer.config.center:
-            rows = rows - self.weight.detach().mean()
-        values = fake_quantize(rows, alpha, self.quantizer.quantizer, self.weight.numel())
+            rows = rows - weight.detach().mean()
+        values = fake_quantize(rows, alpha, self.quantizer.quantizer, weight.numel())
         return values.reshape(*tokens.shape, self.embedding_dim)
 
     def packed(self) -> nn.Module:
@@ -173,6 +188,8 @@ class QuantEmbedding(nn.Embedding):
 
 class QuantConv2d(nn.Conv2d):
     """2-D convolution with a quantised weight; rows are output channels. [N, C, H, W] -> [N, out, H', W']."""
+
+    original: type[nn.Module] = nn.Conv2d
 
     def __init__(
         self,
@@ -187,10 +204,15 @@ class QuantConv2d(nn.Conv2d):
         self.quantizer = quantizer
         self.input_quantizer = input_quantizer
 
+    @property
+    def latent(self) -> Tensor:
+        """The float weight that training changes; see `io.own_forward` for layers whose `weight` may be another."""
+        return self.weight
+
     def forward(self, inputs: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             inputs = self.input_quantizer(inputs)
-        weight = self.weight
+        weight = self.latent
         if self.quantizer is not None:
             weight = self.quantizer.values(weight, self.quantizer.noise if self.training else None)
         return self._conv_forward(inputs, weight, self.bias)
@@ -205,11 +227,12 @@ class WeightStack(nn.Module):
     """A parameter [E, out, in] seen as a layer. A module offers such parameters by naming them in `weight_stacks`.
 
     group_axis: the owner's, "in" where it has none. The owner takes the quantised stack in the parameter's place.
+    foreign: the owner is a class of transformers (`io.expert_stacks`).
     """
 
-    def __init__(self, weight: nn.Parameter, group_axis: str = "in") -> None:
+    def __init__(self, weight: nn.Parameter, group_axis: str = "in", foreign: bool = False) -> None:
         super().__init__()
-        self.weight, self.group_axis = weight, group_axis
+        self.weight, self.group_axis, self.foreign = weight, group_axis, foreign
 
 
 class QuantStack(nn.Module):

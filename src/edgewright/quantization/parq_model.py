@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.io.own_forward import keeping_forward
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.quantization import shards
 from edgewright.quantization.api import QUANTIZABLE, QUANTIZED
@@ -102,7 +103,8 @@ def convert_parq_(model: nn.Module, optimizer: QuantOptimizer) -> nn.Module:
     for p, tensor in packed.items():
         for name, module in layers[p]:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _layer(module, tensor).train(module.training))
+            made = keeping_forward(module, _layer(module, tensor).train(module.training))
+            setattr(model.get_submodule(parent), child, made)
     return model
 
 

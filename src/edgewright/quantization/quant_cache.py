@@ -1,7 +1,7 @@
 """A key-value cache for generation that really stores integer codes and scales, and counts its own bytes.
 
     cache = QuantCache(model.config, KVConfig.llama_cpp(4))
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)      # past_key_values=cache before transformers 5.24
     cache.bytes_per_token()
 
 It returns to attention exactly what a model under `attach_kv_quantization` with the same configuration sees.
@@ -116,9 +116,8 @@ class QuantLayer(DynamicLayer):
 class QuantCache(Cache):
     """Cache of integer codes: packed nibbles up to 4 bits, bytes up to 8, with the scales beside them.
 
-    model_config: the model's `config`. Pass the cache as `past_key_values` to the model or to `generate`. Raises
-    UsageError for widths above 8 bits, and for pre_rope: attention hands its cache the keys after rotation, so those
-    are what a cache can store.
+    model_config: the model's `config`. Pass the cache to the model or to `generate`. Raises UsageError for widths above
+    8 bits, and for pre_rope: attention hands its cache the keys after rotation, so those are what a cache can store.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: KVConfig) -> None:

@@ -191,6 +191,7 @@ class _Bench:
         """Bytes a token of the caches that really store codes, beside float16."""
         import torch
 
+        from edgewright.io.transformers_names import with_cache
         from edgewright.quantization.config import KVConfig
         from edgewright.quantization.quant_cache import QuantCache
 
@@ -206,7 +207,7 @@ class _Bench:
             cache = QuantCache(config, kind)
             with torch.no_grad():
                 self.teacher(
-                    self.held_out[:1].to(self.teacher.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+                    self.held_out[:1].to(self.teacher.device), use_cache=True, logits_to_keep=1, **with_cache(cache)
                 )
             value = float(cache.bytes_per_token())
             rows.append({"metric": "cache_bytes", "value": value, "subject": name, "unit": "bytes/token"})

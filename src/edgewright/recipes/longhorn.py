@@ -354,6 +354,7 @@ def _memory(report: Report, settings: LonghornSettings, name: str) -> None:
     """Bytes of the cache after a short and after an eight times longer text."""
     import torch
 
+    from edgewright.io.transformers_names import cache_of
     from edgewright.language.longhorn_state import snapshot
 
     part = settings.text
@@ -361,9 +362,8 @@ def _memory(report: Report, settings: LonghornSettings, name: str) -> None:
     sizes = []
     with torch.no_grad():
         for length in (part.length, 8 * part.length):
-            sizes.append(
-                snapshot(model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values).bytes
-            )
+            output = model(torch.zeros(1, length, dtype=torch.long), use_cache=True)
+            sizes.append(snapshot(cache_of(output)).bytes)
     report.add("memory", sizes[1], subject=name, unit="bytes")
     report.add("memory_growth", sizes[1] / sizes[0], subject=name, unit="x")
 

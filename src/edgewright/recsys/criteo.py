@@ -11,7 +11,6 @@ become 0, others log(1 + x); a missing category is a category of its own.
 from __future__ import annotations
 
 import csv
-import gzip
 import itertools
 import math
 import re
@@ -25,6 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from edgewright.errors import FormatError, MissingPackage, UsageError
+from edgewright.io.decode import open_text
 from edgewright.io.foreign import reading
 
 CHUNK = 20_000  # rows held as texts
@@ -184,6 +184,8 @@ def _columns(path: Path) -> tuple[tuple[str, ...], bool]:
         first = next(csv.reader(file, delimiter=delimiter), None)
     if not first:
         raise FormatError(f"{path} is empty")
+    if len(first) == 1 and ";" in first[0]:
+        raise FormatError(f"the columns of {path} are separated by ';': save it with commas or tabs between them")
     headless = len(first) == 1 + NUMBERS + CATEGORIES and first[0].strip() in ("0", "1")
     return tuple(name.strip() for name in first), headless
 
@@ -207,10 +209,9 @@ def _text_rows(path: Path, layout: Layout) -> Iterator[Sequence[str]]:
 def _opened(path: Path) -> Iterator[tuple[TextIO, str]]:
     """The text and its delimiter; errors of reading become ours."""
     try:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        with open_text(path) as file:
             start = file.read(1 << 16).split("\n", 1)[0]
-            file.seek(0)
+        with open_text(path) as file:
             yield file, "\t" if "\t" in start else ","
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error

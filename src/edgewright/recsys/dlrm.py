@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.json_file import read_object
 from edgewright.io.safetensors_header import check_safetensors
@@ -245,7 +245,7 @@ class DLRM(nn.Module):
         try:
             model.load_state_dict(tensors)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = in_one_line(error)
             raise FormatError(f"{folder / WEIGHTS} does not hold the model of its {CONFIG}: {reason}") from error
         return model
 

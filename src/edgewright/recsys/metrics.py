@@ -92,9 +92,15 @@ def _checked(scores: Tensor, labels: Tensor) -> Tensor:
         raise UsageError(f"{scores.numel()} predictions for {labels.numel()} labels; give as many")
     if bool(scores.isnan().any()):
         raise UsageError(f"prediction {int(scores.flatten().isnan().nonzero()[0])} is NaN; the model is broken")
+    check_labels(labels)
+    return clicked
+
+
+def check_labels(labels: Tensor, what: str = "labels", hint: str = "") -> None:
+    """Raise UsageError unless clicks and others are among the labels [N]. what: of which samples they are."""
+    clicked = labels.flatten() > 0.5
     if not bool(clicked.any()) or bool(clicked.all()):
         raise UsageError(
-            f"all {labels.numel()} labels are {'clicks' if labels.numel() and bool(clicked.all()) else 'zero'}; these "
-            "figures need samples of both kinds"
+            f"all {labels.numel()} {what} are {'clicks' if labels.numel() and bool(clicked.all()) else 'zero'}; the "
+            f"figures need samples of both kinds{hint}"
         )
-    return clicked

@@ -184,8 +184,8 @@ def _add_file(
     report: Report, name: str, path: Path, runs: list[Generation], bandwidth: Measurement, memory: PeakMemory
 ) -> None:
     decode = Measurement.of(run.decode_tokens_per_second for run in runs)
-    bits, read_bytes = _weights(path)
-    report.add("file_size", path.stat().st_size / 1e6, subject=name, unit="MB")
+    size, bits, read_bytes = _weights(path)
+    report.add("file_size", size / 1e6, subject=name, unit="MB")
     if bits is not None:
         report.add("bits_per_weight", bits, subject=name)
     _add(report, "prefill", name, Measurement.of(run.prefill_tokens_per_second for run in runs), "tok/s")
@@ -197,15 +197,16 @@ def _add_file(
         _add(report, "roofline", name, Measurement.of(100 * rate * read_bytes / limit for rate, limit in pairs), "%")
 
 
-def _weights(path: Path) -> tuple[float | None, int | None]:
-    """(bits per weight, bytes of weights read for a decoded token) of a language model, where its file tells."""
+def _weights(path: Path) -> tuple[int, float | None, int | None]:
+    """(bytes of all its files, bits per weight, bytes of weights read for a decoded token) of a language model."""
     if path.suffix.lower() == ".gguf":
         gguf = GGUFFile(path)
-        return bits_per_weight(gguf), bytes_per_decoded_token(gguf)
+        return gguf.size, bits_per_weight(gguf), bytes_per_decoded_token(gguf)
     from edgewright.runtime.executorch_program import weights_of
 
     told = weights_of(path)
-    return (None, None) if told is None else (told.bits_per_weight, told.token_bytes)
+    size = path.stat().st_size
+    return (size, None, None) if told is None else (size, told.bits_per_weight, told.token_bytes)
 
 
 def _use_file(path: str, context: int, threads: int, prompt_tokens: int, seed: int) -> None:

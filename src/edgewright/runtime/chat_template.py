@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 from edgewright.errors import FormatError, MissingPackage, UsageError
 from edgewright.runtime.confined import call_confined
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest published templates have about 20,000
-ROLES = ("system", "user", "assistant", "tool")
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -24,40 +24,124 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options:
     return str(call_confined(*arguments, template, plain, **options))
 
 
-def render_here(template: str, messages: Sequence[Mapping[str, str]], *, bos: str = "", eos: str = "") -> str:
-    """The messages in the format of `template` (Jinja, with the names that transformers gives it), ready for an answer.
+def render_here(
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    answer: bool = True,
+    marks: Mapping[str, str | None] | None = None,
+) -> str:
+    """The messages in the format of `template`, character for character as transformers' `apply_chat_template`.
 
-    Raises UsageError for messages that are not {"role", "content"}, FormatError for a template that does not work.
+    Args:
+        template: in Jinja, with the tags, filters and functions that transformers gives it.
+        messages: each with a "role" and a "content" (text, or a list of parts), or with "tool_calls".
+        tools: descriptions (JSON schema) of what the model may call.
+        answer: end where the model's answer begins.
+        marks: special tokens by their name in transformers (bos_token, eos_token, ...); None where there is none.
+
+    Raises:
+        UsageError: messages that are not of this form, or that the template refuses.
+        FormatError: a template that does not work.
     """
-    for message in messages:
-        if set(message) < {"role", "content"} or message["role"] not in ROLES:
-            raise UsageError(
-                f"a chat message needs a role of {', '.join(ROLES)} and a content, got {dict(message)!r}; "
-                'e.g. {"role": "user", "content": "Hello"}'
-            )
     if not messages:
         raise UsageError('a chat needs at least one message, e.g. [{"role": "user", "content": "Hello"}]')
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not {"content", "tool_calls"} & set(message):
+            raise UsageError(
+                f"a chat message needs a role and a content, got {dict(message)!r}; "
+                'e.g. {"role": "user", "content": "Hello"}'
+            )
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise FormatError(f"the chat template has {len(template)} characters, more than {MAX_TEMPLATE_CHARACTERS}")
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise MissingPackage("chat templates need the package jinja2: pip install jinja2") from error
+    # as transformers: what is None is not there
+    names = {name: mark for name, mark in (marks or {}).items() if mark is not None}
+    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    environment = _environment()
+    from jinja2 import TemplateError
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals.update(raise_exception=_refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    environment.filters["tojson"] = _to_json
     try:
-        return environment.from_string(template).render(
-            messages=[dict(m) for m in messages], add_generation_prompt=True, bos_token=bos, eos_token=eos
+        return str(
+            environment.from_string(template).render(
+                messages=chat,
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                documents=None,
+                add_generation_prompt=answer,
+                **names,
+            )
         )
     except _Refused as error:
         raise UsageError(f"the model's chat template refuses these messages: {error}") from error
     except (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"the model's chat template does not work: {error}") from error
+
+
+@cache
+def _environment() -> Any:
+    """The environment of transformers 5 (utils/chat_template_utils.py), without the rest of that package."""
+    try:
+        from jinja2 import nodes
+        from jinja2.exceptions import SecurityError
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.utils import Namespace
+    except ImportError as error:
+        raise MissingPackage("chat templates need the package jinja2: pip install jinja2") from error
+
+    class Generation(Extension):
+        """{% generation %} marks the assistant's part for training; the text inside is rendered as it is."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+        def _render(self, caller: Any) -> Any:
+            return caller()
+
+    class PlainNamespace(Namespace):
+        """namespace() without underscore names, which lead into Python's insides."""
+
+        def __init__(*args: Any, **values: Any) -> None:
+            self, *rest = args
+            values = dict(*rest, **values)
+            for name in values:
+                PlainNamespace._check(name)
+            Namespace.__init__(self, values)  # type: ignore[arg-type]
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            PlainNamespace._check(name)
+            Namespace.__setitem__(self, name, value)
+
+        @staticmethod
+        def _check(name: Any) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(f"a chat template may not store {name!r} in a namespace")
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.globals.update(
+        raise_exception=_refuse,
+        strftime_now=lambda form: datetime.now().strftime(form),
+        dict=_PlainDict(),
+        namespace=PlainNamespace,
+    )
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+class _PlainDict:
+    """dict() for templates: what makes one, and nothing else of the class."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
 
 
 class _Refused(Exception):
@@ -68,5 +152,12 @@ def _refuse(message: object) -> NoReturn:
     raise _Refused(str(message))
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter writes HTML escapes
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError
+from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError, in_one_line
 from edgewright.io.pte import read_layout
 from edgewright.runtime.chat_template import render_chat
 from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.engine import Generation
-from edgewright.runtime.executorch_library import first_line, set_threads, silent
+from edgewright.runtime.executorch_library import set_threads, silent
 from edgewright.runtime.executorch_program import FORWARD, open_file
 from edgewright.runtime.generation import common_prefix, write_on
 
@@ -110,7 +110,8 @@ class ExecuTorchEngine:
         settings = self.settings
         if settings.template is None:
             raise UsageError(f"{self.path} carries no chat template; continue a plain text with generate(text) instead")
-        return render_chat(settings.template, messages, bos=settings.start_text, eos=settings.end_text)
+        marks = {"bos_token": settings.start_text or None, "eos_token": settings.end_text or None}
+        return render_chat(settings.template, messages, marks=marks)
 
     # ---- the model
 
@@ -200,7 +201,7 @@ class ExecuTorchEngine:
             (logits,) = self._module.forward(inputs)
         except RuntimeError as error:
             self._cached = []
-            raise EdgewrightError(f"ExecuTorch stopped at token {place}: {first_line(error)}") from error
+            raise EdgewrightError(f"ExecuTorch stopped at token {place}: {in_one_line(error)}") from error
         self._cached += tokens
         result: NDArray[np.float32] = logits.numpy()
         return result
@@ -299,4 +300,4 @@ def _tokenizer(text: Any, path: Path) -> Any:
         with silent():
             return Tokenizer.from_str(text)
     except Exception as error:  # the package raises plain Exception for everything it cannot read
-        raise FormatError(f"{path}: the tokenizer inside the file cannot be read: {first_line(error)}") from error
+        raise FormatError(f"{path}: the tokenizer inside the file cannot be read: {in_one_line(error)}") from error

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgewright.errors import EdgewrightError, MissingPackage, UsageError
+from edgewright.errors import EdgewrightError, MissingPackage, UsageError, in_one_line
 from edgewright.measure.machine import usable_cores
 
 INSTALL = "pip install 'edgewright[executorch]'"
@@ -81,12 +81,7 @@ def load(path: Path) -> Any:
                 str(path), program_verification=bindings.Verification.InternalConsistency
             )
     except RuntimeError as error:
-        raise EdgewrightError(f"ExecuTorch does not load {path}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
+        raise EdgewrightError(f"ExecuTorch does not load {path}: {in_one_line(error)}") from error
 
 
 @contextlib.contextmanager

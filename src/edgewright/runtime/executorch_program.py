@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
+from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError, in_one_line
 from edgewright.io.pte import read_layout
 from edgewright.runtime.child_check import first_run_in_child
-from edgewright.runtime.executorch_library import first_line, load, set_threads, silent
+from edgewright.runtime.executorch_library import load, set_threads, silent
 from edgewright.runtime.program import TensorSpec, checked_inputs, stand_in_inputs
 from edgewright.runtime.pte_metadata import METHOD, StoredWeights, unpack, weights_in
 
@@ -68,7 +68,7 @@ class ExecuTorchProgram:
         try:
             results = self._module.forward([torch.from_numpy(array) for array in checked])
         except RuntimeError as error:
-            raise EdgewrightError(f"ExecuTorch stopped in {self.path.name}: {first_line(error)}") from error
+            raise EdgewrightError(f"ExecuTorch stopped in {self.path.name}: {in_one_line(error)}") from error
         return [result.numpy() if hasattr(result, "numpy") else _scalar(result) for result in results]
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ def open_file(path: Path) -> tuple[Any, dict[str, Any]]:
     except (EdgewrightError, RuntimeError, ValueError) as error:
         if isinstance(error, FormatError):
             raise
-        raise FormatError(f"{path} cannot be opened: {first_line(error)}") from error
+        raise FormatError(f"{path} cannot be opened: {in_one_line(error)}") from error
     if not hasattr(packed, "numpy") or str(packed.dtype) != "torch.uint8":
         raise FormatError(f"{path}: the description inside the file is damaged")
     return module, unpack(packed.numpy().tobytes(), path)

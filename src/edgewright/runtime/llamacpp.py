@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
+from edgewright.io.end_tokens import gguf_end_tokens
 from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf_tokenizer import TEMPLATE_MARKS
 from edgewright.measure.machine import usable_cores
 from edgewright.runtime import llamacpp_library as lib
 from edgewright.runtime.chat_template import render_chat
@@ -64,6 +66,7 @@ class LlamaCppEngine:
         if check:
             first_run_in_child(*GGUF_RUN, self.path)
         self.metadata = file.metadata
+        self._ends = frozenset(gguf_end_tokens(file.metadata))  # more than llama.cpp has keys for
         self._lib = lib.library()
         self._c = self._lib.c
         self._load()
@@ -152,7 +155,7 @@ class LlamaCppEngine:
         if count < 0:
             raise EdgewrightError(f"llama.cpp cannot tokenise a text of {len(data)} bytes")
         ids = list(out[:count])
-        start = self._c.llama_vocab_bos(self._vocabulary)
+        start = self._c.llama_vocab_bos(self._vocabulary) if self._c.llama_vocab_get_add_bos(self._vocabulary) else None
         # a chat template that writes the start token itself would otherwise get it twice
         return ids[1:] if special and len(ids) > 1 and ids[0] == ids[1] == start else ids
 
@@ -186,7 +189,7 @@ class LlamaCppEngine:
 
     def is_end(self, token: int) -> bool:
         """Whether the token ends an answer."""
-        return bool(self._c.llama_vocab_is_eog(self._vocabulary, token))
+        return token in self._ends or bool(self._c.llama_vocab_is_eog(self._vocabulary, token))
 
     def is_control(self, token: int) -> bool:
         """Whether the token is a mark rather than text."""
@@ -198,10 +201,11 @@ class LlamaCppEngine:
         if not isinstance(template, str):
             raise UsageError(f"{self.path} carries no chat template; continue a plain text with generate(text) instead")
         self._alive()
-        start, end = self._c.llama_vocab_bos(self._vocabulary), self._c.llama_vocab_eos(self._vocabulary)
-        names = self.metadata.get("tokenizer.ggml.tokens", [])
-        bos, eos = (names[i] if 0 <= i < len(names) else "" for i in (start, end))
-        return render_chat(template, messages, bos=bos, eos=eos)
+        names = self.metadata["tokenizer.ggml.tokens"]
+        # from the header: where it names none, llama.cpp answers with a token that happens to stand at some place
+        ids = {mark: self.metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key, mark in TEMPLATE_MARKS.items()}
+        marks = {mark: names[i] for mark, i in ids.items() if 0 <= i < len(names)}
+        return render_chat(template, messages, marks=marks)
 
     # ---- the model
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError
+from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError, in_one_line
 from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.program import TensorSpec, checked_inputs, stand_in_inputs
 
@@ -24,7 +24,6 @@ INSTALL = "pip install 'edgewright[onnx]'"
 MAX_FILE = (2 << 30) - 1  # protobuf's own limit; larger models keep their tensors in a second file
 MAX_DEPTH = 16  # of graphs inside graphs (If, Loop)
 CHECK_LENGTH = 8  # free axes other than the first, in the run that only asks whether the file runs
-REASON_LENGTH = 240
 
 # The runtime's names of the types that NumPy has too.
 DTYPES = {
@@ -68,7 +67,7 @@ class OnnxProgram:
         try:
             results = self._session.run(None, feed)
         except Exception as error:  # the runtime's exceptions share no base class of their own
-            raise EdgewrightError(f"ONNX Runtime stopped in {self.path.name}: {_first_line(error)}") from error
+            raise EdgewrightError(f"ONNX Runtime stopped in {self.path.name}: {in_one_line(error)}") from error
         return list(results)
 
     def close(self) -> None:
@@ -101,7 +100,7 @@ def first_run(path: str) -> dict[str, Any]:
     try:
         session.run(None, {spec.name: array for spec, array in zip(specs, arrays, strict=True)})
     except Exception as error:
-        return {"stopped": _first_line(error)}
+        return {"stopped": in_one_line(error)}
     return {"stopped": ""}
 
 
@@ -112,7 +111,7 @@ def check_model_file(path: Path) -> None:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, or whatever a broken field provokes
-        raise FormatError(f"{path} is not an ONNX model: {_first_line(error)}") from error
+        raise FormatError(f"{path} is not an ONNX model: {in_one_line(error)}") from error
     if not model.opset_import or not model.graph.output:
         raise FormatError(f"{path} is not an ONNX model: it has no {'outputs' if model.opset_import else 'opset'}")
     functions = [(list(function.node), MAX_DEPTH) for function in model.functions]
@@ -169,7 +168,7 @@ def _session(onnxruntime: Any, path: Path, threads: int | None) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise FormatError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+        raise FormatError(f"ONNX Runtime cannot load {path}: {in_one_line(error)}") from error
 
 
 def _cores() -> Sequence[int]:
@@ -197,8 +196,3 @@ def _import(name: str) -> Any:
         return import_module(name)
     except ImportError as error:
         raise MissingPackage(f"ONNX files need the package {name}: {INSTALL}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:REASON_LENGTH] if lines else type(error).__name__

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,8 +81,6 @@ def language_metadata(model: Any, tokenizer: Any, context: int) -> dict[str, Any
     head = model.get_output_embeddings()
     kept = getattr(head, "kept_ids", None)
     expanded = bool(getattr(head, "expand", False))
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = config.eos_token_id if ends is None else ends
     metadata: dict[str, Any] = {
         "format": FORMAT,
         "kind": "language",
@@ -89,7 +88,7 @@ def language_metadata(model: Any, tokenizer: Any, context: int) -> dict[str, Any
         "vocabulary": int(config.vocab_size),
         "context": context,
         "kept_ids": None if kept is None or expanded else [int(token) for token in kept],
-        "ends": [int(token) for token in (ends if isinstance(ends, list | tuple) else [ends]) if token is not None],
+        "ends": sorted(end_tokens(model, tokenizer)),
         "tokenizer": None,
     }
     if tokenizer is None:
@@ -104,8 +103,6 @@ def language_metadata(model: Any, tokenizer: Any, context: int) -> dict[str, Any
     if isinstance(template, dict):
         template = template.get("default")
     start = tokenizer.bos_token_id
-    if tokenizer.eos_token_id is not None:
-        metadata["ends"] = sorted({*metadata["ends"], int(tokenizer.eos_token_id)})
     return metadata | {
         "tokenizer": fast.to_str(),
         "chat_template": template,

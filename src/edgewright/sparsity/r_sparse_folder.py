@@ -149,7 +149,7 @@ def _linear(folder: Path, model: nn.Module, name: str) -> Any:
         layer: Any = model.get_submodule(name)
     except AttributeError:
         layer = None
-    if type(layer) is not nn.Linear and not isinstance(layer, PackedLinear):
+    if type(layer) not in (nn.Linear, PackedLinear):
         raise FormatError(f"{folder}: the model has no linear layer {name[:80]!r}")
     return layer
 

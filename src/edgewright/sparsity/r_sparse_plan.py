@@ -82,7 +82,7 @@ def target_layers(model: nn.Module, config: RSparseConfig) -> dict[str, Any]:
             raise UsageError(f"{name} is an R-Sparse layer already; call remove_rsparse(model) first")
         if not re.search(config.targets, name.rpartition(".")[2]):
             continue
-        if isinstance(module, PackedLinear) or type(module) is nn.Linear:
+        if type(module) in (PackedLinear, nn.Linear):
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise Unsupported(f"{name} is on the meta device, without weights; load the model first")
             found[name] = module

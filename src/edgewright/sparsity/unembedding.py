@@ -110,7 +110,7 @@ def prune_unembedding_(model: nn.Module, kept_ids: Sequence[int], *, expand: boo
     kept = sorted(set(int(token) for token in kept_ids))
     if isinstance(head, PrunedHead):
         raise UsageError(f"the head is cut already, to {len(head.kept_ids)} tokens")
-    if type(head) is not nn.Linear and not isinstance(head, PackedLinear):
+    if type(head) not in (nn.Linear, PackedLinear):
         raise Unsupported(
             f"the output layer is a {type(head).__name__}; a plain or packed .lm_head can be cut, so call convert_ "
             "before prune_unembedding_"

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from edgewright.runtime.engine import Engine, Generation
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
+# Calls of the Python interface as this command says them (see `verbs.words`).
+WORDS = (
+    (r"continue a plain text with generate\(text\) instead", "--plain goes on with a text as it is"),
+    (r"open the file with more, e\.g\. open_engine\(path, context=(\d+)\),", r"give it more with --context \1,"),
+)
 HELP = "/reset starts afresh, Ctrl-C stops an answer, Ctrl-D leaves"
 
 
@@ -19,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="exported file (.gguf, .pte)")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit")
     parser.add_argument("--system", metavar="TEXT", help="instructions that stand before the conversation")
+    parser.add_argument("--plain", action="store_true", help="go on with the text as it is, without a chat template")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
@@ -75,7 +81,7 @@ class Conversation:
         generation = None
         try:
             generation = self.engine.generate(
-                self.engine.chat_prompt(self.messages),
+                text if self.args.plain else self.engine.chat_prompt(self.messages),
                 self.args.max_tokens,
                 temperature=self.args.temperature,
                 seed=self.args.seed,

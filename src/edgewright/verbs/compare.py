@@ -33,7 +33,9 @@ SAMPLE_CHARACTERS = 20_000  # of the evaluation text itself
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a model folder, a bundled name or an exported file")
     parser.add_argument("--reference", metavar="MODEL", help="what the others are held against (default: the first)")
-    parser.add_argument("--text", metavar="FILE", help="a .txt or .jsonl file (default: Python's documentation topics)")
+    parser.add_argument(
+        "--text", metavar="FILE", help="a text, .jsonl, .json or .csv file (default: Python's documentation topics)"
+    )
     parser.add_argument(
         "--split",
         choices=("evaluation", "calibration", "all"),
@@ -210,13 +212,19 @@ def _check_name(name: str, engine: str) -> None:
 
 
 def _open(name: str, engine: str, block_length: int, threads: int | None, stack: ExitStack) -> _Opened:
-    from edgewright.evaluation.language import engine_logits, model_logits
+    from edgewright.evaluation.language import check_positions, engine_logits, model_logits
 
     if _is_exported(name, engine):
         from edgewright.runtime.engine import open_engine
 
         context = max(block_length, SMALLEST_CONTEXT)
         runtime: Any = stack.enter_context(open_engine(name, threads=threads, context=context))
+        trained = runtime_positions(runtime)
+        if trained is not None and block_length > trained:
+            raise UsageError(
+                f"blocks of {block_length} tokens are longer than the {trained} positions that {name} was trained for; "
+                f"block_length={trained} is the most"
+            )
         kind = "llama.cpp" if name.lower().endswith(".gguf") else type(runtime).__name__
         return _Opened(name, engine_logits(runtime), _EngineTokenizer(runtime), kind)
 
@@ -225,10 +233,15 @@ def _open(name: str, engine: str, block_length: int, threads: int | None, stack:
     model, tokenizer = load(name)
     if model.get_output_embeddings() is None:
         raise UsageError(f"{name} ({type(model).__name__}) predicts no tokens: compare needs causal language models")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and block_length > limit:
-        raise UsageError(f"--block-length {block_length} is more than the {limit} positions that {name} knows")
+    check_positions(model, block_length, name)
     return _Opened(name, model_logits(model), tokenizer, "pytorch")
+
+
+def runtime_positions(runtime: Any) -> int | None:
+    """The longest text that the model in a file was trained for, where the file says it (GGUF does)."""
+    metadata = getattr(runtime, "metadata", {})
+    value = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return value if type(value) is int and value > 0 else None
 
 
 def _check_tokenizers(opened: Sequence[_Opened], samples: list[str]) -> None:

@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 
 DEFAULT_BUDGET = "24"
+# Arguments of the Python interface as this command calls them (see `verbs.words`).
+WORDS = ((r"\bevaluation_blocks=", "blocks="),)
 COLUMNS = ("file_size", "bits_per_weight", "kl", "perplexity", "top1_agreement", "decode", "roofline")
 
 
@@ -35,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training: optimizer steps such as 40, or minutes such as 4m; of a click model the share of normalised "
         "entropy that may be lost (default 0.0005)",
     )
-    parser.add_argument("--data", help="text or .jsonl file to calibrate, train and evaluate on (split by itself)")
+    parser.add_argument(
+        "--data", help="text, .jsonl, .json or .csv file to calibrate, train and evaluate on (split by itself)"
+    )
     parser.add_argument("--kv", type=int, help="width of the key-value cache: 8 or 4 (default: float16)")
     parser.add_argument(
         "--layout", default="auto", help="auto, portable, small or fast: which GGUF types hold the codes"
@@ -45,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=int, default=256, help="tokens a block (default 256)")
     parser.add_argument(
         "--files-only", action="store_true", help="write and verify the files; no evaluation, no report"
+    )
+    parser.add_argument(
+        "--lenient", action="store_true", help="mark tensors that cannot have their type instead of failing"
     )
     parser.add_argument("--no-bench", action="store_true", help="leave out the timings")
     parser.add_argument("--sweep", action="store_true", help="all widths, one folder each, and one plot over them")
@@ -138,6 +145,7 @@ def _run_language(args: argparse.Namespace) -> int:
     from edgewright.compression.sweep import sweep
     from edgewright.errors import UsageError
     from edgewright.measure.report import Report
+    from edgewright.verbs.export import default_name
 
     def say(sentence: str) -> None:
         if not args.json:
@@ -145,8 +153,8 @@ def _run_language(args: argparse.Namespace) -> int:
 
     if args.to is not None:
         raise UsageError(
-            f"--to {args.to} is for image classifiers: compressing a language model gives GGUF; edgewright export "
-            f"{args.model} --to {args.to} writes other files"
+            f"--to {args.to} is for image classifiers: compressing a language model gives GGUF; other files are "
+            f"written by edgewright export {args.model} --to {args.to}"
         )
     settings = CompressSettings(
         model=args.model,
@@ -162,8 +170,9 @@ def _run_language(args: argparse.Namespace) -> int:
         evaluation_blocks=args.blocks,
         benchmark=not args.no_bench,
         seed=args.seed,
+        lenient=args.lenient,
     )
-    name = Path(args.model).stem or "model"
+    name = default_name(args.model) or "model"
     if args.sweep:
         output = Path(args.output or f"runs/{name}-sweep")
         report: Report | None = sweep(settings, output, say=say, progress=not args.json)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,15 @@ from typing import Any
 from edgewright.errors import UsageError
 
 TARGETS = ("gguf", "pte", "onnx", "hf", "hf-float")
+# Calls and arguments of the Python interface as this command says them (see `verbs.words`).
+WORDS = (
+    (r"give tensors to trace it with, e\.g\. export_executorch\(.*\)$", "--to onnx writes other classes"),
+    (r"give them, e\.g\. export_onnx\(.*\)$", "--to hf writes it as a folder"),
+    (
+        r"\bembedding must be one of (.*auto.*), got '?(\w+)'?; e\.g\. embedding='auto'",
+        r"--table must be one of \1, got \2",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +99,9 @@ def parse_targets(text: str) -> list[str]:
 
 def default_name(model: str) -> str:
     """A file name from the model's own: the last part of the path, without .gguf."""
-    return Path(model.rstrip("/\\")).name.removesuffix(".gguf")
+    name = Path(model.rstrip("/\\")).name
+    name = (Path(model).resolve().name if name in ("", "..") else name).removesuffix(".gguf")
+    return re.sub(r"-\d{5}-of-\d{5}$", "", name)  # the number of a part of a split file
 
 
 def _write(
@@ -190,6 +202,13 @@ def _print_gguf(export: Any, every: bool, kv: int | None) -> None:
         console.print(
             f"verified: {checks['tensors']} tensors decode to the model (by {confirmed}); llama.cpp chooses "
             f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places, KL {checks['kl']:.2g}",
+            highlight=False,
+            markup=False,
+        )
+    if original := checks.get("original"):
+        console.print(
+            f"against the original float model: KL {original['kl']:.3g}, the same token at "
+            f"{original['top1_agreement']:.1%} of {checks['positions']} places",
             highlight=False,
             markup=False,
         )

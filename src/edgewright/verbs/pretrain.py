@@ -1,7 +1,8 @@
 """Train a language model from scratch: tokenizer, token shards, training, and a checkpoint that every tool loads.
 
-CONFIG is a published shape (125M, r1-140M, flash-350M ...), a JSON file as `edgewright design --output` writes, or a
-number of weights such as 1.5e6. The same command again goes on where it was stopped. Several processes: torchrun.
+CONFIG is a published shape (125M, r1-140M, flash-350M ...), a number of weights such as 1.5e6, or a JSON file as
+`edgewright design --params 1.5e6 --output FOLDER` writes. The same command again goes on where it was stopped.
+Several processes: torchrun.
 
   edgewright pretrain 1.5e6 --text books/ notes.jsonl --steps 2000 --output runs/mine
   edgewright pretrain shapes/12.json --text corpus.txt --tokens 50e6 --precision bf16
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from edgewright.language.decoder_config import EdgeDecoderConfig
@@ -175,13 +176,16 @@ def _from_file(path: Path, vocab_size: int | None) -> EdgeDecoderConfig:
 
     fields = read_object(path)
     if (kind := fields.get("model_type", EdgeDecoderConfig.model_type)) != EdgeDecoderConfig.model_type:
-        raise UsageError(f"{path} is a configuration of {kind!r}; edgewright design --output writes ones that fit")
+        raise UsageError(
+            f"{path} is a configuration of {kind!r}; ones that fit are written by edgewright design --params 125e6 "
+            "--output FOLDER"
+        )
     try:
         config = EdgeDecoderConfig(**fields)
     except UsageError:
         raise
     except (TypeError, ValueError) as error:
-        raise FormatError(f"{path} is no configuration of a decoder: {str(error).splitlines()[0]}") from error
+        raise FormatError(f"{path} is no configuration of a decoder: {in_one_line(error)}") from error
     if vocab_size is not None and vocab_size != config.vocab_size:
         raise UsageError(
             f"{path} has vocab_size={config.vocab_size}, the tokenizer or --vocab {vocab_size}; make them equal"

@@ -21,6 +21,9 @@ from edgewright.errors import UsageError
 if TYPE_CHECKING:
     from edgewright.sparsity.importance import Importance
 
+# An argument of the Python interface as this command calls it (see `verbs.words`).
+WORDS = ((r"\bblock_length=", "length="), (r"\bwidth=", "mlp="), (r"\bprotect=\(\)", "--protect ''"))
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file or a bundled name")
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--protect", default="0,-1", help="blocks that stay in any case (default 0,-1; '' for none)")
     parser.add_argument("--iterative", action="store_true", help="measure the blocks again after each one that goes")
-    parser.add_argument("--text", help="text or .jsonl file to measure and evaluate on (split by itself)")
+    parser.add_argument("--text", help="text, .jsonl, .json or .csv file to measure and evaluate on (split by itself)")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default 64)")
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence (default 128)")
     parser.add_argument("--blocks", type=int, default=8, help="evaluation sequences (default 8)")
@@ -51,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     import copy
 
     import edgewright
-    from edgewright.evaluation.language import add_rows, evaluate_language, model_logits
-    from edgewright.io.text import load_texts, token_blocks
+    from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
+    from edgewright.io.text import split_blocks
     from edgewright.measure.report import Report
     from edgewright.measure.size import bytes_by_part, parameter_counts
     from edgewright.sparsity.cut_folder import save_checkpoint
@@ -66,8 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer = edgewright.load(args.model)
     count = len(decoder_layers(model))
-    calibration = token_blocks(load_texts(args.text, "calibration"), tokenizer, args.length, args.samples, args.seed)
-    held_out = token_blocks(load_texts(args.text, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
+    check_positions(model, args.length, args.model)
+    calibration, held_out = split_blocks(
+        args.text, tokenizer, args.length, calibration=args.samples, evaluation=args.blocks, seed=args.seed
+    )
     say(f"measuring {count} blocks on {calibration.numel()} tokens")
     stats = collect(model, calibration.split(8))
     pruned = copy.deepcopy(model)

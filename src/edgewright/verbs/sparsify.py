@@ -20,6 +20,9 @@ from edgewright.errors import UsageError
 
 PLANS = ("uniform", "default", "teal", "search")
 
+# An argument of the Python interface as this command calls it (see `verbs.words`).
+WORDS = ((r"\bblock_length=", "length="),)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a .gguf file or a bundled name")
@@ -55,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--resume belongs to --plan search; other plans are made at once")
 
     import edgewright
-    from edgewright.evaluation.language import add_rows, evaluate_language
-    from edgewright.io.text import load_texts, token_blocks
+    from edgewright.evaluation.language import add_rows, check_positions, evaluate_language
+    from edgewright.io.text import split_blocks
     from edgewright.kernels.sparse_rows import why_no_kernel
     from edgewright.measure.report import Report
     from edgewright.sparsity.r_sparse import (
@@ -81,8 +84,10 @@ def run(args: argparse.Namespace) -> int:
             print(sentence, file=sys.stderr, flush=True)
 
     model, tokenizer = edgewright.load(args.model)
-    calibration = token_blocks(load_texts(args.text, "calibration"), tokenizer, args.length, args.samples, args.seed)
-    held_out = token_blocks(load_texts(args.text, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
+    check_positions(model, args.length, args.model)
+    calibration, held_out = split_blocks(
+        args.text, tokenizer, args.length, calibration=args.samples, evaluation=args.blocks, seed=args.seed
+    )
     layers = target_layers(model, config)
     say(f"calibrating {len(layers)} layers on {calibration.numel()} tokens")
     factors = Factors()

@@ -19,6 +19,9 @@ from typing import Any
 
 from edgewright.errors import UsageError
 
+# An argument of the Python interface as this command calls it (see `verbs.words`).
+WORDS = ((r"\bblock_length=", "length="),)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_subparsers(dest="part", required=True, metavar="convert|edit")
@@ -60,16 +63,18 @@ def _convert(args: argparse.Namespace) -> int:
     layers = _layers(args.layers)
 
     import edgewright
-    from edgewright.evaluation.language import add_rows, evaluate_language, model_logits
-    from edgewright.io.text import load_texts, token_blocks
+    from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
+    from edgewright.io.text import split_blocks
     from edgewright.language.stem_convert import stemify
     from edgewright.language.stem_files import save_stem
     from edgewright.language.stem_report import capacity_report
     from edgewright.measure.report import Report
 
     model, tokenizer = edgewright.load(args.model)
-    calibration = token_blocks(load_texts(args.calib, "calibration"), tokenizer, args.length, args.samples, args.seed)
-    held_out = token_blocks(load_texts(args.calib, "evaluation"), tokenizer, args.length, args.blocks, args.seed)
+    check_positions(model, args.length, args.model)
+    calibration, held_out = split_blocks(
+        args.calib, tokenizer, args.length, calibration=args.samples, evaluation=args.blocks, seed=args.seed
+    )
     print(f"averaging over {calibration.numel()} tokens", file=sys.stderr)
     converted = stemify(model, layers, calibration.split(4), args.init, dtype=args.dtype).eval()
     print("evaluating before and after", file=sys.stderr)

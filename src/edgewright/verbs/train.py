@@ -80,7 +80,7 @@ def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Re
     from edgewright.recsys.baselines import Popularity
     from edgewright.recsys.criteo import read_layout
     from edgewright.recsys.dlrm import DLRM, DLRMConfig
-    from edgewright.recsys.metrics import evaluate
+    from edgewright.recsys.metrics import check_labels, evaluate
     from edgewright.recsys.training import ClickTraining, train_clicks
     from edgewright.recsys.vocabulary import prepare_clicks
 
@@ -98,6 +98,7 @@ def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Re
         limit=None if args.rows is None else int(args.rows),
         tick=lambda rows: say(f"read {rows} rows"),
     )
+    check_labels(valid.labels, "labels of the held-out rows", "; hold more of them out with --valid 0.3")
     schema = vocabulary.schema
     config = DLRMConfig(
         len(schema.dense), schema.sizes, args.dim, (*bottom, args.dim), (*top, 1), table_names=schema.tables
