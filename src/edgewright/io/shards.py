@@ -290,7 +290,11 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Shard], bool]:
     try:
         shards = [from_json(Shard, entry, path) for entry in document.pop("shards")]
         complete = document.pop("complete") is True
-        wrong = document["format"] != FORMAT or document["dtype"] not in DTYPES
+        wrong = (
+            not isinstance(document["tokenizer"], str)
+            or document["format"] != FORMAT
+            or document["dtype"] not in DTYPES
+        )
         numbers = [document["vocab_size"], document["end_token"] + 1]
         for shard in shards:
             wrong |= NAME.fullmatch(shard.name) is None or not shard.name.startswith(shard.split + "-")

@@ -122,6 +122,7 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) ->
     for group, old in zip(live, saved, strict=False):
         odd = [name for name, value in old.items() if name != "params" and not option_fits(value, group.get(name))]
         problems += [f"an option {str(name)[:40]!r} of another kind" for name in odd]
+        problems += ["no learning rate"] if "lr" in group and "lr" not in old else []
         problems += ["other parameters"] if group["params"] != old["params"] else []
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entries in state["state"].items():
