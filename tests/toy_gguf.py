@@ -8,6 +8,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from edgewright.runtime.child_check import GGUF_RUN, vouch
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -80,4 +82,5 @@ def write_toy(path: Path, *, tied: bool = True, seed: int = 0, **overrides: Any)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    vouch(*GGUF_RUN, path)
     return path

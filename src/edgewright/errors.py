@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+LONGEST_SENTENCE = 3000  # characters; what is longer repeats what a file says
+
 
 class EdgewrightError(Exception):
     """Base of every error that edgewright raises on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= LONGEST_SENTENCE else f"{text[:LONGEST_SENTENCE]} [...]"
 
 
 class UsageError(EdgewrightError, ValueError):

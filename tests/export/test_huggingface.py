@@ -129,10 +129,14 @@ def test_saving_changes_nothing(tokenizer, tmp_path):
 
 def test_an_older_folder_is_replaced(tokenizer, tmp_path):
     (tmp_path / "q").mkdir()
-    (tmp_path / "q" / "old.bin").write_bytes(b"x")
+    (tmp_path / "q" / "config.json").write_bytes(b"old")
     save_quantized(pack_layers(make_llama(), "int4"), tokenizer, tmp_path / "q")
-    assert not (tmp_path / "q" / "old.bin").exists()
+    assert (tmp_path / "q" / "config.json").read_bytes() != b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    (tmp_path / "q" / "letter.txt").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"holds 'letter\.txt', which would be lost"):
+        save_quantized(pack_layers(make_llama(), "int4"), tokenizer, tmp_path / "q")
+    assert (tmp_path / "q" / "letter.txt").read_bytes() == b"mine"
 
 
 def test_what_cannot_be_saved(tokenizer, tmp_path):

@@ -165,7 +165,7 @@ def damage(folder: Path, case: str) -> None:
         ("unknown type", Unsupported, "transformers cannot load"),
         ("more layers", FormatError, "lacks 9 weights.*layers.2"),
         ("other shape", FormatError, r"proj.weight' of shape .* asks for"),
-        ("no tokenizer", Unsupported, "transformers cannot load"),
+        ("no tokenizer", FormatError, "cannot be read"),
     ],
 )
 def test_damaged_folders_get_one_sentence(folder, case, error, words, capfd):

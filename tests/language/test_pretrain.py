@@ -166,7 +166,8 @@ def test_two_processes_equal_one(one, others: Path, name: str) -> None:
 
 
 def test_parts_of_two_processes_are_read_by_one(one, others: Path) -> None:
-    from edgewright.training.sharded import FOLDER, part_names, read_parts
+    from edgewright.training.sharded import FOLDER
+    from edgewright.training.sharded_parts import part_names, read_parts
 
     folder = next((others / "fsdp" / "checkpoints").iterdir()) / FOLDER
     assert len(list(folder.glob("*.safetensors"))) == 2 and not list(folder.glob("*.distcp"))

@@ -204,11 +204,11 @@ def test_folders_that_lie_are_refused(tmp_path):
     save_file(good, weights)
     values = json.loads(text)
     for change, message in (
-        ({KEY: {"format": 1, "config": {"weight_bits": 7}}}, "not a BitConfig"),
+        ({KEY: {"format": 1, "config": {"weight_bits": 7}}}, "no BitConfig"),
         ({KEY: {"format": 9, "config": {}}}, "of format 1"),
         ({KEY: None}, "of format 1"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "none of the encoders"),
-        ({"num_hidden_layers": 10**9}, "claims 1000000000 layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"hidden_size": 35}, "does not describe"),
     ):
         config.write_text(json.dumps(values | change))

@@ -131,7 +131,7 @@ def test_parquet(tmp_path: Path) -> None:
     (other,) = read_chunks(same, read_layout(same))
     assert np.array_equal(chunk.dense, other.dense) and chunk.categories == other.categories
     path.write_bytes(b"PAR1" + path.read_bytes()[4:60])
-    with pytest.raises(FormatError, match="is no Parquet file"):
+    with pytest.raises(FormatError, match="log.parquet cannot be read: Parquet magic bytes not found"):
         read_layout(path)
 
 

@@ -185,12 +185,12 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     DLRM(CONFIG).save_pretrained(tmp_path / "m")
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(FormatError, match="does not hold the model"):
+    with pytest.raises(FormatError, match="not a usable safetensors file.*truncated"):
         DLRM.from_pretrained(tmp_path / "m")
     config = tmp_path / "m" / "config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps({**fields, "top": [3]}))
-    with pytest.raises(FormatError, match="no configuration of a DLRM: DLRMConfig top"):
+    with pytest.raises(FormatError, match="no DLRMConfig: DLRMConfig top"):
         DLRM.from_pretrained(tmp_path / "m")
     config.write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(FormatError, match="does not describe a DLRM"):

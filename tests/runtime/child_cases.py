@@ -41,3 +41,43 @@ def complain(path: str) -> None:
 
 def swallow(path: str) -> None:
     bytearray(1 << 42)
+
+
+def spin(path: str) -> None:
+    """Say which process this is, then run for ever."""
+    Path(path).with_suffix(".pid").write_text(str(os.getpid()))
+    while True:
+        sum(range(1000))
+
+
+def spin_without_signal(path: str) -> None:
+    """As `spin`, where the system knows no signal for the death of a parent."""
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+    spin(path)
+
+
+def loop(count: int) -> int:
+    while count:
+        count += 1
+    return count
+
+
+def grow(size: int) -> int:
+    return len(bytearray(size))
+
+
+def text(size: int) -> str:
+    return "x" * size
+
+
+def kill(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def process() -> int:
+    print("what a function prints is not its answer")
+    return os.getpid()
+
+
+def refuse_all(reason: str) -> None:
+    raise Unsupported(reason)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import training_toy as toy
 from processes import run_script
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
@@ -118,13 +119,13 @@ def test_second_ctrl_c_leaves_at_once_and_spoils_nothing(tmp_path: Path, whole, 
     with pytest.raises(KeyboardInterrupt) as left:
         toy_run(tmp_path, twice, checkpoint_every=2)
     assert not isinstance(left.value, TrainingInterrupted)
-    save_file = checkpoint.save_file
+    save_tensors = checkpoint.save_tensors
 
-    def save_slowly(tensors, path) -> None:
-        save_file(tensors, path)
+    def save_slowly(path, tensors) -> None:
+        save_tensors(path, tensors)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_slowly)
+    monkeypatch.setattr(checkpoint, "save_tensors", save_slowly)
     with pytest.raises(KeyboardInterrupt) as left:
         toy_run(tmp_path, interrupt(1), checkpoint_every=2)
     assert not isinstance(left.value, TrainingInterrupted)
@@ -331,10 +332,10 @@ def test_unwritable_and_full_disks_are_one_sentence(tmp_path: Path, monkeypatch)
     with pytest.raises(OutputError, match="cannot create the output folder"):
         fit(**fresh(), output=tmp_path / "file/run")
 
-    def full(tensors, path) -> None:
-        raise OSError(28, "No space left on device")
+    def full(tensors, path, metadata) -> None:  # as safetensors says it
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     arguments = fresh() | {"config": TrainConfig(2, 1e-2, checkpoint_every=1)}
     with pytest.raises(OutputError, match="No space left"):
         fit(**arguments, output=tmp_path / "run")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import edgewright.distillation.best
 from edgewright import cli
 from edgewright.recsys.dlrm import DLRM
 from edgewright.recsys.vocabulary import Vocabulary
@@ -85,3 +86,28 @@ def test_unknown_models_and_bad_rows(log: Path, tmp_path: Path, capsys: pytest.C
     assert cli.main(arguments(log, tmp_path / "run")) == 2
     assert "log.csv, row 2001: column bought is 'nan'" in capsys.readouterr().err
     assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_run_that_the_disk_stopped_goes_on(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From its checkpoint, whose optimizer is a pair with a state of its own form."""
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    command = [*arguments(log, tmp_path / "run"), "--checkpoint-every", "5"]
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert cli.main(command) == 1 and "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    real, calls = edgewright.distillation.best.save_tensors, []
+
+    def later(path: Path, *rest: object) -> None:
+        calls.append(path)
+        real(path, *rest) if len(calls) < 2 else full()
+
+    monkeypatch.setattr(edgewright.distillation.best, "save_tensors", later)
+    assert cli.main(command) == 1 and list((tmp_path / "run").glob("training/checkpoints/step-*"))
+    monkeypatch.undo()
+    assert cli.main(command) == 0
+    assert DLRM.from_pretrained(tmp_path / "run" / "model").config.table_names == ("shop", "user")

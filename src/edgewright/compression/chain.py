@@ -19,6 +19,7 @@ from typing import Any
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
 from edgewright.measure.report import Report
 
 Figures = Mapping[str, float]
@@ -141,10 +142,10 @@ def _claim(output: Path, stages: Sequence[Stage], settings: Mapping[str, Any]) -
     marker = output / "chain.json"
     if marker.is_file():
         try:
-            held = json.loads(marker.read_text(encoding="utf-8"))
+            held = read_object(marker)
             same = held == wanted
             difference = "" if same else _difference(held, wanted)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{marker} does not describe a chain: {error}") from error
         if not same:
             raise UsageError(f"{output} holds another chain: {difference}; choose another folder, or remove this one")
@@ -168,10 +169,6 @@ def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def _figures(folder: Path) -> dict[str, float] | None:
     path = folder / "done.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    if not path.is_file():
         return None
-    except ValueError as error:
-        raise FormatError(f"{path} is not JSON: {error}; remove the stage's folder to run it again") from error
-    return dict(data)
+    return read_object(path, hint="remove the stage's folder to run it again")

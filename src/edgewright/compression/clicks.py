@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.json_file import read_object
 
 if TYPE_CHECKING:
     from edgewright.measure.report import Report
@@ -24,9 +24,9 @@ def click_folder(model: str) -> Path | None:
 
     for folder in (Path(model), Path(model) / "model"):
         try:
-            if json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE:
+            if read_object(folder / CONFIG).get("model_type") == MODEL_TYPE:
                 return folder
-        except (OSError, ValueError, AttributeError):
+        except (UsageError, FormatError):
             continue
     return None
 
@@ -45,12 +45,14 @@ def compress_clicks(
     log: rows that the model was not trained on, in the layout of its vocabulary; the earlier half is searched on, the
     later half confirms and is what the report tells. The same call goes on where it was stopped.
     """
+    from edgewright.io.run_folder import claim_folder
     from edgewright.recsys.dlrm import DLRM
     from edgewright.recsys.quant import AccuracyGate, apply_recipe, search, uniform_recipe
     from edgewright.recsys.quant.choices import choices_report
 
     if unknown := [name for name in targets if name not in FILES]:
         raise UsageError(f"--to {unknown[0]}: a click model is written as {', '.join(FILES)}")
+    claim_folder(output, "compress")
     model = DLRM.from_pretrained(folder).eval()
     early, late = read_clicks(folder, log).split(0.5)
     say(f"{len(early)} rows to search on, {len(late)} to confirm with")

@@ -37,7 +37,7 @@ from edgewright.compression.plan import (
 from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
 from edgewright.distillation.self_generation import START, self_generate
 from edgewright.distillation.sequences import pack_sequences
-from edgewright.errors import EdgewrightError, UsageError
+from edgewright.errors import EdgewrightError, FormatError, UsageError
 from edgewright.evaluation.language import (
     add_rows,
     engine_logits,
@@ -48,7 +48,7 @@ from edgewright.evaluation.language import (
 from edgewright.export.gguf import check_exportable, export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_json
+from edgewright.io.json_file import read_json, read_object
 from edgewright.io.models import load
 from edgewright.io.text import split_blocks
 from edgewright.measure.progress import ProgressBar
@@ -199,7 +199,10 @@ class Compression:
             batch = self.text[: self.settings.batch_size]
             seconds = methods.seconds_per_step(student, self.model, batch)
             write_text(kept, json.dumps({"steps": max(1, round(60 * budget.minutes / seconds)), "seconds": seconds}))
-        return int(json.loads(kept.read_text())["steps"])
+        steps = read_object(kept).get("steps")
+        if type(steps) is not int or steps < 0:
+            raise FormatError(f"{kept} does not say how many steps there are; remove it")
+        return steps
 
     def training(self, student: nn.Module) -> None:
         if self.kv is not None:
@@ -375,9 +378,8 @@ def _check_claim(output: Path, settings: CompressSettings) -> None:
     marker = output / "settings.json"
     wanted = json.loads(json.dumps(settings.to_dict()))
     if marker.exists():
-        held = json.loads(marker.read_text(encoding="utf-8"))
         # a setting younger than the folder had its default then
-        held = {**CompressSettings("").to_dict(), **held}
+        held = {**CompressSettings("").to_dict(), **read_object(marker)}
         differing = sorted(key for key in wanted if held.get(key) != wanted[key])
         if differing:
             key = differing[0]

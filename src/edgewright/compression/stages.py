@@ -147,7 +147,7 @@ def export_stage(export: Exporter, file: str, settings: dict[str, Any] | None = 
     """`export(model, folder)` writes the files of a runtime; from here on the model is the path of one, `file`."""
 
     def run(model: Any, folder: Path) -> Path:
-        with atomic_directory(folder / "model") as temporary:
+        with atomic_directory(folder / "model", ours=True) as temporary:
             export(model, temporary)
         return folder / "model" / file
 

@@ -136,10 +136,12 @@ def compress_bundled(
 ) -> Report:
     """Compress a classifier that an installed package carries, on crops of photographs that packages carry too."""
     from edgewright.io.images import image_crops, normalise
+    from edgewright.io.run_folder import claim_folder
     from edgewright.vision.efficientnet_lite import INPUT_SIZE, MEAN, STD, load_efficientnet_lite0
 
     if name not in VISION_MODELS:
         raise UsageError(f"unknown image classifier {name!r}; known: {', '.join(VISION_MODELS)}")
+    claim_folder(output, "compress")
     model = load_efficientnet_lite0()
     crops = image_crops(calibration, INPUT_SIZE, settings.seed)
     held_out = image_crops(evaluation, INPUT_SIZE, settings.seed + 1, "evaluation")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.compression.settings import VISION_MODELS
-from edgewright.errors import FormatError, MissingPackage
+from edgewright.errors import FormatError, MissingPackage, UsageError
 from edgewright.io.atomic import atomic_file, write_text
+from edgewright.io.json_file import read_object
 
 if TYPE_CHECKING:
     from edgewright.export.executorch import ExecuTorchExport
@@ -62,11 +63,11 @@ def load_vision(model: str) -> tuple[nn.Module, Tensor]:
         return load_efficientnet_lite0(), image
     folder = Path(model)
     try:
-        name = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        name = read_object(folder / DESCRIPTION).get("model")
+    except UsageError as error:
         raise FormatError(f"{folder / DESCRIPTION} does not name a network: {error}") from error
-    if name not in VISION_MODELS:
-        raise FormatError(f"{folder / DESCRIPTION} names {name!r}; known are {', '.join(VISION_MODELS)}")
+    if name not in tuple(VISION_MODELS):
+        raise FormatError(f"{folder / DESCRIPTION} names {name!r:.80}; known are {', '.join(VISION_MODELS)}")
     return load_static(load_efficientnet_lite0(pretrained=False), image, folder / "model.safetensors"), image
 
 

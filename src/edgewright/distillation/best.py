@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgewright.io.atomic import atomic_file
+from edgewright.errors import FormatError
+from edgewright.io.tensors import read_tensors, save_tensors
 
 STATE = "best.safetensors"
 
@@ -42,8 +42,7 @@ class Best:
         self._state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         if self._path is not None:
             record = json.dumps({"value": self.value, "metrics": self.metrics})
-            with atomic_file(self._path) as temporary:
-                save_file(self._state, str(temporary), metadata={"best": record})
+            save_tensors(self._path, self._state, {"best": record})
         return True
 
     def restore(self, model: nn.Module) -> dict[str, float]:
@@ -59,9 +58,9 @@ class Best:
             self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        self._state = load_file(path)
-        with safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {}).get("best", "{}"))
-        self.value, self.metrics = float(record.get("value", math.nan)), dict(record.get("metrics", {}))
+        self._state, texts = read_tensors(path)
+        try:
+            record = json.loads(texts.get("best", "{}"))
+            self.value, self.metrics = float(record.get("value", math.nan)), dict(record.get("metrics", {}))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise FormatError(f"{path} does not say how good its state is: {error}; remove it") from error

@@ -52,7 +52,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             found = json.loads(file.read(LARGEST_MANIFEST))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read ({error}); use another folder") from error
     if not isinstance(found, dict) or found.get("kind") != kind:
         raise UsageError(f"{path} does not describe a {kind}; use another folder")

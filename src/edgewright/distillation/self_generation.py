@@ -251,7 +251,7 @@ def _read_shard(path: Path, vocabulary: int) -> list[list[int]]:
         with path.open(encoding="utf-8") as file:
             rows = [json.loads(line)["tokens"] for line in file]
         valid = bool(rows) and all(row and all(type(t) is int and 0 <= t < vocabulary for t in row) for row in rows)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         valid = False
     if not valid:
         raise FormatError(f"{path} is damaged; delete it and call self_generate again to make it anew")

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from edgewright.distillation.best import Best
 from edgewright.errors import FormatError, UsageError, in_one_line
-from edgewright.io.atomic import atomic_file, write_text
+from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
+from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.training.checkpoint import latest_checkpoint
 from edgewright.training.config import TrainConfig
 from edgewright.training.loop import fit
@@ -153,7 +155,7 @@ def distill_in_stages(
                 errors = _call(loss, student.eval(), guide, first)
                 done = {"metrics": metrics, "errors": errors}
                 if folder is not None:
-                    _save(student, folder / STUDENT)
+                    save_tensors(folder / STUDENT, student.state_dict())
                     write_text(folder / RECORD, json.dumps(record | done, indent=1) + "\n")
                     kept.clear()
             results.append(StageResult(stage, done["metrics"], done["errors"]))
@@ -233,7 +235,7 @@ def _finished(folder: Path, record: dict[str, Any], student: nn.Module) -> dict[
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_object(path)
         same = {name: found[name] for name in record} == record
         done = {name: found[name] for name in ("metrics", "errors")}
     except (ValueError, KeyError, TypeError) as error:
@@ -244,21 +246,12 @@ def _finished(folder: Path, record: dict[str, Any], student: nn.Module) -> dict[
     return done
 
 
-def _save(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_model
-
-    with atomic_file(path) as temporary:
-        save_model(model, str(temporary))
-
-
 def load_state(model: nn.Module, path: Path) -> None:
     """Weights that a stage wrote, into a model of the same make. Raises FormatError when they are of another."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
+    tensors = load_tensors(path)
     try:
-        load_model(model, str(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
         raise FormatError(f"{path} does not fit the student: {in_one_line(error)}") from error
 
 

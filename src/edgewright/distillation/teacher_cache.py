@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgewright.distillation.manifest import claim_folder, fingerprint, read_manifest, shard_paths, track
 from edgewright.errors import FormatError, UsageError
-from edgewright.io.atomic import atomic_file
+from edgewright.io.tensors import load_tensors, save_tensors
 
 KIND = "teacher cache"
 
@@ -68,8 +68,7 @@ def cache_teacher(
                 continue
             answers = [_answer(teacher, rows, k, advance) for rows in part.split(batch_size)]
             tensors = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
-            with atomic_file(path) as temporary:
-                _save(tensors, temporary)
+            save_tensors(path, tensors)
     return TeacherCache(folder)
 
 
@@ -82,6 +81,10 @@ class TeacherCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.settings: dict[str, Any] = read_manifest(self.folder, KIND)
+        blocks, counts = self.settings.get("blocks"), [self.settings.get(name) for name in ("shard_blocks", "k")]
+        sizes = [*blocks, *counts] if isinstance(blocks, list) and len(blocks) == 2 else [None]
+        if not all(type(size) is int and 0 < size < 2**40 for size in sizes):
+            raise FormatError(f"{self.folder} does not say its blocks: {str(blocks)[:80]}, {counts!r:.80}")
         rows, self.shard_blocks = int(self.settings["blocks"][0]), int(self.settings["shard_blocks"])
         self._paths = shard_paths(self.folder, -(-rows // self.shard_blocks), "safetensors")
         missing = [path.name for path in self._paths if not path.exists()]
@@ -99,13 +102,10 @@ class TeacherCache:
         return {**joined, "tokens": joined["tokens"].to(dtype)}
 
     def _read(self, index: int) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         path = self._paths[index]
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
+            tensors = load_tensors(path)
+        except (FormatError, UsageError) as error:
             raise FormatError(f"{path} cannot be read ({error}); delete it and call cache_teacher again") from error
         rows, width = min(self.shard_blocks, self._rows - index * self.shard_blocks), int(self.settings["blocks"][1])
         k = int(self.settings["k"])
@@ -131,9 +131,3 @@ def _answer(teacher: nn.Module, tokens: Tensor, k: int, advance: Any) -> dict[st
     advance(tokens.numel(), True)
     values, indices, tail = (torch.stack(part) for part in zip(*answers, strict=True))
     return {"tokens": tokens.to(torch.int32).cpu(), "values": values, "indices": indices, "tail": tail}
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

@@ -40,6 +40,7 @@ from edgewright.io.atomic import atomic_file
 from edgewright.io.end_tokens import end_tokens
 from edgewright.io.gguf_families import ROPE_FACTORS
 from edgewright.measure.progress import ProgressBar
+from edgewright.runtime.child_check import GGUF_RUN, vouch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -227,6 +228,7 @@ def write_and_prove(
                 bar.advance()
         export = GGUFExport(path, tuple(rows), temporary.stat().st_size, checks, layout)
         notes.write_text(json.dumps(_notes(export, kv), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    vouch(*GGUF_RUN, path)
     return export
 
 

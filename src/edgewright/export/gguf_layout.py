@@ -213,6 +213,7 @@ def _reason(
 def print_table(rows: Sequence[LayoutRow], console: Console | None = None, every: bool = False) -> None:
     """The layout on screen: one line for all tensors that are treated alike, or one for each when `every` is set."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console()
@@ -225,7 +226,8 @@ def print_table(rows: Sequence[LayoutRow], console: Console | None = None, every
         row = members[0]
         size = sum(member.bytes for member in members)
         style = "yellow" if row.departure else None
-        table.add_row(_names(members), row.holds, row.wanted, row.written, f"{size / 1e6:.2f}", row.why, style=style)
+        cells = (_names(members), row.holds, row.wanted, row.written, f"{size / 1e6:.2f}", row.why)
+        table.add_row(*map(escape, cells), style=style)
     console.print(table)
 
 

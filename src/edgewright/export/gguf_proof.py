@@ -150,7 +150,8 @@ def check_runs(
     threads = max(1, usable_cores() // 2)
     by_cache: dict[str, Tensor] = {}
     for cache in ("f16",) if cache_type is None else ("f16", cache_type):
-        with LlamaCppEngine(path, threads=threads, context=512, cache_type_k=cache, cache_type_v=cache) as engine:
+        caches = {"cache_type_k": cache, "cache_type_v": cache}
+        with LlamaCppEngine(path, threads=threads, context=512, check=False, **caches) as engine:
             ids = check_tokens(engine, tokenizer)
             prompts = check_template(engine, tokenizer)
             by_cache[cache] = torch.from_numpy(engine.logits(ids))

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import OutputError, Unsupported, UsageError
+from edgewright.errors import Unsupported, UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 from edgewright.io.quantized_folder import FORMAT, QUANTIZATION_KEY, WEIGHTS, pack_codes, tied_parameters
+from edgewright.io.tensors import save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,14 +135,8 @@ def _save(
     state: dict[str, Tensor],
     extra: dict[str, Any],
 ) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     with atomic_directory(folder) as temporary:
-        try:
-            save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {Path(folder) / WEIGHTS}: {error}") from error
+        save_tensors(temporary / WEIGHTS, state, {"format": "pt"})
         settings = json.loads(model.config.to_json_string(use_diff=True))
         settings |= {"architectures": [type(model).__name__], "dtype": str(model_dtype(model)).removeprefix("torch.")}
         text = json.dumps(settings | extra, indent=2, ensure_ascii=False) + "\n"

@@ -14,7 +14,7 @@ import torch
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.json_file import read_object
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # The names under which transformers finds weights that torch.save wrote.
@@ -57,8 +57,8 @@ def check_unquantized(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def check_weights(folder: Path) -> None:
-    """Check the header of every weight file and the index.
+def check_weights(folder: Path) -> dict[str, SafetensorsEntry]:
+    """Check the header of every weight file and the index; the tensors, of files of torch.save one for all of them.
 
     Safetensors are taken where there are any. Otherwise a file of torch.save is taken if it is one that torch's
     weights-only reader maps into memory: it holds tensors, and no code of it runs. Raises UsageError for other pickles
@@ -66,10 +66,9 @@ def check_weights(folder: Path) -> None:
     """
     files = sorted(folder.glob("*.safetensors"))
     if files:
-        for file in files:
-            check_safetensors(file)
+        entries = {name: entry for file in files for name, entry in check_safetensors(file).items()}
         _check_index(folder / SAFETENSORS_INDEX, {file.name for file in files})
-        return
+        return entries
     _refuse_adapter(folder)
     files = [file for pattern in TORCH_WEIGHTS for file in sorted(folder.glob(pattern))]
     if not files:
@@ -80,6 +79,8 @@ def check_weights(folder: Path) -> None:
     for file in files:
         _check_torch_file(folder, file)
     _check_index(folder / TORCH_INDEX, {file.name for file in files})
+    size = sum(file.stat().st_size for file in files)
+    return {"all": SafetensorsEntry("F16", (size // 2,), 0, size)}  # not more numbers than this
 
 
 def has_safetensors(folder: Path) -> bool:

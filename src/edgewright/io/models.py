@@ -19,6 +19,8 @@ from torch import nn
 
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError, in_one_line
 from edgewright.io.bundled import BUNDLED, bundled_path
+from edgewright.io.config_bounds import check_claim, check_numbers
+from edgewright.io.foreign import check_json_files, load_tokenizer, reading
 from edgewright.io.model_folder import check_head, check_unquantized, check_weights, has_safetensors, read_config
 
 if TYPE_CHECKING:
@@ -104,11 +106,11 @@ def _download(name: str) -> Path:
 def _load_folder(
     folder: Path, dtype: torch.dtype, device: str | torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoTokenizer
-
     config = read_config(folder)
     check_unquantized(folder, config)
-    check_weights(folder)
+    entries = check_weights(folder)
+    check_json_files(folder)
+    check_numbers(folder / "config.json", config, entries)
     check_head(folder, config)
     plugins = entry_points(group=PLUGINS, name=config["model_type"])
     for plugin in plugins:
@@ -118,9 +120,11 @@ def _load_folder(
 
         return load_quantized(folder, dtype, device)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(), _one_sentence(folder):
+    with _quiet(), reading(folder), _one_sentence(folder):
+        factory = _model_class(folder, config, known=bool(plugins))
+        check_claim(folder, factory, entries)
         # Files of torch.save go to torch's weights-only reader, which makes tensors and runs nothing.
-        model, report = _model_class(folder, config, known=bool(plugins)).from_pretrained(
+        model, report = factory.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=has_safetensors(folder),
@@ -129,7 +133,7 @@ def _load_folder(
             output_loading_info=True,
             **local,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = load_tokenizer(folder)
     _check_report(folder, config, model, report)
     return model.to(device).eval(), tokenizer
 

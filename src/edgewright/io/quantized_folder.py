@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, in_one_line
+from edgewright.io.config_bounds import check_numbers
 from edgewright.io.expert_stacks import put_stack
+from edgewright.io.foreign import load_tokenizer
 from edgewright.io.json_file import read_json
 from edgewright.io.own_forward import keeping_forward
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
+from edgewright.io.tensors import load_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,18 +77,13 @@ def load_quantized(
     dtype: of everything that is not quantised, and of the activations. Raises FormatError for a description that
     contradicts the weights or the model, UsageError for a folder that cannot be read.
     """
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-
     folder = Path(folder)
     modules, shared, settings = read_description(folder)
     entries = check_safetensors(folder / WEIGHTS)
-    layers = settings.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(entries):  # before a billion empty layers are built
-        raise FormatError(f"{folder} claims {layers} layers, but its weights are {len(entries)} tensors")
+    check_numbers(folder / "config.json", settings, entries)
     model = _skeleton(folder, settings, dtype)
     _check_description(folder, model, modules, shared, entries)
-    stored = load_file(folder / WEIGHTS)
+    stored = load_tensors(folder / WEIGHTS)
     for name, fields in modules.items():
         step = stored.pop(f"{name}.step").float()
         if not torch.isfinite(step).all():
@@ -98,7 +96,7 @@ def load_quantized(
         owner: Any = model.get_submodule(source)
         _put(model, name, owner.packed, dtype)
     _fill(folder, model, stored, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     nn.Module.to(model, device)
     return model.eval(), tokenizer
 
@@ -120,10 +118,10 @@ def read_description(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     for name, fields in modules.items():
         shape = fields.get("shape") if isinstance(fields, dict) else None
         sizes = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**31 for n in shape)
-        stack = sizes and fields.get("kind") == "stack"
-        if stack and (fields.get("group_axis") not in ("in", "out") or type(fields.get("count")) is not int):
+        kind, grid = (fields.get("kind"), fields.get("grid")) if sizes else (None, None)
+        if kind == "stack" and (fields.get("group_axis") not in ("in", "out") or type(fields.get("count")) is not int):
             raise FormatError(f"{path}: the stack {name[:80]!r} needs a count of matrices and a group_axis (in, out)")
-        if not sizes or fields.get("kind") not in (*KINDS, "stack") or fields.get("grid") not in CODE_RANGES:
+        if kind not in (*KINDS, "stack") or grid not in tuple(CODE_RANGES):
             raise FormatError(
                 f"{path}: module {name[:80]!r} needs kind (linear, embedding, stack), a known grid, a shape [out, in]"
             )

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_file, write_text
 from edgewright.io.json_file import read_json
+from edgewright.io.typed import from_json
 
 FORMAT = "edgewright token shards 1"
 MANIFEST = "manifest.json"
@@ -287,9 +288,13 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Shard], bool]:
     path = folder / MANIFEST
     document = read_json(path, MOST_MANIFEST, "pass a folder that write_shards made")
     try:
-        shards = [Shard(**entry) for entry in document.pop("shards")]
+        shards = [from_json(Shard, entry, path) for entry in document.pop("shards")]
         complete = document.pop("complete") is True
-        wrong = document["format"] != FORMAT or document["dtype"] not in DTYPES
+        wrong = (
+            not isinstance(document["tokenizer"], str)
+            or document["format"] != FORMAT
+            or document["dtype"] not in DTYPES
+        )
         numbers = [document["vocab_size"], document["end_token"] + 1]
         for shard in shards:
             wrong |= NAME.fullmatch(shard.name) is None or not shard.name.startswith(shard.split + "-")

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
 from edgewright.io.models import load
 from edgewright.io.transformers_names import cache_of, with_cache
+from edgewright.io.typed import from_json
 from edgewright.language.guard_policy import GuardPolicy, Message
 from edgewright.quantization.config import ActivationConfig
 from edgewright.quantization.packed_inputs import attach_input_quantizers_
@@ -226,18 +228,20 @@ def read_settings(folder: str | Path) -> GuardSettings:
     """The policy beside a saved guard. Raises UsageError without one, FormatError for a broken one."""
     path = Path(folder) / SETTINGS
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_object(path)
         activation = data["activation"]
         program = data["program"]
         if program is not None and Path(program).name != program:
             raise ValueError(f"the program {program!r} is not a file of this folder")
         return GuardSettings(
-            GuardPolicy(**data["policy"]),
+            from_json(GuardPolicy, data["policy"], path),
             float(data["threshold"]),
-            None if activation is None else ActivationConfig(**activation),
+            None if activation is None else from_json(ActivationConfig, activation, path),
             program,
         )
-    except OSError as error:
-        raise UsageError(f"{folder} holds no guard ({SETTINGS}: {error.strerror}); save_guard writes one") from error
+    except UsageError as error:
+        raise UsageError(f"{folder} holds no guard ({error}); save_guard writes one") from error
+    except FormatError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} does not describe a guard: {error}") from error

@@ -77,8 +77,8 @@ def export_guard(
 
 def open_guard(folder: str | Path, settings: GuardSettings, **options: Any) -> GuardModel:
     """The guard of an exported folder, in its runtime."""
-    from transformers import AutoTokenizer
+    from edgewright.io.foreign import load_tokenizer
 
     assert settings.program is not None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(Path(folder))
     return GuardModel(ProgramPredictor(Path(folder) / settings.program), tokenizer, settings.policy, **options)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
+from edgewright.io.run_folder import claim_folder
 from edgewright.io.shards import TokenShards, open_shards
 from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
 from edgewright.language.decoder_config import EdgeDecoderConfig
@@ -185,6 +186,7 @@ def pretrain(
         )
     accelerator = process_accelerator()
     main, train_config = accelerator.is_main_process, settings.train_config(accelerator.num_processes)
+    claim_folder(output, "pretrain", write=main)
     speak = say if main else _silent
     tokenizer, shards = _data(data, config, settings, output, tokenizer, accelerator, resume == "never", speak)
     shards.check_model(config.vocab_size, tokenizer_fingerprint(tokenizer))
@@ -312,7 +314,7 @@ def _save(
     except NotRepresentable as error:
         report.notes.append(f"model/ is our own class: {error}")
     for name, part in ((EDGE, decoder), (MODEL, model)):
-        with atomic_directory(output / name) as folder, _quiet():
+        with atomic_directory(output / name, ours=True) as folder, _quiet():
             part.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     (output / "config.json").unlink(missing_ok=True)  # last to come: without it the folder is no model

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import FormatError, in_one_line
+from edgewright.errors import FormatError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.shards import SHARD_BYTES, TokenShards, open_shards, split_limit, text_hash, write_shards
 from edgewright.language.tokenizer import end_token, tokenizer_fingerprint, train_tokenizer
@@ -20,12 +20,12 @@ TOKENIZER_TEXT = 64 * 2**20  # characters that a tokenizer is trained on at most
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder. Raises FormatError where there is none that transformers can read."""
-    from transformers import AutoTokenizer
+    from edgewright.io import foreign
 
     try:
-        return AutoTokenizer.from_pretrained(Path(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{folder} holds no tokenizer that can be read: {in_one_line(error)}") from error
+        return foreign.load_tokenizer(Path(folder))
+    except FormatError as error:
+        raise FormatError(f"{folder} holds no tokenizer that can be read: {error}") from error
 
 
 def prepare_data(
@@ -50,7 +50,7 @@ def prepare_data(
             say(f"training a tokenizer of {vocab_size} tokens")
             limit, _ = split_limit(texts, validation_share)
             tokenizer = train_tokenizer(_for_training(texts, limit), vocab_size)
-            with atomic_directory(folder) as temporary:
+            with atomic_directory(folder, ours=True) as temporary:
                 tokenizer.save_pretrained(temporary)
         tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         if fresh:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.errors import FormatError
 from edgewright.io.atomic import write_text
 from edgewright.io.shards import TokenShards
 from edgewright.language.next_token import NextToken
@@ -119,4 +120,7 @@ def sample(
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} does not hold samples, one JSON object a line: {error}; remove it") from error

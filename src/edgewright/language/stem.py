@@ -50,6 +50,9 @@ class StemConfig:
         for name, allowed in (("replace", REPLACE), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"stem {name}={getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        for name in ("allow_first", "sparse_grad"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"stem {name}={getattr(self, name)!r:.80}; choose True or False")
 
 
 class Override(Protocol):

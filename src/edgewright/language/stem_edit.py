@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.io.atomic import atomic_file
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.io.transformers_names import CACHE_NAMES
 from edgewright.language.stem import stem_blocks
 
@@ -236,13 +235,10 @@ class Edit:
 
     def save(self, path: str | Path) -> Path:
         """Write the new rows as a safetensors file, which `load_edit` reads."""
-        from safetensors.torch import save_file
-
         tensors = {"ids": self.ids} | {
             f"stem.layers.{layer}.rows": rows.contiguous() for layer, rows in self.after.items()
         }
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary, {"format": "pt", "edit": FORMAT, "note": json.dumps(self.note)})
+        save_tensors(path, tensors, {"format": "pt", "edit": FORMAT, "note": json.dumps(self.note)})
         return Path(path)
 
 
@@ -299,12 +295,7 @@ def _mean(rows: Tensor, tokens: tuple[int, ...]) -> Tensor:
 
 def load_edit(model: nn.Module, path: str | Path, store: EmbeddingStore | None = None) -> Edit:
     """Apply a saved edit. Raises FormatError for another kind of file, UsageError for a model that it does not fit."""
-    from safetensors import safe_open
-
-    check_safetensors(path)
-    with safe_open(path, "pt") as file:
-        metadata: Mapping[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors, metadata = read_tensors(path)
     if metadata.get("edit") != FORMAT or "ids" not in tensors:
         raise FormatError(f"{path} is not an edit that edgewright wrote")
     layers, after = stem_blocks(model), {}

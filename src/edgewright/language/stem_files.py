@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
+from edgewright.io.config_bounds import check_numbers
+from edgewright.io.foreign import message, reading
+from edgewright.io.json_file import read_object
 from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors
 from edgewright.language.decoder import EdgeDecoderForCausalLM
 from edgewright.language.decoder_config import EdgeDecoderConfig
 from edgewright.language.stem import StemFeedForward, stem_blocks
@@ -71,22 +75,24 @@ def load_offloaded(
     tables: another folder for them, as `offload_(device="disk", path=...)` leaves it. options: of `offload_`. Raises
     FormatError naming a table shard or a weight that is missing.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not (folder / BACKBONE).is_file() or not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no folder that save_stem wrote: it has no {BACKBONE} or no config.json")
-    config = EdgeDecoderConfig.from_pretrained(folder)
-    check_safetensors(folder / BACKBONE)
-    with torch.device("meta"):
-        model = EdgeDecoderForCausalLM(config)
+    entries = check_safetensors(folder / BACKBONE)
+    check_numbers(folder / "config.json", read_object(folder / "config.json"), entries)
+    with reading(folder), torch.device("meta"):
+        model = EdgeDecoderForCausalLM(EdgeDecoderConfig.from_pretrained(folder))
+    config = model.config
     for block, layer in stem_blocks(model).items():
         layer.table = None
         if not (file := table_file(Path(tables or folder), block)).is_file():
             raise FormatError(f"the table shard {file} is missing; layer {block} reads its rows from it")
-    state = load_file(folder / BACKBONE)
+    state = load_tensors(folder / BACKBONE)
     # Assigned, not copied: nothing of the model's size exists twice. The rotary buffers are not in the file.
-    missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
+    try:
+        missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
+    except RuntimeError as error:  # a tensor of another shape
+        raise FormatError(f"{folder / BACKBONE} does not fit its config.json: {message(error)}") from error
     model.tie_weights()
     if missing - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
         raise FormatError(f"{folder / BACKBONE} lacks {len(missing)} weights, the first is {min(missing)}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.errors import EdgewrightError, UsageError
+from edgewright.io.child_process import end_with_parent
 
 _CHILD = "from edgewright.measure.memory import _child; _child()"
 
@@ -47,13 +48,17 @@ def peak_memory(function: Callable[..., Any], *args: Any, timeout: float | None 
         request, answer = Path(folder, "request"), Path(folder, "answer")
         request.write_bytes(pickle.dumps((function, args, kwargs)))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, "-c", _CHILD, str(request), str(answer)]
-        try:
-            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            raise EdgewrightError(f"measuring the memory of {name} took longer than {timeout:g} s") from None
+        command = [sys.executable, "-c", _CHILD, str(request), str(answer), str(os.getpid())]
+        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+            try:
+                code = process.wait(timeout)
+            except BaseException as error:
+                process.kill()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise EdgewrightError(f"measuring the memory of {name} took longer than {timeout:g} s") from None
         if not answer.exists():
-            raise EdgewrightError(f"the process that measured the memory of {name} died with code {done.returncode}")
+            raise EdgewrightError(f"the process that measured the memory of {name} died with code {code}")
         value = pickle.loads(answer.read_bytes())  # written by our own child into our own private folder
     if isinstance(value, BaseException):
         raise value
@@ -62,7 +67,8 @@ def peak_memory(function: Callable[..., Any], *args: Any, timeout: float | None 
 
 
 def _child() -> None:
-    request, answer = sys.argv[1:3]
+    request, answer, parent = sys.argv[1:4]
+    end_with_parent(int(parent))
     value: PeakMemory | BaseException
     try:
         function, args, kwargs = pickle.loads(Path(request).read_bytes())

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.optim.lion_distributed import DistributedLion
 from edgewright.optim.lion_replicas import spread
-from edgewright.training.sharded import FOLDER, begin_folder, finish_folder, is_split, read_parts, write_parts
+from edgewright.training.sharded import FOLDER, begin_folder, finish_folder, is_split
+from edgewright.training.sharded_parts import new_parts, write_parts
 
 FORMAT = 1
 MANIFEST = "lion.json"
@@ -90,16 +91,21 @@ def load_replicas(
             f"{path} was written by {world} processes and here are {optimizer.world}: strategy='mean' goes on with the "
             "mean of their momenta, strategy='reset' with none"
         )
-    read_parts(path / FOLDER, {f"model.{name}": tensor.detach() for name, tensor in _tensors(model).items()})
-    momenta = [optimizer.momentum(parameter).zero_() for _, parameter in members]
+    live = {f"model.{name}": tensor.detach() for name, tensor in _tensors(model).items()}
+    values = new_parts(path / FOLDER, live)
+    momenta = [optimizer.momentum(parameter) for _, parameter in members]
+    means = [torch.zeros_like(momentum) for momentum in momenta]
     if strategy == "exact":
-        read_parts(path / FOLDER, _named(_owner(optimizer.rank), momenta))
+        means = list(new_parts(path / FOLDER, _named(_owner(optimizer.rank), momenta)).values())
     elif strategy == "mean":
         for rank in range(world):  # one set at a time
-            part = [torch.zeros_like(momentum) for momentum in momenta]
-            read_parts(path / FOLDER, _named(_owner(rank), part))
-            torch._foreach_add_(momenta, part)
-        torch._foreach_div_(momenta, world)
+            torch._foreach_add_(means, list(new_parts(path / FOLDER, _named(_owner(rank), momenta)).values()))
+        torch._foreach_div_(means, world)
+    with torch.no_grad():
+        for name, value in values.items():
+            live[name].copy_(value)
+        for momentum, mean in zip(momenta, means, strict=True):
+            momentum.copy_(mean)
     for group in optimizer.param_groups:
         group["step"] = manifest["step"]
     extra: dict[str, Any] = manifest["extra"]
@@ -161,7 +167,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no checkpoint of a Distributed Lion run: {error.strerror} ({MANIFEST})") from error
     except FormatError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path / MANIFEST} is damaged ({error!r}): remove that checkpoint") from error
     return manifest  # type: ignore[no-any-return]
 

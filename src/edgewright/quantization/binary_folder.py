@@ -16,7 +16,10 @@ from torch import nn
 
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.config_bounds import check_numbers, check_size
+from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.quantization.binary_encoder import FAMILIES, BitConfig, bit_, elastic_quantizers
 from edgewright.quantization.binary_linear import BinaryEmbedding, BinaryLinear, pack_binary_
 
@@ -28,6 +31,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_LAYERS = 1000
+PACKED = 64  # weights in one stored word at most
 
 
 def save_binary(
@@ -37,15 +41,12 @@ def save_binary(
 
     Raises UsageError for a model without packed layers, OutputError when the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     if not any(isinstance(module, BinaryLinear | BinaryEmbedding) for module in model.modules()):
         raise UsageError("the model has no packed binary layer; call pack_binary_(model) before save_binary")
     settings: Any = model.config
     description = {"architectures": [type(model).__name__], KEY: {"format": FORMAT, "config": config.to_dict()}}
     with atomic_directory(folder) as temporary:
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(temporary / WEIGHTS, model.state_dict(), {"format": "pt"})
         text = json.dumps(json.loads(settings.to_json_string(use_diff=False)) | description, indent=1)
         (temporary / "config.json").write_text(text + "\n", "utf-8")
         if tokenizer is not None:
@@ -58,12 +59,11 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
 
     Raises UsageError for a folder that cannot be read, FormatError for one that contradicts itself.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     settings, config = _description(folder)
     entries = check_safetensors(folder / WEIGHTS)
-    model = _skeleton(folder, settings, len(entries))
+    check_numbers(folder / "config.json", settings, entries)
+    model = _skeleton(folder, settings, entries)
     try:
         bit_(model, config)
         for _, quantizer in elastic_quantizers(model):
@@ -72,7 +72,7 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
     except UsageError as error:
         raise FormatError(f"{folder}: its settings do not fit its model: {error}") from error
     wanted = model.state_dict()
-    stored = load_file(folder / WEIGHTS)
+    stored = load_tensors(folder / WEIGHTS)
     for name, tensor in wanted.items():
         found = stored.get(name)
         if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
@@ -100,15 +100,10 @@ def _description(folder: Path) -> tuple[dict[str, Any], BitConfig]:
     found = settings.pop(KEY, None) if isinstance(settings, dict) else None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("config"), dict):
         raise FormatError(f"{path} has no {KEY!r} of format {FORMAT}; save_binary writes such folders")
-    try:
-        fields = dict(found["config"])
-        fields["sets"] = tuple((str(pattern), str(kind)) for pattern, kind in fields.get("sets", ()))
-        return settings, BitConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path}: {KEY!r} is not a BitConfig: {error}") from error
+    return settings, from_json(BitConfig, found["config"], path)
 
 
-def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
+def _skeleton(folder: Path, settings: dict[str, Any], entries: dict[str, SafetensorsEntry]) -> Any:
     """The float model that config.json describes, with weights that do not matter."""
     import transformers
     from transformers import AutoConfig
@@ -116,16 +111,21 @@ def _skeleton(folder: Path, settings: dict[str, Any], tensors: int) -> Any:
     names = settings.get("architectures")
     name = str(names[0]) if isinstance(names, list) and names else ""
     factory = getattr(transformers, name, None)
-    if settings.get("model_type") not in FAMILIES or not (
+    if settings.get("model_type") not in tuple(FAMILIES) or not (
         isinstance(factory, type) and issubclass(factory, transformers.PreTrainedModel)
     ):
         raise FormatError(f"{folder} describes {name[:60]!r}, which is none of the encoders {', '.join(FAMILIES)}")
     layers = settings.get("num_hidden_layers", settings.get("n_layers"))
-    if not isinstance(layers, int) or not 0 < layers <= min(MAX_LAYERS, tensors):
-        raise FormatError(f"{folder} claims {layers!r} layers, but its weights are {tensors} tensors")
+    if not isinstance(layers, int) or not 0 < layers <= min(MAX_LAYERS, len(entries)):
+        raise FormatError(f"{folder} claims {layers!r} layers, but its weights are {len(entries)} tensors")
     kept = {key: value for key, value in settings.items() if key not in ("auto_map", "dtype", "torch_dtype")}
     try:
-        return factory(AutoConfig.for_model(**kept))
+        model_config = AutoConfig.for_model(**kept)
+        with torch.device("meta"):
+            check_size(folder / "config.json", factory(model_config), entries, packed=PACKED)
+        return factory(model_config)
+    except FormatError:
+        raise
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
         reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgewright.errors import EdgewrightError, FormatError, UsageError
-from edgewright.io.atomic import atomic_file
+from edgewright.io.tensors import read_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.quantization.affine import BITS
 from edgewright.quantization.batchnorm import ConvBNQuant2d, StaticLayer
-from edgewright.quantization.observers import ActivationQuantizer, FixedActivation, ObserverConfig
+from edgewright.quantization.observers import ActivationQuantizer, FixedActivation
 from edgewright.quantization.static import StaticConfig, quantize_static, set_submodule
 
 
@@ -45,8 +46,6 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) -> int:
     """Write the result of `convert_static` and return the bytes of the file. `config` is what it was prepared with."""
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     activations: dict[str, Any] = {}
@@ -67,8 +66,7 @@ def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) ->
     inside = tuple(f"{name}." for name, m in converted.named_modules() if isinstance(m, StaticLayer))
     tensors |= {key: value for key, value in converted.state_dict().items() if not key.startswith(inside)}
     record = {"version": 1, "config": asdict(config), "layers": layers, "activations": activations}
-    with atomic_file(path) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"static": json.dumps(record)})
+    save_tensors(path, tensors, {"static": json.dumps(record)})
     return Path(path).stat().st_size
 
 
@@ -77,21 +75,17 @@ def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
 
     The weights of `model` do not matter. Raises FormatError when the file is broken or of another architecture.
     """
-    from safetensors import SafetensorError, safe_open
-
+    tensors, texts = read_tensors(path)
     try:
-        with safe_open(path, "pt") as file:
-            record = json.loads((file.metadata() or {})["static"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        settings = dict(record["config"])
-        settings["observer"] = ObserverConfig(**settings["observer"])
-        settings["skip"] = tuple(settings["skip"])
-        config = StaticConfig(**settings)
+        record = json.loads(texts["static"])
+        config = from_json(StaticConfig, record["config"], path)
         shapes, activations = record["layers"], record["activations"]
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no file {path}") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{path} is no network written by save_static: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise (
+            error
+            if isinstance(error, FormatError)
+            else FormatError(f"{path} is no network written by save_static: {error}")
+        ) from error
     if config.weight_bits not in BITS:
         raise FormatError(f"{path} is no network written by save_static: weight_bits is {config.weight_bits}")
     loaded = quantize_static(model, example, config).eval()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -149,7 +150,7 @@ def run(settings: BiT, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, dict[str, float]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, float]] = read_object(store) if store.exists() else {}
     bench = _Bench(settings, output)
     for name, arm in _arms(settings).items():
         for seed in range(settings.seeds if arm.repeated else 1):

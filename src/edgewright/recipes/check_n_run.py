@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -123,7 +124,7 @@ def run(settings: CheckNRunSettings, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, Any] = read_object(store) if store.exists() else {}
 
     def measured(key: str, build: Callable[[], Any]) -> Any:
         if key not in points:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -139,7 +140,7 @@ def run(settings: DistributedLionSettings, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, Any] = read_object(store) if store.exists() else {}
 
     def point(key: str, make: Callable[[], Any]) -> Any:
         if key not in points:

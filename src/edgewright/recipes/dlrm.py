@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
@@ -119,7 +120,7 @@ def run(settings: DLRMSettings, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, Any]] = read_object(store) if store.exists() else {}
     benches: dict[str, _Bench] = {}
 
     def measured(name: str, split: str, seed: int, build: Callable[[_Bench, int], Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
@@ -115,7 +116,7 @@ def run(settings: Int8Whitepaper, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, list[dict[str, Any]]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, list[dict[str, Any]]] = read_object(store) if store.exists() else {}
 
     def measured(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if name not in points:

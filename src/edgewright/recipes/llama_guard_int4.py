@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -143,7 +144,7 @@ def run(settings: LlamaGuardInt4, output: Path) -> Report:
     units = {"bytes": "bytes", "latency": "ms"}
     report = result.report("Llama Guard INT4: the chain on SmolLM2-135M", units)
     store = output / "points.json"
-    points: dict[str, dict[str, float]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, float]] = read_object(store) if store.exists() else {}
     for name, measure in COMPARISONS.items():
         for seed in range(settings.seeds if name not in UNSEEDED else 1):
             if f"{name}/{seed}" not in points:
@@ -207,9 +208,7 @@ class _Bench:
 
     def taught(self, layers: int) -> dict[str, Tensor]:
         """The rows that students train on, with the teacher's probabilities, made once."""
-        from safetensors.torch import load_file, save_file
-
-        from edgewright.io.atomic import atomic_file
+        from edgewright.io.tensors import load_tensors, save_tensors
         from edgewright.language.answers import teacher_answers
 
         path = self.output / f"taught-{layers}.safetensors"
@@ -218,9 +217,8 @@ class _Bench:
             steps = s.compare_steps if layers == s.fast_layers and not s.fast else max(s.recovery_steps, s.qat_steps)
             rows = {name: part[: max(steps, s.compare_steps) * s.batch] for name, part in self.rows.items()}
             data = teacher_answers(self.teacher(layers), self.model, rows, self.kept)
-            with atomic_file(path) as temporary:
-                save_file(data, temporary)
-        return load_file(path)
+            save_tensors(path, data)
+        return load_tensors(path)
 
     def measure(self, model: Any) -> Importance:
         """Statistics of the fine-tuned model on prompts and answers of the task."""

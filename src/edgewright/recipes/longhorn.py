@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -159,7 +160,7 @@ def run(settings: LonghornSettings, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, Any] = read_object(store) if store.exists() else {}
     recall_models = (*MODELS, ABLATION) if settings.recall.ablation else MODELS
     for part, names, train in (("recall", recall_models, _recall), ("text", MODELS, _text)):
         for seed in range(settings.seeds):

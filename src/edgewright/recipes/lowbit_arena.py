@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 from edgewright.recipes.sentences import SentenceBench, SentenceSettings, embedding_loss
@@ -133,7 +134,7 @@ def run(settings: LowBitArena, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, dict[str, float]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, float]] = read_object(store) if store.exists() else {}
     bench: SentenceBench | None = None
     for width in settings.widths:
         for method in settings.methods:

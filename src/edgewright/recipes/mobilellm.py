@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -150,7 +151,7 @@ def run(settings: MobileLLM, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, Any]] = read_object(store) if store.exists() else {}
     bench = _Bench(settings, output)
     shapes = bench.shapes()
     for name, config in shapes.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
@@ -145,7 +146,7 @@ def run(settings: MobileMoE, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, list[dict[str, Any]]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, list[dict[str, Any]]] = read_object(store) if store.exists() else {}
     bench: list[_Bench] = []  # built when the first missing figure needs the texts
 
     def measured(name: str, measure: Any) -> list[dict[str, Any]]:

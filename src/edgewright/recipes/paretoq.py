@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 from edgewright.recipes.sentences import SentenceBench, SentenceSettings
@@ -127,7 +128,7 @@ def run(settings: ParetoQ, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, float] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, float] = read_object(store) if store.exists() else {}
     bench = SentenceBench(
         SentenceSettings(settings.layers, settings.tokens, settings.training_sentences, settings.held_out_sentences)
     )

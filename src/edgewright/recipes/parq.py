@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import over_seeds
 
@@ -119,7 +120,7 @@ def run(settings: Parq, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, dict[str, Any]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, dict[str, Any]] = read_object(store) if store.exists() else {}
 
     def keep(key: str, point: dict[str, Any]) -> None:
         points[key] = point

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def run(settings: RSparse, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, Any] = read_object(store) if store.exists() else {}
     made: list[_Bench] = []
 
     def measured(key: str, measure: Callable[[_Bench], Any]) -> Any:

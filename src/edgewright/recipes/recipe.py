@@ -16,8 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
-from edgewright.errors import CheckFailed, OutputError, UsageError
+from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
 from edgewright.measure.report import Report, format_value
 from edgewright.recipes.settings import override, plain
 from edgewright.systems import find, systems
@@ -263,9 +264,8 @@ def _open_folder(
 
 def _same_run(folder: Path, marker: Path, record: dict[str, Any]) -> None:
     try:
-        earlier = json.loads(marker.read_text(encoding="utf-8"))
-        was, now = _flat(earlier), _flat(record)
-    except (OSError, ValueError, AttributeError) as error:
+        was, now = _flat(read_object(marker)), _flat(record)
+    except (UsageError, FormatError, RecursionError) as error:
         raise UsageError(f"cannot read {marker}: {error}; --fresh clears the folder") from None
     changed = [key for key in now.keys() | was.keys() if was.get(key) != now.get(key) and key != "size"]
     if changed:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def run(settings: Settings, output: Path) -> Report:
     from edgewright.recipes.stem_smollm2 import convert_smollm2
 
     store = output / "points.json"
-    points: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, Any] = read_object(store) if store.exists() else {}
 
     def measured(key: str, measure: Callable[[], Any]) -> Any:
         if key not in points:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgewright.io.json_file import read_object
 from edgewright.recipes.recipe import Cell, Claim, Headline, Plan
 from edgewright.recipes.seeds import row_over_seeds
 
@@ -159,7 +160,7 @@ def run(settings: TernaryBinaryNLG, output: Path) -> Report:
     from edgewright.measure.report import Report
 
     store = output / "points.json"
-    points: dict[str, list[Row]] = json.loads(store.read_text()) if store.exists() else {}
+    points: dict[str, list[Row]] = read_object(store) if store.exists() else {}
     made: dict[str, Any] = {}
 
     def measured(name: str, bench: Callable[..., Any], measure: str, *arguments: Any) -> list[Row]:
@@ -203,22 +204,18 @@ class _Rewriting:
 
     def _teacher(self) -> Any:
         """The full-precision model: from its file, or trained and put there."""
-        from safetensors.torch import load_file, save_file
-
         from edgewright.distillation.sequence_to_sequence import SequenceLossConfig, SequenceToSequenceDistillation
-        from edgewright.io.atomic import atomic_file
+        from edgewright.io.tensors import load_tensors, save_tensors
 
         settings, path = self.settings, self.output / "teacher.safetensors"
         model = _bart(settings)
         if path.exists():
-            model.load_state_dict(load_file(path), strict=False)  # tied tables are stored once
+            model.load_state_dict(load_tensors(path), strict=False)  # tied tables are stored once
             model.tie_weights()
             return model.eval()
         loss = SequenceToSequenceDistillation(None, SequenceLossConfig.labels_only())
         self._fit(model, loss, "teacher", settings.teacher_steps, settings.teacher_rate, settings.seed)
-        with atomic_file(path) as temporary:
-            tensors = {id(tensor): (name, tensor.detach().contiguous()) for name, tensor in model.named_parameters()}
-            save_file(dict(tensors.values()), temporary)
+        save_tensors(path, dict(model.named_parameters()))
         shutil.rmtree(self.output / "teacher", ignore_errors=True)
         return model.eval()
 

@@ -14,7 +14,8 @@ import csv
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from edgewright.errors import FormatError, MissingPackage, UsageError, in_one_line
+from edgewright.errors import FormatError, MissingPackage, UsageError
 from edgewright.io.decode import open_text
+from edgewright.io.foreign import reading
 
 CHUNK = 20_000  # rows held as texts
 NUMBERS, CATEGORIES = 13, 26
@@ -213,7 +215,7 @@ def _opened(path: Path) -> Iterator[tuple[TextIO, str]]:
             yield file, "\t" if "\t" in start else ","
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except (EOFError, csv.Error) as error:
+    except (EOFError, csv.Error, zlib.error) as error:
         raise FormatError(f"{path} is no table: {error}") from error
 
 
@@ -227,15 +229,18 @@ def _open_parquet(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingPackage(f"reading {path.name} needs the package pyarrow: pip install pyarrow") from error
-    try:
+    with reading(path):
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise FormatError(f"{path} is no Parquet file: {in_one_line(error)}") from error
 
 
 def _parquet_rows(path: Path, layout: Layout) -> Iterator[Sequence[str]]:
-    for batch in _open_parquet(path).iter_batches(batch_size=CHUNK, columns=list(layout.names)):
-        columns: Iterable[list[str]] = ([_text(v) for v in batch.column(name).to_pylist()] for name in layout.names)
+    batches = _open_parquet(path).iter_batches(batch_size=CHUNK, columns=list(layout.names))
+    while True:
+        with reading(path):
+            batch = next(batches, None)
+            if batch is None:
+                return
+            columns = [[_text(v) for v in batch.column(name).to_pylist()] for name in layout.names]
         yield from zip(*columns, strict=True)
 
 

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.json_file import read_object
+from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.recsys.bags import JaggedBatch, check_ids
 from edgewright.recsys.tables import (
     COMBINATIONS,
@@ -91,7 +94,7 @@ class DLRMConfig:
         }
         for name, (holds, allowed) in rules.items():
             if not holds:
-                raise UsageError(f"DLRMConfig {name}={getattr(self, name)!r}: it must be {allowed}")
+                raise UsageError(f"DLRMConfig {name}={getattr(self, name)!r:.200}: it must be {allowed}")
         if self.bottom[-1] != self.dim:
             raise UsageError(
                 f"the bottom network ends with {self.bottom[-1]} units, the vectors have dim={self.dim}; e.g. "
@@ -227,24 +230,21 @@ class DLRM(nn.Module):
 
     def write_into(self, folder: Path) -> None:
         """The two files of `save_pretrained`, into a folder that somebody else finishes."""
-        from safetensors.torch import save_file
-
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
         (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()},
-                  folder / WEIGHTS)  # fmt: skip
+        save_tensors(folder / WEIGHTS, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DLRM:
         """A saved model. Raises UsageError (no such folder), FormatError (its files are not those of a DLRM)."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        model = cls(read_config(folder))
+        config = read_config(folder)
+        check_elements(config, folder / WEIGHTS)
+        model = cls(config)
+        tensors = load_tensors(folder / WEIGHTS)
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, SafetensorError, RuntimeError) as error:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
             reason = in_one_line(error)
             raise FormatError(f"{folder / WEIGHTS} does not hold the model of its {CONFIG}: {reason}") from error
         return model
@@ -256,10 +256,27 @@ def read_config(folder: Path) -> DLRMConfig:
     fields = read_object(path, MOST_CONFIG, f"a saved DLRM is a folder with {CONFIG}")
     if fields.pop("model_type", None) != MODEL_TYPE:
         raise FormatError(f"{path} does not describe a DLRM (model_type {MODEL_TYPE!r})")
-    try:
-        return DLRMConfig(**fields)
-    except (TypeError, UsageError) as error:
-        raise FormatError(f"{path} is no configuration of a DLRM: {error}") from error
+    return from_json(DLRMConfig, fields, path)
+
+
+def check_elements(config: DLRMConfig, weights: Path) -> None:
+    """Raise FormatError where a configuration claims more than the file of weights holds, before any of it is built."""
+    entries = check_safetensors(weights)
+    held = sum(math.prod(entry.shape) for entry in entries.values())
+    if len(config.table_sizes) > len(entries):
+        raise FormatError(
+            f"{weights} has {len(entries)} tensors for the {len(config.table_sizes)} tables of its {CONFIG}"
+        )
+    claimed = 0
+    for k, rows in enumerate(config.table_sizes):
+        width = config.dim if config.table_dims is None else config.table_dims[k]
+        if width == config.dim and config.qr_threshold and rows > config.qr_threshold:
+            rows = -(-rows // min(max(config.qr_collisions, 1), rows))
+        claimed += rows * width
+    for inputs, widths in ((config.num_dense, config.bottom), (config.interaction_width, config.top)):
+        claimed += sum(a * b for a, b in zip((inputs, *widths), widths, strict=False))
+    if claimed > held:
+        raise FormatError(f"{weights} holds {held} numbers, its {CONFIG} describes a model of at least {claimed}")
 
 
 def _table(config: DLRMConfig, k: int, generator: torch.Generator) -> Table:

@@ -27,6 +27,7 @@ from edgewright.recsys.exchange import Arrive, Clock, Depart, Journey, exchange_
 from edgewright.recsys.optimizers import RowwiseAdagrad
 from edgewright.recsys.plan import Shard, ShardingPlan, make_plan
 from edgewright.recsys.tables import EmbeddingTable, ProjectedTable, QREmbeddingBag, row_parameters
+from edgewright.training.sharded_parts import read_parts, write_parts_folder
 
 
 class ShardedDLRM(nn.Module):
@@ -130,7 +131,7 @@ class ShardedDLRM(nn.Module):
             parameter.grad = part.view_as(parameter).clone()
 
     def checkpoint_state(self, optimizer: RowwiseAdagrad | None = None) -> dict[str, Tensor]:
-        """Tensors for torch.distributed.checkpoint, under the names of the whole DLRM's state dict.
+        """Tensors of a checkpoint, under the names of the whole DLRM's state dict.
 
         A table split by rows is a DTensor, so that any number of processes (or one without a process group) can load
         it. optimizer: the row-wise Adagrad of `sparse_parameters`; its sums join as "adagrad.<name>".
@@ -159,16 +160,15 @@ class ShardedDLRM(nn.Module):
         return DTensor.from_local(tensor, mesh, [Rows(0)], run_check=False, shape=shape, stride=tensor.stride())
 
     def save(self, folder: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
-        """Write a checkpoint, every process its part."""
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save(self.checkpoint_state(optimizer), checkpoint_id=str(folder), process_group=self.group)
+        """Write a checkpoint, every process its part: safetensors files, the folder whole or not at all."""
+        write_parts_folder(Path(folder), self.checkpoint_state(optimizer), self.group)
 
     def load(self, folder: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
-        """Read a checkpoint that any number of processes wrote, with any plan, in place."""
-        import torch.distributed.checkpoint as dcp
+        """Read a checkpoint that any number of processes wrote, with any plan, in place.
 
-        dcp.load(self.checkpoint_state(optimizer), checkpoint_id=str(folder), process_group=self.group)
+        Raises FormatError for one that is damaged or of another model; then nothing has been changed.
+        """
+        read_parts(Path(folder), self.checkpoint_state(optimizer))
 
     def _root(self) -> int:
         return dist.get_process_group_ranks(self.group or dist.group.WORLD)[0]

@@ -20,6 +20,8 @@ import torch
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
+from edgewright.io.json_file import read_object
+from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.recsys.clicks import ClickData, Schema
 from edgewright.recsys.criteo import Chunk, Layout, read_chunks
 from edgewright.recsys.hashing import hash_texts
@@ -61,37 +63,32 @@ class Vocabulary:
 
     def write_into(self, folder: Path) -> None:
         """features.json and vocabulary.safetensors, into a folder that somebody else finishes."""
-        from safetensors.numpy import save_file
-
         fields = {"format": FORMAT, "hash_rows": self.hash_rows, "min_count": self.min_count}
         text = json.dumps({**fields, "layout": dataclasses.asdict(self.layout)}, indent=1)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
-        save_file({f"{k:03d}": rows for k, rows in enumerate(self.remap)}, folder / ROWS)
+        save_tensors(folder / ROWS, {f"{k:03d}": torch.from_numpy(rows) for k, rows in enumerate(self.remap)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Vocabulary:
         """A saved vocabulary. Raises UsageError when there is none, FormatError when it is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         folder = Path(folder)
         if not (folder / FILE).is_file():
             raise UsageError(f"{folder} has no {FILE}; edgewright train dlrm writes one beside the model")
         try:
-            fields = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            fields = read_object(folder / FILE)
             if fields["format"] != FORMAT:
                 raise FormatError(f"{folder / FILE} has format {fields['format']}; this version reads {FORMAT}")
             held = fields["layout"]
             layout = Layout(held["label"], tuple(held["dense"]), tuple(held["categorical"]), held["header"])
-            arrays = load_file(folder / ROWS)
-            remap = tuple(arrays[f"{k:03d}"] for k in range(len(layout.categorical)))
+            arrays = load_tensors(folder / ROWS)
+            remap = tuple(arrays[f"{k:03d}"].numpy() for k in range(len(layout.categorical)))
             size = int(fields["hash_rows"])
             if any(rows.shape != (size,) or rows.dtype != np.int32 or rows.min() < 0 for rows in remap):
                 raise FormatError(f"{folder / ROWS} does not hold {len(remap)} vocabularies of {size} buckets")
             return cls(layout, size, int(fields["min_count"]), remap)
         except FormatError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{folder} does not hold a vocabulary: {error}") from error
 
 
@@ -139,10 +136,12 @@ def prepare_clicks(
         "limit": limit,
     }
     if not _is_ready(folder, made_from):
-        with atomic_directory(folder) as temporary:
+        with atomic_directory(folder, ours=True) as temporary:
             _prepare(path, layout, temporary, made_from, tick)
     vocabulary = Vocabulary.from_pretrained(folder)
-    count = json.loads((folder / DATA).read_text(encoding="utf-8"))["rows"]
+    count = read_object(folder / DATA).get("rows")
+    if type(count) is not int or count < 1:
+        raise FormatError(f"{folder / DATA} does not say how many rows there are; remove {folder} and run again")
     arrays = [_mapped(folder, name, count, *kind) for name, kind in _files(layout).items()]
     return *_data(vocabulary.schema, *arrays).split(1 - valid), vocabulary
 
@@ -207,10 +206,10 @@ def _mapped(folder: Path, name: str, count: int, kind: Any, columns: int) -> np.
 
 def _is_ready(folder: Path, made_from: Mapping[str, Any]) -> bool:
     try:
-        known = json.loads((folder / DATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_object(folder / DATA)
+    except (UsageError, FormatError):
         return False
-    return isinstance(known, dict) and all(known.get(key) == value for key, value in made_from.items())
+    return all(known.get(key) == value for key, value in made_from.items())
 
 
 def _data(schema: Schema, dense: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> ClickData:

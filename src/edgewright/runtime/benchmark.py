@@ -210,7 +210,7 @@ def _weights(path: Path) -> tuple[int, float | None, int | None]:
 
 
 def _use_file(path: str, context: int, threads: int, prompt_tokens: int, seed: int) -> None:
-    with open_engine(path, context=context, threads=threads) as engine:
+    with open_engine(path, context=context, threads=threads, check=False) as engine:  # the parent ran it already
         engine.generate(_random_prompt(engine, prompt_tokens, seed), MEMORY_TOKENS, ignore_end=True)
 
 

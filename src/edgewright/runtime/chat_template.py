@@ -9,11 +9,22 @@ from functools import cache
 from typing import Any, NoReturn
 
 from edgewright.errors import FormatError, MissingPackage, UsageError
+from edgewright.runtime.confined import call_confined
 
 MAX_TEMPLATE_CHARACTERS = 1 << 18  # the longest published templates have about 20,000
 
 
-def render_chat(
+def render_chat(template: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """As `render_here`, in a process of its own with bounds on time, memory and the text: a template is a program.
+
+    Raises FormatError also for a template that takes longer than `confined.TIMEOUT` or more than `confined.MEMORY`.
+    """
+    plain = [dict(message) for message in messages]
+    arguments = ("edgewright.runtime.chat_template", "render_here", "the model's chat template")
+    return str(call_confined(*arguments, template, plain, **options))
+
+
+def render_here(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -62,7 +73,7 @@ def render_chat(
         )
     except _Refused as error:
         raise UsageError(f"the model's chat template refuses these messages: {error}") from error
-    except (TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+    except (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"the model's chat template does not work: {error}") from error
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from edgewright import errors
 from edgewright.errors import EdgewrightError, FormatError
+from edgewright.io.child_process import end_with_parent
 
 TIMEOUT = 120.0  # seconds for start, load and one run
 MEMORY_FLOOR = 8 << 30  # address space that imports and thread stacks may take on top of the file
@@ -27,6 +28,7 @@ OUTPUT_LIMIT = 1 << 20  # bytes of the child's own words that are looked at
 REASON_LENGTH = 240
 
 _CHILD = "from edgewright.runtime.child_check import _child; _child()"
+GGUF_RUN = ("edgewright.runtime.llamacpp", "first_run")  # where a GGUF file is first run, for those that vouch for one
 _passed: set[tuple[str, str, str, int, int]] = set()
 
 
@@ -52,13 +54,23 @@ def first_run_in_child(
         memory = MEMORY_FLOOR + 16 * key[3]
     with tempfile.TemporaryDirectory() as folder:
         answer, said = Path(folder, "answer"), Path(folder, "said")
-        command = [sys.executable, "-c", _CHILD, module, function, str(file), str(answer), str(memory)]
+        command = [
+            sys.executable,
+            "-c",
+            _CHILD,
+            module,
+            function,
+            str(file),
+            str(answer),
+            str(memory),
+            str(os.getpid()),
+        ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         with said.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # never written to: its end is how the child knows of ours
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -84,17 +96,22 @@ def first_run_in_child(
     return value["result"]
 
 
+def vouch(module: str, function: str, path: str | Path) -> None:
+    """This process has just written the file itself: `first_run_in_child` need not run it."""
+    _passed.add(_key(module, function, Path(path)))
+
+
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | None:
     """The exit code, or None when the time is over."""
     began, left = time.monotonic(), timeout
     while left > 0:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(left)
-        left = min(timeout + _kept_waiting(process.pid), 10 * timeout) - (time.monotonic() - began)
+        left = min(timeout + kept_waiting(process.pid), 10 * timeout) - (time.monotonic() - began)
     return None
 
 
-def _kept_waiting(pid: int) -> float:
+def kept_waiting(pid: int) -> float:
     """Seconds that a process was ready to run and got no processor; 0 where the system does not tell (it is Linux)."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
@@ -116,6 +133,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _death(code: int) -> str:
@@ -133,8 +152,9 @@ def _last_line(text: str) -> str:
 
 
 def _child() -> None:
-    module, function, path, answer, memory = sys.argv[1:6]
-    _limit(int(memory))
+    module, function, path, answer, memory, parent = sys.argv[1:7]
+    end_with_parent(int(parent))
+    limit_memory(int(memory))
     value: dict[str, Any]
     try:
         value = {"result": getattr(import_module(module), function)(path)}
@@ -149,7 +169,7 @@ def _child() -> None:
     os.replace(finished, answer)
 
 
-def _limit(memory: int) -> None:
+def limit_memory(memory: int) -> None:
     """No core file, and no more address space than this; systems without such limits go without."""
     try:
         import resource

@@ -107,11 +107,12 @@ def open_engine(
     context: int = 2048,
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
+    check: bool = True,
 ) -> Engine:
     """Open a language model in the runtime of its suffix (.gguf: llama.cpp, .pte: ExecuTorch).
 
     threads: None uses every core. context: tokens of prompt and answer together; a .pte has it fixed in the file. cache
-    types: "f16", "q8_0", "q4_0"; a .pte has none to choose.
+    types: "f16", "q8_0", "q4_0"; a .pte has none to choose. check: run the file first in a child process.
     Raises UsageError (no such file), Unsupported (suffix, or a .pte that holds no language model), FormatError (broken
     file), MissingPackage (no runtime).
     """
@@ -133,7 +134,8 @@ def open_engine(
             )
         from edgewright.runtime.executorch import ExecuTorchEngine
 
-        return ExecuTorchEngine(path, threads=threads)
+        return ExecuTorchEngine(path, threads=threads, check=check)
     from edgewright.runtime.llamacpp import LlamaCppEngine
 
-    return LlamaCppEngine(path, threads=threads, context=context, cache_type_k=cache_type_k, cache_type_v=cache_type_v)
+    caches = {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
+    return LlamaCppEngine(path, threads=threads, context=context, check=check, **caches)

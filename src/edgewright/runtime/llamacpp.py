@@ -21,6 +21,7 @@ from edgewright.io.gguf_tokenizer import TEMPLATE_MARKS
 from edgewright.measure.machine import usable_cores
 from edgewright.runtime import llamacpp_library as lib
 from edgewright.runtime.chat_template import render_chat
+from edgewright.runtime.child_check import GGUF_RUN, first_run_in_child
 from edgewright.runtime.engine import Generation
 from edgewright.runtime.generation import common_prefix, write_on
 from edgewright.runtime.gguf_sizes import check_sizes
@@ -35,8 +36,10 @@ _open_engines: weakref.WeakSet[LlamaCppEngine] = weakref.WeakSet()
 class LlamaCppEngine:
     """A GGUF file in llama.cpp (see `edgewright.runtime.engine.Engine` for the calls).
 
-    The file's header is checked by `GGUFFile` before llama.cpp sees it. A quantised value cache runs with flash
-    attention, which it needs; everything else stays at llama.cpp's defaults. Not for use from several threads at once.
+    The file's header is checked by `GGUFFile` before llama.cpp sees it, and llama.cpp sees it first in a child process
+    (unless `check` is False: a file that this process wrote): it ends its process on headers that it does not like.
+    A quantised value cache runs with flash attention, which it needs; everything else stays at llama.cpp's defaults.
+    Not for use from several threads at once.
     """
 
     kept_ids: tuple[int, ...] | None = None
@@ -49,6 +52,7 @@ class LlamaCppEngine:
         context: int = 2048,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        check: bool = True,
     ) -> None:
         self._model: int | None = None
         self._context: int | None = None
@@ -59,6 +63,8 @@ class LlamaCppEngine:
         _check_options(self.threads, context, cache_type_k, cache_type_v)
         file = GGUFFile(self.path)
         check_sizes(file)
+        if check:
+            first_run_in_child(*GGUF_RUN, self.path)
         self.metadata = file.metadata
         self._ends = frozenset(gguf_end_tokens(file.metadata))  # more than llama.cpp has keys for
         self._lib = lib.library()
@@ -321,6 +327,13 @@ class LlamaCppEngine:
             f"{needed} tokens do not fit the context of {self.context}; "
             f"open the file with more, e.g. open_engine(path, context={-(-needed // 256) * 256}), or shorten the text"
         )
+
+
+def first_run(path: str) -> dict[str, int]:
+    """Open a file and run a token; called in a child process."""
+    with LlamaCppEngine(path, threads=1, context=256, check=False) as engine:
+        engine.next_logits([0])
+        return {"vocabulary": engine.vocabulary, "pieces": len(engine.detokenize(engine.tokenize("a b")))}
 
 
 class _Writer:

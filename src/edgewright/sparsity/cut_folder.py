@@ -22,7 +22,7 @@ from edgewright.io.json_file import read_object
 from edgewright.io.models import load
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.quantized_folder import CODE_BITS
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.sparsity.unembedding import PrunedHead
 
 if TYPE_CHECKING:
@@ -46,8 +46,6 @@ def save_cut(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str |
 
     Quantised inputs of layers are not part of the folder. Raises UsageError for an uncut model, OutputError.
     """
-    from safetensors.torch import save_file
-
     head: Any = getattr(model, "lm_head", None)
     if not isinstance(head, PrunedHead):
         raise UsageError("the model's head is whole; call prune_unembedding_(model, ids) first, or save_pretrained")
@@ -67,7 +65,7 @@ def save_cut(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str |
     folder = Path(folder)
     with atomic_directory(folder) as temporary:
         save_checkpoint(base, tokenizer, temporary)
-        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary / ROWS)
+        save_tensors(temporary / ROWS, tensors)
         (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     return folder
 
@@ -119,10 +117,7 @@ def _save_float(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 
 def _head(folder: Path, description: dict[str, Any]) -> PrunedHead:
-    from safetensors.torch import load_file
-
-    check_safetensors(folder / ROWS)
-    tensors = load_file(folder / ROWS)
+    tensors = load_tensors(folder / ROWS)
     kept = torch.tensor(description["kept_ids"])
     bias, grid = tensors.get("bias"), description["grid"]
     rows: Any
@@ -156,7 +151,7 @@ def _description(folder: Path) -> dict[str, Any]:
         and kept
         and isinstance(data.get("class"), str)
         and isinstance(data.get("expand"), bool)
-        and (data.get("grid") is None or data["grid"] in CODE_RANGES)
+        and (data.get("grid") is None or (isinstance(data["grid"], str) and data["grid"] in CODE_RANGES))
     )
     if not fits:
         raise FormatError(f"{path} must have class, ascending kept_ids below vocabulary, expand, and a known grid")

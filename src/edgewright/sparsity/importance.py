@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, Unsupported, UsageError
-from edgewright.io.atomic import atomic_file
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
 
 Batch = Tensor | Mapping[str, Tensor]
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -92,20 +91,14 @@ class Importance:
 
     def save(self, path: str | Path) -> None:
         """Write the sums as one safetensors file."""
-        from safetensors.torch import save_file
-
         tensors = {f"norms.{i}": norm for i, norm in enumerate(self.norms)}
         tensors |= {"cosines": self.cosines, "counts": torch.tensor([self.tokens, self.sequences])}
-        with atomic_file(path) as temporary:
-            save_file(tensors, temporary)
+        save_tensors(path, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
         """What `save` wrote. Raises FormatError for any other file."""
-        from safetensors.torch import load_file
-
-        check_safetensors(Path(path))
-        tensors = load_file(path)
+        tensors = load_tensors(path)
         try:
             norms = tuple(tensors[f"norms.{i}"] for i in range(len(tensors) - 2))
             tokens, sequences = tensors["counts"].tolist()

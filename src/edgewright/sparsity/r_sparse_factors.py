@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, FormatError
-from edgewright.io.atomic import atomic_file
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.sparsity.r_sparse_layer import float_weight, weight_hash
 
 
@@ -57,18 +57,13 @@ class Factors:
     def _compute(self, key: str, layer: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
         down, up = truncated_svd(layer, rank)
         if self.folder is not None:
-            from safetensors.torch import save_file
-
-            with atomic_file(self.folder / f"{key[:32]}.safetensors") as temporary:
-                save_file({"down": down.cpu(), "up": up.cpu()}, temporary)
+            save_tensors(self.folder / f"{key[:32]}.safetensors", {"down": down, "up": up})
         return down, up
 
     def _read(self, key: str, layer: Any, rank: int) -> tuple[Tensor, Tensor] | None:
         path = None if self.folder is None else self.folder / f"{key[:32]}.safetensors"
         if path is None or not path.is_file():
             return None
-        from safetensors.torch import load_file
-
         try:
             entries = check_safetensors(path)
             stored = entries["up"].shape[0]
@@ -78,7 +73,7 @@ class Factors:
             return None  # a cache: what cannot be read is computed again
         if not fits or stored < rank:
             return None
-        tensors = load_file(path)
+        tensors = load_tensors(path)
         like = layer.weight
         down, up = (tensors[name].to(like.device) for name in ("down", "up"))
         return (down, up) if down.dtype == up.dtype == factor_dtype(layer) else None

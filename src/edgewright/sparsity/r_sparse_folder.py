@@ -23,6 +23,8 @@ from edgewright.io.json_file import read_object
 from edgewright.io.models import load
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.io.typed import from_json
 from edgewright.sparsity.cut_folder import save_checkpoint
 from edgewright.sparsity.r_sparse import Calibration, remove_rsparse, sparse_layers
 from edgewright.sparsity.r_sparse_factors import Factors
@@ -51,8 +53,6 @@ def save_rsparse(
     plan: what `apply_rsparse` was given, None for the configuration's own. Raises UsageError for a dense model,
     OutputError.
     """
-    from safetensors.torch import save_file
-
     from edgewright.sparsity.r_sparse_plan import uniform_plan
 
     layers = sparse_layers(model)
@@ -81,7 +81,7 @@ def save_rsparse(
     try:
         with atomic_directory(folder) as temporary:
             save_checkpoint(model, tokenizer, temporary)
-            save_file(tensors, temporary / TENSORS)
+            save_tensors(temporary / TENSORS, tensors)
             (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
     finally:
         for name, layer in layers.items():
@@ -103,8 +103,6 @@ def load_rsparse(
     Raises FormatError for a folder that contradicts itself or whose weights are not those that were calibrated,
     UsageError for one that cannot be read.
     """
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     description, config = _description(folder)
     entries = check_safetensors(folder / TENSORS)
@@ -121,7 +119,7 @@ def load_rsparse(
     if {name: entry.shape for name, entry in entries.items()} != expected:
         odd = sorted({(k, e.shape) for k, e in entries.items()} ^ set(expected.items()))[0][0]
         raise FormatError(f"{folder / TENSORS}: the tensor {odd[:80]!r} does not fit the layers of {DESCRIPTION}")
-    tensors = load_file(folder / TENSORS)
+    tensors = load_tensors(folder / TENSORS)
     for name, tensor in tensors.items():
         if tensor.dtype not in STORED_DTYPES or not torch.isfinite(tensor).all():
             raise FormatError(f"{folder / TENSORS}: {name} must hold finite floats, not {tensor.dtype} with NaN or so")
@@ -168,13 +166,7 @@ def _description(folder: Path) -> tuple[dict[str, Any], RSparseConfig]:
     fits = isinstance(settings, dict) and isinstance(data.get("model"), str)
     if not fits or len(str(settings.get("targets", ""))) > MAX_TARGETS:
         raise FormatError(f"{path} needs a configuration with targets of at most {MAX_TARGETS} characters, and a hash")
-    try:
-        config = RSparseConfig(**settings)
-    except (TypeError, UsageError) as error:
-        raise FormatError(f"{path}: its configuration is not one: {error}") from error
-    if not (isinstance(config.dense_prefill, bool) and isinstance(config.share_mask, bool)):
-        raise FormatError(f"{path}: dense_prefill and share_mask are true or false")
-    return data, config
+    return data, from_json(RSparseConfig, settings, path)
 
 
 def _is_layer(fields: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
 
 
 @runtime_checkable
@@ -83,7 +83,10 @@ class BlockBatches:
             if field != "position" and state.get(field) != now:
                 meaning = "content of the blocks (digest)" if field == "digest" else field
                 raise UsageError(f"cannot resume: the {meaning} of the batches was {state.get(field)}, now {now}")
-        self.position = int(state["position"])
+        position = state["position"]
+        if type(position) is not int or not 0 <= position < 2**62:
+            raise FormatError(f"cannot resume: the position of the batches is {position!r:.80}, no row that there is")
+        self.position = position
 
     def _columns(self) -> dict[str, Tensor]:
         return {"blocks": self.blocks} if isinstance(self.blocks, Tensor) else self.blocks

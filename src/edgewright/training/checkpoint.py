@@ -17,19 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_directory, sync_file
+from edgewright.io.json_file import read_json
+from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import save_tensors
 from edgewright.training.sharded import FOLDER as PARTS
-from edgewright.training.sharded import Part, begin_folder, finish_folder, is_split, part_names, write_parts
+from edgewright.training.sharded import Part, begin_folder, finish_folder, is_split
+from edgewright.training.sharded_parts import part_names, write_parts
 
 FORMAT = 1
 FOLDER = "checkpoints"
 NAME = re.compile(r"step-(\d{8,})\.(\d+)")
 MODEL, TENSORS, STATE = "model.safetensors", "state.safetensors", "state.json"
 OWN = "own"  # folder of what each process has for itself
+LARGEST_STATE = 256 << 20  # bytes of a state in JSON
 PART = "model."  # before the names of the model's tensors among the parts
 
 
@@ -64,7 +68,7 @@ def write_checkpoint(
     model = {name: tensor for name, tensor in model.items() if PART + name not in parts}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in parts}
     if not parts and own is None:
-        with atomic_directory(path) as folder:
+        with atomic_directory(path, ours=True) as folder:
             _write_files(folder, model, tensors, tree)
         return
     if accelerator.is_main_process:
@@ -82,8 +86,8 @@ def write_checkpoint(
 
 
 def _write_files(folder: Path, model: Mapping[str, Tensor], tensors: Mapping[str, Tensor], tree: Any) -> None:
-    _save(model, folder / MODEL)
-    _save(tensors, folder / TENSORS)
+    save_tensors(folder / MODEL, model)
+    save_tensors(folder / TENSORS, tensors)
     (folder / STATE).write_text(json.dumps({"format": FORMAT, "state": tree}, indent=1), encoding="utf-8")
     for name in (MODEL, TENSORS, STATE):
         sync_file(folder / name)
@@ -94,7 +98,7 @@ def _write_own(folder: Path, process: int, own: Any) -> None:
     tree = encode_state(own, tensors, "own")
     try:
         folder.mkdir(exist_ok=True)
-        _save(tensors, _own(folder, process, TENSORS))
+        save_tensors(_own(folder, process, TENSORS), tensors)
         _own(folder, process, STATE).write_text(json.dumps(tree), encoding="utf-8")
         for name in (TENSORS, STATE):
             sync_file(_own(folder, process, name))
@@ -106,12 +110,17 @@ def read_own(path: Path, process: int) -> dict[str, Any]:
     """What a process wrote for itself, by name. Raises FormatError when it is damaged or absent."""
     try:
         tensors = {name: tensor.clone() for name, tensor in _tensors(_own(path / OWN, process, TENSORS))}
-        found = decode_state(json.loads(_own(path / OWN, process, STATE).read_text(encoding="utf-8")), tensors)
+        found = decode_state(read_json(_own(path / OWN, process, STATE), LARGEST_STATE), tensors)
         if not isinstance(found, dict):
             raise TypeError(f"process {process} wrote {type(found).__name__}")
         return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise error if isinstance(error, FormatError) else _damaged(path, error) from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise error if _is_ours(path, error) else damaged(path, error) from error
+
+
+def _is_ours(path: Path, error: Exception) -> bool:
+    """Whether an error says already that this checkpoint is damaged, or of another format."""
+    return isinstance(error, FormatError) and f"{path} " in str(error)
 
 
 def _own(folder: Path, process: int, name: str) -> Path:
@@ -126,13 +135,13 @@ def check_state(value: Any, place: str) -> None:
 def read_state(path: Path) -> Any:
     """The `state` of a checkpoint, tensors in memory of their own. Raises FormatError when the folder is damaged."""
     try:
-        document = json.loads((path / STATE).read_text(encoding="utf-8"))
+        document = read_json(path / STATE, LARGEST_STATE)
         if document["format"] != FORMAT:
             raise FormatError(f"{path} has checkpoint format {document['format']}; this version reads {FORMAT}")
         tensors = {name: tensor.clone() for name, tensor in _tensors(path / TENSORS)}
         return decode_state(document["state"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise error if isinstance(error, FormatError) else _damaged(path, error) from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise error if _is_ours(path, error) else damaged(path, error) from error
 
 
 def model_names(path: Path) -> set[str]:
@@ -142,23 +151,22 @@ def model_names(path: Path) -> set[str]:
         with safe_open(path / MODEL, framework="pt") as opened:
             return set(opened.keys()) | split
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def read_model(path: Path, targets: Mapping[str, Tensor]) -> None:
-    """Copy the saved tensors one by one into `targets`.
+def read_model(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saved tensors by name, in memory of their own; `targets` says which there may be.
 
-    Nothing is copied unless every name, shape and dtype fits: UsageError names the first that does not.
+    Raises UsageError naming the first whose name, shape or dtype does not fit, FormatError when the file is damaged.
     """
-    file = path / MODEL
-    for name, tensor in _tensors(file):
+    found: dict[str, Tensor] = {}
+    for name, tensor in _tensors(path / MODEL):
         target = targets.get(name)
         now = "absent" if target is None else describe(target)
         if now != describe(tensor):
             raise UsageError(f"cannot resume from {path}: model tensor {name!r} was {describe(tensor)}, now {now}")
-    with torch.no_grad():
-        for name, tensor in _tensors(file):
-            targets[name].copy_(tensor)
+        found[name] = tensor.clone()
+    return found
 
 
 def remove_checkpoints(output: str | Path, keep: Path | None = None) -> None:
@@ -190,29 +198,22 @@ def _order(path: Path) -> tuple[int, int]:
     return int(step), int(micro)
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """safetensors wants dense tensors, none of which shares memory with another."""
-    own = {}
-    for name, tensor in tensors.items():
-        dense = tensor.detach().contiguous()
-        own[name] = dense if dense.untyped_storage().nbytes() == dense.nbytes else dense.clone()
-    try:
-        save_file(own, path)
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {path.parent.parent}: {error}") from error
-
-
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
+        check_safetensors(file)
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():
                 yield name, opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file.parent, error) from error
+    except (SafetensorError, OSError, UsageError, FormatError) as error:
+        raise damaged(file.parent, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> FormatError:
-    return FormatError(f"checkpoint {path} is damaged ({error}): remove that folder, or pass resume='never'")
+def damaged(path: Path, error: Exception) -> FormatError:
+    """The sentence for a checkpoint that cannot be read."""
+    reason = str(error) if isinstance(error, OSError | FormatError) else f"{type(error).__name__}: {error}"
+    return FormatError(
+        f"checkpoint {path} is damaged ({' '.join(reason.split())[:300]}): remove that folder, or pass resume='never'"
+    )
 
 
 def encode_state(value: Any, tensors: dict[str, Tensor], place: str) -> Any:

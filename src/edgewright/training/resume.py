@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, UsageError
+from edgewright.errors import CheckFailed, EdgewrightError, FormatError, UsageError
 from edgewright.training import checkpoint, sharded, snapshot
 from edgewright.training.background import Background
 from edgewright.training.metrics import MetricsLog
+from edgewright.training.sharded_parts import new_parts
 
 RESUME = ("auto", "never", "must")
 
@@ -90,6 +92,11 @@ class Keeper:
                 raise UsageError(f"resume='must', but {where}; use resume='auto' to begin")
             self.clear()
             return Position()
+        with damage(path):
+            return self._restore(path)
+
+    def _restore(self, path: Path) -> Position:
+        """Read and compare everything; then change the live objects, those that may still refuse before the model."""
         state = checkpoint.read_state(path)
         difference = snapshot.first_difference(state["settings"], dict(self._settings))
         if difference:
@@ -107,30 +114,46 @@ class Keeper:
             state |= checkpoint.read_own(path, self._accelerator.process_index)
         names = checkpoint.model_names(path)
         snapshot.check_model(path, self._model, names, state["shapes"], state["frozen"])
-        snapshot.restore_batches(self._batches, state["batches"])
-        tensors = snapshot.model_tensors(self._model)
-        checkpoint.read_model(path, tensors)
-        parts = {checkpoint.PART + name: tensor for name, tensor in tensors.items() if sharded.is_split(tensor)}
-        if parts:
-            parts |= sharded.fill_optimizer(self._optimizer, state["optimizer"])
-            sharded.read_parts(path / sharded.FOLDER, parts)
-        self._frozen = state["frozen"]
-        snapshot.restore_optimizer(self._optimizer, state["optimizer"])
-        snapshot.restore_gradients(self._model, state["gradients"])
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        live = snapshot.model_tensors(self._model)
+        values = checkpoint.read_model(path, live)
+        for name in values:
+            if sharded.is_split(live[name]):
+                raise UsageError(f"cannot resume from {path}: model tensor {name!r} was whole, now it is split")
+        parts = {checkpoint.PART + name: live[name] for name in names - values.keys()}
+        held = sharded.fill_optimizer(self._optimizer, state["optimizer"])
+        read = new_parts(path / sharded.FOLDER, parts | held)
+        with torch.no_grad():
+            for key, tensor in held.items():
+                tensor.copy_(read[key])
+        values |= {name.removeprefix(checkpoint.PART): read[name] for name in parts}
+        snapshot.check_gradients(path, self._model, state["gradients"])
+        random = state["random"][self._accelerator.process_index]
+        snapshot.check_random_state(path, self._device, random)
+        if self._generator is not None and random["generator"] is None:
+            raise UsageError("cannot resume: generator was absent, now one is given")
         saved = state.get("loss_function")
         if (saved is None) != (self._loss_function is None):
             was, is_now = ("absent", "there") if saved is None else ("there", "absent")
             raise UsageError(f"cannot resume from {path}: the loss function's own state was {was}, now it is {is_now}")
+        snapshot.check_optimizer(path, self._optimizer, state["optimizer"])
+        position = _position(path, state)
+
+        snapshot.restore_batches(self._batches, state["batches"])
         if self._loss_function is not None:
             self._loss_function.load_state_dict(saved)
-        random = state["random"][self._accelerator.process_index]
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
+        snapshot.restore_optimizer(self._optimizer, state["optimizer"])
+        self._frozen = state["frozen"]
+        with torch.no_grad():
+            for name, value in values.items():
+                live[name].copy_(value)
+        snapshot.restore_gradients(self._model, state["gradients"])
         snapshot.restore_random_state(self._device, self._generator, random)
         if self.folder is not None and self._accelerator.is_main_process:
             # A kill may have come between writing this checkpoint and removing the one before.
             checkpoint.remove_checkpoints(self.folder, keep=path)
-        return Position(state["step"], state["micro"], state["losses"], state["metrics"])
+        return position
 
     @property
     def saved(self) -> Path | None:
@@ -231,3 +254,24 @@ class Keeper:
             checkpoint.remove_checkpoints(self.folder)
         self._accelerator.wait_for_everyone()
         self._saved = None
+
+
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """What a damaged checkpoint makes our code and `load_state_dict` of others raise, as one FormatError."""
+    try:
+        yield
+    except EdgewrightError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise checkpoint.damaged(path, error) from error
+
+
+def _position(path: Path, state: Mapping[str, Any]) -> Position:
+    counts, losses, metrics = (state["step"], state["micro"]), state["losses"], state["metrics"]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise FormatError(f"checkpoint {path} is damaged: its step is {counts[0]!r:.40}, micro step {counts[1]!r:.40}")
+    numbers = [*losses, *(value for part in metrics for value in part.values())]
+    if not all(isinstance(value, float | int | Tensor) for value in numbers):
+        raise FormatError(f"checkpoint {path} is damaged: a loss or metric is no number")
+    return Position(*counts, losses, metrics)

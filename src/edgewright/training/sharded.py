@@ -1,16 +1,14 @@
 """Models whose weights are split over the processes of a run (FSDP2): splitting, and checkpoints that every process
 writes its part of.
 
-The parts go through torch.distributed.checkpoint into safetensors files (never pickles), each with its place in the
-whole tensor, so that any number of processes, or one, can read them.
+`sharded_parts` writes and reads the files of parts.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, OutputError, UsageError, in_one_line
+from edgewright.errors import FormatError, OutputError, UsageError
 
 FOLDER = "sharded"
 
@@ -101,47 +99,6 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
         if keep:
             state[name] = full.detach().cpu()
     return state
-
-
-def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the parts of split tensors into `folder`; every process calls with the same names. Raises OutputError."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-    except (OSError, CheckpointException) as error:
-        raise OutputError(f"cannot write {folder}: {in_one_line(error)}") from error
-
-
-def read_parts(folder: Path, targets: Mapping[str, Tensor]) -> None:
-    """Fill `targets`, split or whole, from the parts that any number of processes wrote. Raises FormatError."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    alone = not torch.distributed.is_initialized()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read them: `alone`
-            load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except (OSError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
-        raise FormatError(
-            f"the parts in {folder} are damaged ({in_one_line(error)}): remove that checkpoint"
-        ) from error
-
-
-def part_names(folder: Path) -> set[str]:
-    """Names of the tensors in a folder of parts, which may be absent."""
-    from safetensors import SafetensorError, safe_open
-
-    names: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names |= set(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"the part {file} is damaged ({error}): remove that checkpoint") from error
-    return names
 
 
 def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Tensor]:

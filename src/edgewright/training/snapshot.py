@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
 from edgewright.training.batches import ResumableBatches
 from edgewright.training.checkpoint import describe
 
+# Entries of torch's optimizers that have the shape of their parameter.
+FULL_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg", "exp_inf", "acc_delta")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -83,6 +85,55 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"class": type(optimizer).__qualname__, "groups": groups}
 
 
+def option_fits(value: Any, live: Any) -> bool:
+    """Whether a saved option of an optimizer can stand where the live one does: a number for a number, a pair for a
+    pair, a tensor for one of the same shape."""
+    if isinstance(value, Tensor) and isinstance(live, Tensor):
+        return value.shape == live.shape
+    number = (int, float, Tensor)
+    if isinstance(live, number) and not isinstance(live, bool):
+        return isinstance(value, number) and not isinstance(value, bool)
+    if isinstance(live, tuple | list):
+        alike = isinstance(value, tuple | list) and len(value) == len(live)
+        return alike and all(map(option_fits, value, live))
+    return live is None or isinstance(value, type(live))
+
+
+def state_fits(optimizer: torch.optim.Optimizer, name: str, value: Any, parameter: Tensor) -> bool:
+    """Whether an entry of the state of one of torch's optimizers is such as it makes; True for other optimizers."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return True
+    if name == "step":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number or (isinstance(value, Tensor) and value.numel() == 1)
+    return name not in FULL_STATE or value is None or (isinstance(value, Tensor) and value.shape == parameter.shape)
+
+
+def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Raise FormatError unless groups, options and, of torch's optimizers, tensors are such as `optimizer` has."""
+    own = optimizer.state_dict()
+    if "state" not in own:  # a pair of optimizers, whose state is that of both under their names
+        for name, inner in vars(optimizer).items():
+            if isinstance(inner, torch.optim.Optimizer) and name in own:
+                check_optimizer(path, inner, state[name])
+        return
+    live, saved = own["param_groups"], state["param_groups"]
+    problems = [f"{len(saved)} groups instead of {len(live)}"] if len(live) != len(saved) else []
+    for group, old in zip(live, saved, strict=False):
+        odd = [name for name, value in old.items() if name != "params" and not option_fits(value, group.get(name))]
+        problems += [f"an option {str(name)[:40]!r} of another kind" for name in odd]
+        problems += ["no learning rate"] if "lr" in group and "lr" not in old else []
+        problems += ["other parameters"] if group["params"] != old["params"] else []
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state["state"].items():
+        odd = [name for name, value in entries.items() if not state_fits(optimizer, name, value, parameters[index])]
+        problems += [f"{str(name)[:40]!r} of another kind" for name in odd]
+        needed = ("step", "exp_avg", "exp_avg_sq") if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) else ()
+        problems += [f"no {name!r}" for name in needed if entries and name not in entries]
+    if problems:
+        raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problems[0]}")
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`load_state_dict` that keeps the dtype of every tensor (torch casts state to the parameter's dtype)."""
     optimizer.load_state_dict(state)
@@ -96,6 +147,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_gradients(path: Path, model: nn.Module, saved: Any) -> None:
+    """Raise FormatError unless every saved gradient is that of a parameter of this model."""
+    shapes = {name: describe(parameter) for name, parameter in model.named_parameters()}
+    for name, gradient in saved.items():
+        if (
+            name not in shapes
+            or not isinstance(gradient, Tensor)
+            or tuple(gradient.shape) != tuple(model.get_parameter(name).shape)
+        ):
+            raise FormatError(f"checkpoint {path} is damaged: it holds no gradient that {name[:80]!r} could have")
 
 
 def restore_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
@@ -140,6 +203,18 @@ def random_state(device: torch.device, generator: torch.Generator | None) -> dic
         "device": _on_device(device, "get_rng_state") if device.type != "cpu" else None,
         "generator": None if generator is None else generator.get_state(),
     }
+
+
+def check_random_state(where: object, device: torch.device, state: Any) -> None:
+    """Raise FormatError unless `restore_random_state` can take this, whatever generator it is given."""
+    try:
+        torch.Generator().set_state(state["cpu"])
+        if device.type not in ("cpu", "mps") and state["device"] is not None:
+            torch.Generator(device).set_state(state["device"])
+        if state["generator"] is not None:
+            torch.Generator().set_state(state["generator"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"{where} holds random states that no generator has ({error!r:.160})") from error
 
 
 def restore_random_state(device: torch.device, generator: torch.Generator | None, state: Mapping[str, Any]) -> None:

@@ -103,7 +103,10 @@ class TokenStream:
             if field != "position" and state.get(field) != now:
                 meaning = "content of the shards (digest)" if field == "digest" else field
                 raise UsageError(f"cannot resume: the {meaning} was {state.get(field)}, now {now}")
-        self.position = int(state["position"])
+        position = state["position"]
+        if type(position) is not int or not 0 <= position < 2**62:
+            raise FormatError(f"cannot resume: the position of the batches is {position!r:.80}, no row that there is")
+        self.position = position
 
 
 def permuted(places: NDArray[np.int64], size: int, seed: tuple[int, ...]) -> NDArray[np.int64]:

@@ -64,6 +64,7 @@ def _list(args: argparse.Namespace) -> int:
 def _table(listing: Any) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE)
@@ -73,14 +74,15 @@ def _table(listing: Any) -> None:
         mark = " (LATEST)" if entry.id == listing.latest else ""
         raw = f" ({entry.raw_rows} as float)" if entry.raw_rows else ""
         bits = "float" if entry.bits is None else str(entry.bits)
-        table.add_row(
+        cells = (
             entry.id + mark, entry.kind, str(entry.step), bits, f"{entry.rows}{raw}", str(entry.bytes),
             f"{entry.ratio:.1%}", entry.status,
         )  # fmt: skip
+        table.add_row(*map(escape, cells))  # names and reasons come from files: their brackets are no markup
     console = Console()
     console.print(table)
     if listing.leftovers:
-        console.print(f"left by a process that ended early: {', '.join(listing.leftovers)}")
+        console.print(escape(f"left by a process that ended early: {', '.join(listing.leftovers)}"))
 
 
 def _restore(args: argparse.Namespace) -> int:
@@ -135,17 +137,10 @@ def _diff(args: argparse.Namespace) -> int:
 def _apply(args: argparse.Namespace) -> int:
     to = _new(args.to)
 
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from edgewright.io.safetensors_header import check_safetensors
+    from edgewright.io.tensors import load_tensors
     from edgewright.training.checkpointing.update import apply_delta
 
-    check_safetensors(args.model)
-    try:
-        tensors = load_file(args.model)
-    except SafetensorError as error:
-        raise FormatError(f"{args.model} cannot be read ({error})") from error
+    tensors = load_tensors(args.model)
     fields = apply_delta(tensors, args.update)
     _save(tensors, to, {"checkpoint": fields["id"]})
     print(f"{fields['id']} is in {to}, proved by its sha256")
@@ -160,9 +155,6 @@ def _new(text: str) -> Path:
 
 
 def _save(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    from edgewright.io.tensors import save_tensors
 
-    from edgewright.io.atomic import atomic_file
-
-    with atomic_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    save_tensors(path, tensors, metadata)

@@ -192,7 +192,9 @@ def _print_gguf(export: Any, every: bool, kv: int | None) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=160)
     export.print(console, every)
     console.print(
-        f"{export.path}: {export.bytes / 1e6:.1f} MB, {export.bits_per_weight:.3g} bits per weight", highlight=False
+        f"{export.path}: {export.bytes / 1e6:.1f} MB, {export.bits_per_weight:.3g} bits per weight",
+        highlight=False,
+        markup=False,
     )
     checks = export.checks
     if checks:
@@ -201,11 +203,13 @@ def _print_gguf(export: Any, every: bool, kv: int | None) -> None:
             f"verified: {checks['tensors']} tensors decode to the model (by {confirmed}); llama.cpp chooses "
             f"PyTorch's token at {checks['top1_agreement']:.1%} of {checks['positions']} places, KL {checks['kl']:.2g}",
             highlight=False,
+            markup=False,
         )
     if original := checks.get("original"):
         console.print(
             f"against the original float model: KL {original['kl']:.3g}, the same token at "
             f"{original['top1_agreement']:.1%} of {checks['positions']} places",
             highlight=False,
+            markup=False,
         )
-    console.print(f"run it: {command_lines(export.path, kv)['chat']}", highlight=False)
+    console.print(f"run it: {command_lines(export.path, kv)['chat']}", highlight=False, markup=False)

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Report:
     """Read, train, judge, save and export; the report, which is in `output` as well."""
+    from edgewright.io.run_folder import claim_folder
     from edgewright.measure.report import Report
     from edgewright.recsys.baselines import Popularity
     from edgewright.recsys.criteo import read_layout
@@ -83,6 +84,7 @@ def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Re
     from edgewright.recsys.training import ClickTraining, train_clicks
     from edgewright.recsys.vocabulary import prepare_clicks
 
+    claim_folder(output, "train dlrm")
     say = _silent if args.json else _say
     layout = read_layout(args.data, args.label, _names(args.dense), _names(args.categorical))
     bottom, top = _widths("--bottom", args.bottom), _widths("--top", args.top)
@@ -151,7 +153,7 @@ def _save(model: Any, vocabulary: Any, folder: Path) -> None:
     """Model and vocabulary in one folder: either alone could not serve a request."""
     from edgewright.io.atomic import atomic_directory
 
-    with atomic_directory(folder) as temporary:
+    with atomic_directory(folder, ours=True) as temporary:
         model.write_into(temporary)
         vocabulary.write_into(temporary)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.json_file import read_object
+from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.recsys.dlrm import CONFIG, DLRM, MODEL_TYPE, read_config
 from edgewright.recsys.quant.units import REFERENCE, build, replaced_copy
 
@@ -38,8 +39,6 @@ class QuantizedModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write recipe.json, model.safetensors and, of a DLRM, config.json; the folder whole or not at all."""
-        from safetensors.torch import save_file
-
         tensors, shared = _own(self.module)
         with atomic_directory(folder) as temporary:
             self.recipe.save(temporary / RECIPE)
@@ -47,15 +46,12 @@ class QuantizedModel(nn.Module):
                 fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.module.config)}
                 (temporary / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
             (temporary / SHARED).write_text(json.dumps(shared, indent=1) + "\n", encoding="utf-8")
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / WEIGHTS)
+            save_tensors(temporary / WEIGHTS, tensors)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         """A saved model, to the same bits. model: a float model of the same architecture, whatever its weights; a DLRM
         needs none. Raises UsageError (no such folder, another architecture), FormatError (files that do not fit)."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from edgewright.recsys.quant.recipe import QuantRecipe
 
         folder = Path(folder)
@@ -71,14 +67,13 @@ class QuantizedModel(nn.Module):
             if choice.option != REFERENCE
         ]
         made = replaced_copy(model, *parts)
-        try:
-            tensors = load_file(folder / WEIGHTS)
-        except (OSError, SafetensorError) as error:
-            raise FormatError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+        tensors = load_tensors(folder / WEIGHTS)
         shared = read_object(folder / SHARED) if (folder / SHARED).exists() else {}
         for name, owner in shared.items():
-            if owner not in tensors or name in tensors:
-                raise FormatError(f"{folder / SHARED}: {name} is said to be {owner}, which {WEIGHTS} does not hold")
+            if not isinstance(owner, str) or owner not in tensors or name in tensors:
+                raise FormatError(
+                    f"{folder / SHARED}: {name} is said to be {str(owner)[:80]}, which {WEIGHTS} does not hold"
+                )
             tensors[name] = tensors[owner]
         _load(made, tensors, folder / WEIGHTS)
         return cls(made, recipe)

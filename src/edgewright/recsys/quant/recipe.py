@@ -122,7 +122,7 @@ class QuantRecipe:
             if not all(isinstance(value, dict) for value in rest.values()):
                 raise TypeError("metrics, data and about are objects")
             recipe = cls(units, bool(fields["bias_correction"]), **rest)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise FormatError(f"{path} is no recipe: {type(error).__name__} {error}") from error
         if fields.get("architecture") != recipe.architecture:
             raise FormatError(f"{path}: its units do not give its architecture digest; it was changed by hand")

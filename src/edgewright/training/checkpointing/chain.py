@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError
+from edgewright.training.checkpointing.checks import check_manifest
 from edgewright.training.checkpointing.files import Files
 from edgewright.training.checkpointing.manifest import ID, Manifest, OtherVersion, dtype_of, read
 from edgewright.training.checkpointing.records import decode_ids, decode_state, decode_values
@@ -93,6 +94,10 @@ def check_chain(
     for link in chain:
         if link.id not in proved:
             check_files(files, link, content)
+            try:
+                check_manifest(files, link)
+            except OSError as error:
+                raise FormatError(f"{link.id} cannot be read ({error.strerror or error})") from error
             proved.add(link.id)
     return chain
 
@@ -121,6 +126,7 @@ def replay(
     result: dict[str, TableRows] = {}
     covered: dict[str, Tensor] = {}
     for link in chain:
+        seen: dict[str, Tensor] = {}  # rows that this checkpoint has
         for file, records in _by_file(link).items():
             tensors = None
             for fields in records:
@@ -142,7 +148,11 @@ def replay(
                         raise FormatError(f"{tip.id}: its records do not have all {count} rows of table {name!r}")
                     result[name] = _empty(table.shape, table.dtype, table.state, first, count)
                     covered[name] = torch.zeros(count, dtype=torch.bool)
-                _put(covered[name], first, ids, torch.ones(len(ids), dtype=torch.bool))
+                once = seen.setdefault(name, torch.zeros(count, dtype=torch.bool))
+                mine = ids[(ids >= first) & (ids < first + count)] - first
+                if bool(once[mine].any()):
+                    raise FormatError(f"{link.id} has a row of table {name!r} twice")
+                once[mine] = covered[name][mine] = True
                 _put(result[name].values, first, ids, values)
                 for label, entries in states.items():
                     _put(result[name].state[label], first, ids, entries)

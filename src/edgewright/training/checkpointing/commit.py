@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterable
 
 from edgewright.training.checkpointing.files import Files
-from edgewright.training.checkpointing.manifest import ID, NAME, Manifest
+from edgewright.training.checkpointing.manifest import FILE, ID, NAME, Manifest
 from edgewright.training.checkpointing.shards import SUFFIX
 
 LATEST = "LATEST"
@@ -61,7 +61,7 @@ def point(files: Files, identity: str) -> None:
     if not files.renames:
         write_file(files, LATEST, f"{identity}\n".encode())
         return
-    if f"{LATEST}.tmp" in files.names(""):
+    if f"{LATEST}.tmp" in files.names(""):  # a link is removed, not what it names
         files.unlink(f"{LATEST}.tmp")
     write_file(files, f"{LATEST}.tmp", f"{identity}\n".encode())
     files.rename(f"{LATEST}.tmp", LATEST)
@@ -93,10 +93,21 @@ def remove(files: Files, folders: Iterable[str]) -> None:
 
 
 def discard(files: Files, folder: str) -> None:
-    """Delete a folder of files. Raises OSError."""
+    """Delete a folder of files that a checkpointer wrote. Raises OSError."""
     for name in files.names(folder):
         files.unlink(f"{folder}/{name}")
     files.rmdir(folder)
+
+
+def ours(files: Files, folder: str) -> bool:
+    """Whether this is a folder, no link to one, and holds nothing but files that a checkpointer writes.
+
+    Whatever else has the name of a checkpoint, or lies in one, is somebody's: it is never deleted.
+    """
+    return files.kind(folder) == "folder" and all(
+        (name == NAME or FILE.fullmatch(name)) and files.kind(f"{folder}/{name}") == "file"
+        for name in files.names(folder)
+    )
 
 
 def leftovers(files: Files, before: float = _STARTED) -> list[str]:
@@ -113,9 +124,11 @@ def leftovers(files: Files, before: float = _STARTED) -> list[str]:
 
 
 def clean(files: Files, before: float = _STARTED) -> list[str]:
-    """Delete the leftovers; those that cannot be deleted stay. The names of those that are gone."""
+    """Delete the leftovers; those that cannot be, or hold files of others, stay. The names of those gone."""
     gone = []
     for name in leftovers(files, before):
+        if not ours(files, name):
+            continue
         try:
             discard(files, name)
             gone.append(name)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from edgewright.errors import UsageError
+from edgewright.training.checkpointing.files import Kind
 
 
 @dataclass
@@ -111,6 +112,9 @@ class MemoryFiles:
 
     def names(self, path: str) -> list[str]:
         return sorted(self.folders.get(path, ()))
+
+    def kind(self, path: str) -> Kind:
+        return "folder" if path in self.folders else "file" if path in self.files else "other"
 
     def size(self, path: str) -> int:
         return len(self._file(path).data)

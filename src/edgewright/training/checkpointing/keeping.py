@@ -26,7 +26,8 @@ def kept(files: Files, known: Catalogue, keep: int, proved: set[str] | None = No
 
 def collect(files: Files, keep: int, proved: set[str] | None = None, broken: bool = False) -> list[str]:
     """Delete what `kept` does not name; the ids that are gone. broken: also folders whose manifest cannot be read,
-    except those of another format version. Nothing is deleted where nothing can be restored. Raises OSError."""
+    except those of another format version. Nothing is deleted where nothing can be restored, and no link or folder with
+    files of others ever. Raises OSError."""
     known = catalogue(files)
     stay = kept(files, known, keep, proved)
     if not stay:
@@ -34,5 +35,6 @@ def collect(files: Files, keep: int, proved: set[str] | None = None, broken: boo
     gone = [manifest.id for manifest in known.found if manifest.id not in stay]
     if broken and known.other_version is None:
         gone = [*known.broken, *gone]
+    gone = [name for name in gone if commit.ours(files, name)]
     commit.remove(files, gone)
     return gone

@@ -14,7 +14,7 @@ from edgewright.training.checkpointing.commit import latest, leftovers
 from edgewright.training.checkpointing.files import Files, open_files
 from edgewright.training.checkpointing.manifest import Manifest
 from edgewright.training.checkpointing.restore import choose
-from edgewright.training.checkpointing.shards import DTYPES, Place, read_tensors
+from edgewright.training.checkpointing.shards import DTYPES, Place, read_tensors, whole_shape
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def whole_targets(places: dict[str, list[Place]]) -> dict[str, Tensor]:
     """Memory for whole tensors whose parts lie at `places`."""
     result = {}
     for name, parts in places.items():
-        shape = [max(p.offsets[i] + p.entry.shape[i] for p in parts) for i in range(len(parts[0].offsets))]
-        result[name] = torch.empty(shape, dtype=DTYPES[parts[0].entry.dtype])
+        result[name] = torch.empty(whole_shape(name, parts), dtype=DTYPES[parts[0].entry.dtype])
     return result
 
 

@@ -103,8 +103,14 @@ def decode(text: bytes, where: str) -> tuple[Manifest, str]:
         raise FormatError(f"{where} is not JSON ({str(error)[:80]})") from error
     if not isinstance(body, dict) or body.get("format") != KIND:
         raise FormatError(f"{where} is not the manifest of a checkpoint of ours (format {KIND!r})")
+    if _too_deep(body):
+        raise FormatError(f"{where} is nested more deeply than any manifest")
     digest = body.pop("digest", None)
-    if digest != _digest(body):  # first, so that a flipped bit in the version is damage and not another format
+    try:
+        fits = digest == _digest(body)
+    except RecursionError as error:
+        raise FormatError(f"{where} is nested more deeply than any manifest") from error
+    if not fits:  # first, so that a flipped bit in the version is damage and not another format
         raise FormatError(f"{where} was changed: its digest does not fit")
     if body.get("version") != VERSION:
         raise OtherVersion(
@@ -127,6 +133,8 @@ def decode(text: bytes, where: str) -> tuple[Manifest, str]:
 def read(files: Files, folder: str) -> tuple[Manifest, str]:
     """The manifest in a checkpoint's folder. Raises FormatError where there is none or it is broken, OtherVersion."""
     path = f"{folder}/{NAME}"
+    if files.kind(folder) != "folder":
+        raise FormatError(f"{folder} is a link or a file; links are not followed")
     try:
         if (size := files.size(path)) > LARGEST:
             raise FormatError(f"{path} has {size} bytes; at most {LARGEST} are allowed")
@@ -138,6 +146,16 @@ def read(files: Files, folder: str) -> tuple[Manifest, str]:
     if manifest.id != folder:
         raise FormatError(f"{path} is the manifest of {manifest.id}")
     return manifest, digest
+
+
+def _too_deep(tree: Any, most: int = 64) -> bool:
+    level = [tree]
+    for _ in range(most):
+        level = [v for node in level for v in (node.values() if isinstance(node, dict) else node)
+                 if isinstance(v, dict | list)]  # fmt: skip
+        if not level:
+            return False
+    return True
 
 
 def _digest(body: Mapping[str, Any]) -> str:

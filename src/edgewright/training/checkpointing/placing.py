@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
 from edgewright.training import snapshot
 from edgewright.training.checkpoint import decode_state
 from edgewright.training.checkpointing.chain import TableRows, dense_places, replay
+from edgewright.training.checkpointing.checks import ROWS
 from edgewright.training.checkpointing.files import Files
 from edgewright.training.checkpointing.manifest import Manifest
-from edgewright.training.checkpointing.shards import DTYPES, Place, read_tensors
-from edgewright.training.checkpointing.state import ROWS
+from edgewright.training.checkpointing.shards import DTYPES, Place, read_tensors, whole_shape
 from edgewright.training.checkpointing.tables import RowShard, leaves
 from edgewright.training.sharded import is_split
 
 _TAGS = ("__tensor__", "__part__")
+# A group of an optimizer, its options, and (the optimizer's state, parameter, its entries) of each parameter.
+Fill = tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Tensor, dict[str, Any]]]]
 
 
 class Placing:
@@ -67,7 +69,11 @@ class Placing:
         ranks = self.tip.state["ranks"]
         own = decode_state(_whole(ranks[rank]), targets) if rank < len(ranks) and world == len(ranks) else None
         self.random: Any = None if own is None else own["random"]
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if self.random is not None:
+            snapshot.check_random_state(self.tip.id, self.device, self.random)
         self.position = self._position(own, ranks)
+        self.fills = list(self._plan_fills())
 
     def _compare(self, places: dict[str, list[Place]]) -> None:
         """Raise UsageError naming every table and tensor that is another in the model."""
@@ -89,7 +95,7 @@ class Placing:
             was, now = "absent", "absent"
             if name in saved:
                 parts = places[f"model.{name}"]
-                shape = [max(p.offsets[i] + p.entry.shape[i] for p in parts) for i in range(len(parts[0].offsets))]
+                shape = whole_shape(name, parts)
                 was = f"{str(DTYPES[parts[0].entry.dtype]).removeprefix('torch.')}{shape}"
             if name in self.dense:
                 tensor = self.dense[name]
@@ -130,9 +136,7 @@ class Placing:
             if name in split and len(parts[0].entry.shape) == split[name].ndim:
                 targets[name] = torch.zeros_like(split[name]).detach()
             else:
-                axes = range(len(parts[0].offsets))
-                shape = [max(p.offsets[i] + p.entry.shape[i] for p in parts) for i in axes]
-                targets[name] = torch.empty(shape, dtype=DTYPES[parts[0].entry.dtype])
+                targets[name] = torch.empty(whole_shape(name, parts), dtype=DTYPES[parts[0].entry.dtype])
         return targets
 
     def _position(self, own: Any, ranks: list[Any]) -> Any:
@@ -148,47 +152,73 @@ class Placing:
             raise UsageError(f"{self.tip.id} was saved without a reader, so that its position is unknown; give none")
         return position
 
-    def apply(self, generator: torch.Generator | None) -> None:
-        """Change the live objects. The reader comes first: it alone can still refuse."""
-        if self.reader is not None:
+    def place_reader(self) -> None:
+        """Put the reader where it was. It comes first: of all live objects it alone can still refuse."""
+        if self.reader is None:
+            return
+        try:
             self.reader.load_state_dict(self.position)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise FormatError(
+                f"{self.tip.id} holds a position that the reader does not take ({error!r:.200})"
+            ) from error
+
+    def apply(self, generator: torch.Generator | None) -> None:
+        """Change the live objects; everything that this takes is there and fits."""
         with torch.no_grad():
             for name, tensor in self.dense.items():
                 tensor.copy_(self.values[f"model.{name}"])
             for shard in self.rows:
                 shard.parameter.copy_(_slice(self.tables[shard.name], shard).values)
-        for leaf, entry in zip(self.leaves, self.tip.state["optimizers"], strict=False):
-            self._fill(leaf, entry)
+            for group, options, entries in self.fills:
+                _fill(group, options, entries)
         if self.random is not None:
-            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             if generator is not None and self.random["generator"] is None:
                 generator = None
-            snapshot.restore_random_state(device, generator, self.random)
+            snapshot.restore_random_state(self.device, generator, self.random)
 
-    def _fill(self, leaf: torch.optim.Optimizer, entry: dict[str, Any]) -> None:
-        """Options and state in place: a pair of optimizers, or a schedule, goes on holding the same groups."""
+    def _plan_fills(self) -> Iterator[Fill]:
+        """What goes into each group of the optimizers: its options, and of each parameter the entries of its state."""
         names = {id(tensor): name for name, tensor in self.dense.items()}
         shards = {id(shard.parameter): shard for shard in self.rows}
-        for group, saved in zip(leaf.param_groups, entry["groups"], strict=True):
-            for name, value in decode_state(_whole(saved), self.values).items():
-                if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
-                    group[name].copy_(value)
-                else:
-                    group[name] = value
-            for parameter in group["params"]:
-                shard = shards.get(id(parameter))
-                labels = entry["state"].get(names.get(id(parameter), "") if shard is None else shard.name, {})
-                found = {}
-                for label, value in labels.items():
-                    if shard is not None and isinstance(value, dict) and ROWS in value:
-                        value = _slice(self.tables[shard.name], shard).state[label].clone()
-                    else:
-                        value = decode_state(_whole(value), self.values)
-                    found[label] = _placed(value, label, leaf.state.get(parameter, {}), parameter, group)
-                if found:
-                    leaf.state[parameter] = found
-                else:
-                    leaf.state.pop(parameter, None)
+        for leaf, entry in zip(self.leaves, self.tip.state["optimizers"], strict=False):
+            for group, saved in zip(leaf.param_groups, entry["groups"], strict=True):
+                options = decode_state(_whole(saved), self.values)
+                for name, value in options.items():
+                    if not snapshot.option_fits(value, group.get(name)):
+                        raise FormatError(
+                            f"{self.tip.id}: the option {name[:40]!r} of {entry['class'][:40]} does not fit"
+                        )
+                entries = []
+                for parameter in group["params"]:
+                    shard = shards.get(id(parameter))
+                    labels = entry["state"].get(names.get(id(parameter), "") if shard is None else shard.name, {})
+                    found = {}
+                    for label, value in labels.items():
+                        if shard is not None and isinstance(value, dict) and ROWS in value:
+                            found[label] = _slice(self.tables[shard.name], shard).state[label].clone()
+                        else:
+                            found[label] = decode_state(_whole(value), self.values)
+                    odd = [n for n, value in found.items() if not snapshot.state_fits(leaf, n, value, parameter)]
+                    if odd:
+                        raise FormatError(f"{self.tip.id}: the optimizer's {odd[0][:40]!r} is of another kind")
+                    entries.append((leaf.state, parameter, found))
+                yield group, options, entries
+
+
+def _fill(group: dict[str, Any], options: dict[str, Any], entries: list[Any]) -> None:
+    """Options and state in place: a pair of optimizers, or a schedule, goes on holding the same groups."""
+    for name, value in options.items():
+        if isinstance(value, Tensor) and isinstance(group.get(name), Tensor):
+            group[name].copy_(value)
+        else:
+            group[name] = value
+    for state, parameter, found in entries:
+        before = state.get(parameter, {})
+        if found:
+            state[parameter] = {n: _placed(value, n, before, parameter, group) for n, value in found.items()}
+        else:
+            state.pop(parameter, None)
 
 
 def _slice(table: TableRows, shard: RowShard) -> TableRows:

@@ -158,7 +158,8 @@ def decode_ids(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], total: 
     else:
         ids = (stored.unsqueeze(1) & (1 << torch.arange(8)).to(torch.uint8)).ne(0).flatten().nonzero().squeeze(1)
         ids = ids + first
-    if len(ids) != count or int(ids[-1]) >= total or int(ids[0]) < 0 or bool((ids.diff() < 1).any()):
+    # every id is compared, not the last alone: sums of differences that wrap around may end in range
+    if len(ids) != count or bool((ids.diff() < 1).any()) or _outside(ids, total):
         raise _broken(fields, f"its ids are not {count} ascending rows of {total}")
     return ids
 

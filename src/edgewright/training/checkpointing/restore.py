@@ -66,6 +66,11 @@ def restore(
         except Exception as caught:
             error = caught
         ranks.together(error)
+        try:
+            plan.place_reader()
+        except Exception as caught:
+            error = caught
+        ranks.together(error)
         plan.apply(generator)
     finally:
         ranks.close()

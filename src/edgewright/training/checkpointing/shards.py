@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.futures import Future
 
 from edgewright.errors import FormatError
+from edgewright.io.cover import cover_problem
 from edgewright.io.safetensors_header import SafetensorsEntry, read_header
 from edgewright.training.checkpointing.files import Files
 
@@ -60,6 +61,18 @@ class Place:
     file: str
     entry: SafetensorsEntry
     offsets: tuple[int, ...]
+
+
+def whole_shape(name: str, parts: list[Place]) -> list[int]:
+    """The shape of a tensor of which these are the parts. Raises FormatError unless they are all of it, once."""
+    axes = {(len(p.offsets), len(p.entry.shape), p.entry.dtype) for p in parts}
+    if len(axes) != 1 or len({*next(iter(axes))[:2]}) != 1:
+        raise FormatError(f"the parts of tensor {name[:80]!r} differ in type or axes")
+    shape = [max(p.offsets[i] + p.entry.shape[i] for p in parts) for i in range(len(parts[0].offsets))]
+    different = list(dict.fromkeys((p.offsets, p.entry.shape) for p in parts))  # copies of one part are the same part
+    if problem := cover_problem(different, shape):
+        raise FormatError(f"tensor {name[:80]!r} is not whole: {problem}")
+    return shape
 
 
 def write_shard(files: Files, folder: str, name: str, tensors: Mapping[str, Tensor]) -> WrittenFile:

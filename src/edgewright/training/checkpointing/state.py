@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from edgewright.errors import Unsupported, UsageError
 from edgewright.training import snapshot
 from edgewright.training.checkpoint import check_state, encode_state
+from edgewright.training.checkpointing.checks import ROWS
 from edgewright.training.checkpointing.manifest import Table
 from edgewright.training.checkpointing.records import Rows
 from edgewright.training.checkpointing.tables import RowShard, leaves, row_state
 from edgewright.training.sharded import is_split
-
-ROWS = "edgewright rows"  # in the place of an optimizer's entry that lies with the rows of its table
 
 
 @dataclass

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, FormatError, UsageError
-from edgewright.io.atomic import atomic_file
-from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.training import snapshot
+from edgewright.training.checkpointing.checks import check_record, kinds_of
 from edgewright.training.checkpointing.files import Files
 from edgewright.training.checkpointing.listing import find, load_model
-from edgewright.training.checkpointing.manifest import Manifest
+from edgewright.training.checkpointing.manifest import Manifest, Table
 from edgewright.training.checkpointing.records import decode_ids, decode_values, encode_ids
 from edgewright.training.checkpointing.shards import read_file
 
@@ -71,11 +71,13 @@ def apply_delta(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> di
             f"{path} leads from checkpoint {fields['base']} to {fields['id']}, and the model is not that of "
             f"{fields['base']}: fetch the update that starts where this model is"
         )
+    kinds = kinds_of(tensors)
     steps: list[tuple[Tensor, Tensor | None, Tensor]] = []
     for record in fields["records"]:
         table = held.get(record["table"])
         if table is None:
             raise FormatError(f"{path} changes {record['table']!r}, which the model does not have")
+        check_record(record, kinds, Table(len(table), list(table.shape[1:]), str(table.dtype).removeprefix("torch.")))
         ids = decode_ids(record, tensors, len(table))
         steps.append((table, ids, decode_values(record, tensors, tuple(table.shape[1:]), table.dtype)))
     for name in fields["dense"]:
@@ -172,24 +174,16 @@ def _add(
 
 
 def _write(path: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
     fields["sha256"] = _seal(fields, tensors)
-    with atomic_file(path) as temporary:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {_KEY: json.dumps(fields)})
+    save_tensors(path, tensors, {_KEY: json.dumps(fields)})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(fields, tensors) of an update, checked. Raises UsageError, FormatError."""
-    from safetensors import SafetensorError, safe_open
-
-    check_safetensors(path)
+    tensors, texts = read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(_KEY, "null")
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        fields = json.loads(text)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        fields = json.loads(texts.get(_KEY, "null"))
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read ({str(error)[:120]})") from error
     if not isinstance(fields, dict) or fields.get("format") != KIND:
         raise FormatError(f"{path} is no update; `edgewright checkpoint diff A B --to {path.name}` writes one")

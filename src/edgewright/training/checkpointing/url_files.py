@@ -10,7 +10,7 @@ import math
 from typing import IO, Any, cast
 
 from edgewright.errors import MissingPackage, UsageError
-from edgewright.training.checkpointing.files import LOCK, is_dead, locked, owner
+from edgewright.training.checkpointing.files import LOCK, Kind, is_dead, locked, owner
 
 
 class UrlFiles:
@@ -84,6 +84,10 @@ class UrlFiles:
             return []
         names = {str(entry).rstrip("/").rpartition("/")[2] for entry in found}
         return sorted(names - {"", self._path(path).rpartition("/")[2] if not found else ""})
+
+    def kind(self, path: str) -> Kind:
+        where = self._path(path)
+        return "folder" if self.system.isdir(where) else "file" if self.system.exists(where) else "other"
 
     def size(self, path: str) -> int:
         return int(self.system.size(self._path(path)))

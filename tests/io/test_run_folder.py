@@ -1,0 +1,110 @@
+"""Folders of others are refused before anything in them is touched; tensors are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from edgewright import cli
+from edgewright.errors import FormatError, OutputError, UsageError
+from edgewright.io.atomic import atomic_directory, atomic_file
+from edgewright.io.run_folder import MARKER, claim_folder
+from edgewright.io.tensors import load_tensors, read_tensors, save_tensors
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "dlrm", "--data", "log.csv"],
+        ["pretrain", "1e4", "--vocab", "300", "--context", "32", "--steps", "2"],
+        ["compress", "efficientnet-lite0", "--bits", "8"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_output_with_somebodys_files_is_refused(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("log.csv").write_text("label,I1,C1\n" + "".join(f"{i % 2},{i},c{i % 5}\n" for i in range(200)))
+    for name in ("thesis/model/chapter.txt", "thesis/notes.txt", "thesis/training/log.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("mine")
+    before = contents(Path("thesis"))
+    assert cli.main([*command, "--output", "thesis"]) == 2
+    said = capsys.readouterr().err
+    assert "thesis is not an empty folder and holds no run of" in said and "choose another --output" in said
+    assert contents(Path("thesis")) == before
+
+
+def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "run", "pretrain", write=False)  # another process than the first: nothing is written
+    assert not (tmp_path / "run").exists()
+    claim_folder(tmp_path / "run", "pretrain")
+    claim_folder(tmp_path / "run", "pretrain")
+    with pytest.raises(UsageError, match="holds a run of 'pretrain', not of 'train dlrm'"):
+        claim_folder(tmp_path / "run", "train dlrm")
+    (tmp_path / "run" / MARKER).write_text("{")
+    with pytest.raises(FormatError, match="is not JSON"):
+        claim_folder(tmp_path / "run", "pretrain")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / f".{MARKER}.abc.part").write_text("")
+    claim_folder(tmp_path / "killed", "pretrain")
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a").write_text("old")
+
+    def write(ours: bool = False) -> None:
+        with atomic_directory(tmp_path / "m", ours) as folder:
+            (folder / "a").write_text("new")
+
+    write()
+    assert contents(tmp_path / "m") == {"a": b"new"}
+    (tmp_path / "m" / "letter").write_text("mine")
+    with pytest.raises(UsageError, match="holds 'letter', which would be lost"):
+        write()
+    assert contents(tmp_path / "m") == {"a": b"new", "letter": b"mine"}
+    write(ours=True)
+    assert contents(tmp_path / "m") == {"a": b"new"}
+    (tmp_path / "m").rename(tmp_path / "real")
+    (tmp_path / "m").symlink_to(tmp_path / "real")
+    write(ours=True)
+    assert sorted(os.listdir(tmp_path)) == ["m", "real"] and not (tmp_path / "m").is_symlink()
+
+
+def test_tensors_come_back_and_share_no_memory(tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    tensors = {"a": base, "tied": base, "view": base[3:5], "turned": base.view(3, 4).T, "half": base.half()}
+    save_tensors(tmp_path / "t.safetensors", tensors, {"about": "x"})
+    read, texts = read_tensors(tmp_path / "t.safetensors")
+    assert texts == {"about": "x"} and read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert all(torch.equal(a, tensors[name]) for name, a in load_tensors(tmp_path / "t.safetensors").items())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers says it
+    ],
+)
+def test_a_full_disk_is_our_error_whoever_says_so(error: Exception, tmp_path: Path) -> None:
+    for writer, name in ((atomic_file, "f"), (atomic_directory, "d")):
+        with pytest.raises(OutputError, match="No space left on device"), writer(tmp_path / name):
+            raise error
+    assert not list(tmp_path.iterdir())
+    for other in (ValueError("(os error x)"), RuntimeError("a bug (os error 28)")):
+        with pytest.raises(type(other)), atomic_file(tmp_path / "f"):
+            raise other
+    assert not list(tmp_path.iterdir())
