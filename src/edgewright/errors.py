@@ -54,9 +54,11 @@ def in_one_line(error: BaseException | str) -> str:
     """Another library's message on one line, whole, so that nothing that it says about the way out is lost.
 
     Only what is longer than LONGEST_REASON is cut, at a word and with a mark. An error without a message gives its
-    type.
+    type, a KeyError its type too: its message is only the key.
     """
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
     if len(text) > LONGEST_REASON:
         text = text[:LONGEST_REASON].rsplit(" ", 1)[0] + " [...]"
     return text or type(error).__name__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from safetensors import SafetensorError
 from edgewright import cli
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_directory, atomic_file
-from edgewright.io.run_folder import MARKER, claim_folder
+from edgewright.io.run_folder import MARKER, claim_folder, working_in
+from edgewright.io.temporaries import OLD, PART, prefix, sweep
 from edgewright.io.tensors import load_tensors, read_tensors, save_tensors
 
 
@@ -55,8 +58,50 @@ def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is not JSON"):
         claim_folder(tmp_path / "run", "pretrain")
     (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / f".{MARKER}.abc.part").write_text("")
+    left = killed_name(MARKER)
+    (tmp_path / "killed" / left).write_text("")
     claim_folder(tmp_path / "killed", "pretrain")
+    assert [entry.name for entry in (tmp_path / "killed").iterdir()] == [MARKER]
+
+
+def killed_name(name: str, kind: str = PART) -> str:
+    """What a process that runs no longer has left of a file."""
+    return prefix(name).replace(f"-{os.getpid()}-", "-4999999999-") + "abc" + kind
+
+
+def test_what_killed_processes_leave_is_swept(tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    for folder in (tmp_path, below):
+        (folder / killed_name("a.gguf")).write_text("half")
+        (folder / (prefix("a.gguf") + "abc" + PART)).write_text("this process writes it")
+        (folder / ".a.gguf.part").write_text("of somebody else")
+    (tmp_path / killed_name("model", OLD)).mkdir()
+    (tmp_path / killed_name("model", OLD) / "weights").write_text("whole")
+    (tmp_path / "link").symlink_to(below)
+    with atomic_file(tmp_path / "b.gguf"):
+        pass
+    assert (tmp_path / killed_name("a.gguf")).exists()  # another file's
+    with atomic_file(tmp_path / "a.gguf"):
+        pass
+    assert not (tmp_path / killed_name("a.gguf")).exists() and (below / killed_name("a.gguf")).exists()
+    sweep(tmp_path)
+    assert not (below / killed_name("a.gguf")).exists()
+    assert (tmp_path / "model" / "weights").read_text() == "whole"  # killed between its two renames
+    for folder in (tmp_path, below):
+        assert (folder / (prefix("a.gguf") + "abc" + PART)).exists() and (folder / ".a.gguf.part").exists()
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    code = f"from edgewright.io.run_folder import working_in\nwith working_in({str(tmp_path / 'run')!r}): pass"
+    with working_in(tmp_path / "run"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "another process is working in" in done.stderr
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    assert not (tmp_path / "run").exists()  # nothing came of it
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="file is a file"), working_in(tmp_path / "file"):
+        pass
 
 
 def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ from edgewright.compression.plan import (
     estimated_seconds,
     planned_stages,
 )
-from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings
+from edgewright.compression.settings import DEFAULT_STEPS, CompressSettings, check_claim, claim
 from edgewright.distillation.self_generation import START, self_generate
 from edgewright.distillation.sequences import pack_sequences
-from edgewright.errors import EdgewrightError, FormatError, UsageError
+from edgewright.errors import EdgewrightError, FormatError
 from edgewright.evaluation.language import (
     add_rows,
     engine_logits,
@@ -50,6 +50,7 @@ from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_json, read_object
 from edgewright.io.models import load
+from edgewright.io.run_folder import working_in
 from edgewright.io.text import split_blocks
 from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
@@ -332,16 +333,20 @@ def compress(
     """Run (or go on with) one compression in `output`; returns the report that is also saved there.
 
     files_only: stop when the files are written and verified, and return None. Raises UsageError when the folder holds
-    another run, and whatever a stage raises; finished stages stay usable.
+    another run or another process works in it, and whatever a stage raises; finished stages stay usable.
     """
-    output = Path(output)
-    _check_claim(output, settings)
+    with working_in(output):
+        return _compress(settings, Path(output), say, progress, files_only)
+
+
+def _compress(settings: CompressSettings, output: Path, say: Say, progress: bool, files_only: bool) -> Report | None:
+    check_claim(output, settings)
     finished = output / "report.json"
     if finished.exists():
         say(f"{output} holds this run already, finished")
         return Report.from_file(finished)
     run = Compression(settings, output, say, progress)
-    _claim(output, settings)  # now that model and text are known to do: a mended command finds the folder free
+    claim(output, settings)  # now that model and text are known to do: a mended command finds the folder free
     plan = run.plan(files_only)
     if not files_only:
         with plan.stage(REFERENCES):
@@ -371,32 +376,6 @@ def compress(
             run.time_files(report)
     run.save(report)
     return report
-
-
-def _check_claim(output: Path, settings: CompressSettings) -> None:
-    """Raise UsageError where the folder holds something else than this run: a run never mixes with other files."""
-    marker = output / "settings.json"
-    wanted = json.loads(json.dumps(settings.to_dict()))
-    if marker.exists():
-        # a setting younger than the folder had its default then
-        held = {**CompressSettings("").to_dict(), **read_object(marker)}
-        differing = sorted(key for key in wanted if held.get(key) != wanted[key])
-        if differing:
-            key = differing[0]
-            raise UsageError(
-                f"{output} holds a run with {key}={held.get(key)!r}, not {wanted[key]!r}; "
-                "choose another --output, or remove that folder"
-            )
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
-
-
-def _claim(output: Path, settings: CompressSettings) -> None:
-    """Write into the folder whose run it is."""
-    marker = output / "settings.json"
-    if not marker.exists():
-        write_text(marker, json.dumps(settings.to_dict(), indent=2) + "\n")
 
 
 def _cache(name: str, cache: str) -> str:

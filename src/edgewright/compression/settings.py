@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from edgewright.errors import UsageError
+from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
+from edgewright.io.run_folder import holds_something
+from edgewright.io.temporaries import sweep
 
 METHODS = ("rtn", "mse", "gptq", "qat")
 WIDTHS = (1.0, 1.58, 2.0, 3.0, 4.0, 8.0)
@@ -85,3 +91,30 @@ class CompressSettings:
     def wanted(self) -> tuple[str, ...]:
         """All methods to run, in the order of METHODS."""
         return tuple(method for method in METHODS if method == self.method or method in self.baselines)
+
+
+def check_claim(output: Path, settings: CompressSettings) -> None:
+    """Raise UsageError where the folder holds something else than this run: a run never mixes with other files."""
+    marker = output / "settings.json"
+    wanted = json.loads(json.dumps(settings.to_dict()))
+    if marker.exists():
+        # a setting younger than the folder had its default then
+        held = {**CompressSettings("").to_dict(), **read_object(marker)}
+        differing = sorted(key for key in wanted if held.get(key) != wanted[key])
+        if differing:
+            key = differing[0]
+            raise UsageError(
+                f"{output} holds a run with {key}={held.get(key)!r}, not {wanted[key]!r}; "
+                "choose another --output, or remove that folder"
+            )
+        return
+    if holds_something(output):
+        raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
+
+
+def claim(output: Path, settings: CompressSettings) -> None:
+    """Write into the folder whose run it is, and clear away what killed processes have left in it."""
+    sweep(output)
+    marker = output / "settings.json"
+    if not marker.exists():
+        write_text(marker, json.dumps(settings.to_dict(), indent=2) + "\n")

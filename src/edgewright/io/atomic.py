@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgewright.errors import EdgewrightError, OutputError, UsageError
+from edgewright.io.temporaries import OLD, PART, prefix, sweep
 
 RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 
@@ -41,7 +42,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     folder = _prepare(path)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=folder)
+        sweep(folder, path.name)
+        descriptor, name = tempfile.mkstemp(prefix=prefix(path.name), suffix=PART, dir=folder)
     except OSError as error:
         raise OutputError(f"cannot write into {folder}: {error.strerror}") from error
     os.close(descriptor)
@@ -70,7 +72,8 @@ def atomic_directory(path: str | Path, ours: bool = False) -> Iterator[Path]:
     path = Path(path)
     parent = _prepare(path)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=parent))
+        sweep(parent, path.name)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix(path.name), suffix=PART, dir=parent))
     except OSError as error:
         raise OutputError(f"cannot write into {parent}: {error.strerror}") from error
     old: Path | None = None
@@ -80,7 +83,7 @@ def atomic_directory(path: str | Path, ours: bool = False) -> Iterator[Path]:
         if path.exists():
             if not ours:
                 _check_replaceable(path, temporary)
-            old = temporary.with_suffix(".old")
+            old = temporary.with_suffix(OLD)
             os.replace(path, old)
         os.replace(temporary, path)
     except EdgewrightError:

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import EdgewrightError, FormatError, MissingPackage
+from edgewright.errors import EdgewrightError, FormatError, MissingPackage, in_one_line
 from edgewright.io.json_file import LARGEST, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_MESSAGE = 2000  # characters; no library's sentence about one file is longer
 # Above every published tokenizer: the largest are of about 40 MB, with 262,000 entries and 580,000 merges.
 LARGEST_TOKENIZER = 96 << 20  # bytes
 MOST_ENTRIES = 4 << 20  # of a vocabulary, of its merges, of the tokens added to it
@@ -41,21 +40,13 @@ def reading(path: str | Path) -> Iterator[None]:
     except EdgewrightError:
         raise
     except ImportError as error:
-        raise MissingPackage(f"reading {path} needs a package: {message(error)}") from error
+        raise MissingPackage(f"reading {path} needs a package: {in_one_line(error)}") from error
     except Exception as error:
-        raise FormatError(f"{path} cannot be read: {message(error)}") from error
+        raise FormatError(f"{path} cannot be read: {in_one_line(error)}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # Rust's panic, which pyo3 puts beside Exception
             raise
-        raise FormatError(f"{path} cannot be read: its reader gave up ({message(error)})") from error
-
-
-def message(error: BaseException) -> str:
-    """What an exception says, all of it, in one line."""
-    text = " ".join(str(error).split())
-    if len(text) > LONGEST_MESSAGE:
-        text = f"{text[:LONGEST_MESSAGE]} ..."
-    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".strip()
+        raise FormatError(f"{path} cannot be read: its reader gave up ({in_one_line(error)})") from error
 
 
 def check_json_files(folder: Path) -> None:
@@ -83,9 +74,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
             raise FormatError(f"{folder / 'tokenizer_config.json'}: model_max_length is {str(longest)[:40]}, no length")
-        tokenizer(
-            "a b hello \u2603 1", verbose=False
-        )  # what is broken shows at the first text, not at the first one of the user
+        tokenizer("a b hello \u2603 1", verbose=False)  # what is broken shows here, not at the user's first text
     return tokenizer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from edgewright.errors import FormatError, OutputError
+from edgewright.errors import FormatError, OutputError, in_one_line
 from edgewright.io.atomic import atomic_file
 from edgewright.io.safetensors_header import check_safetensors
 
@@ -31,7 +31,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         try:
             save_file(_separate(tensors), temporary, None if metadata is None else dict(metadata))
         except SafetensorError as error:
-            raise OutputError(f"cannot write {path}: {_reason(error)}") from error
+            raise OutputError(f"cannot write {path}: {in_one_line(error)}") from error
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> tuple[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, AttributeError, ValueError) as error:  # AttributeError: a type unknown to torch
-        raise FormatError(f"{path} cannot be read: {_reason(error)}") from error
+        raise FormatError(f"{path} cannot be read: {in_one_line(error)}") from error
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +69,3 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(dense.untyped_storage().data_ptr())
         result[name] = dense
     return result
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.config_bounds import check_numbers
-from edgewright.io.foreign import message, reading
+from edgewright.io.foreign import reading
 from edgewright.io.json_file import read_object
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors
@@ -92,7 +92,7 @@ def load_offloaded(
     try:
         missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
     except RuntimeError as error:  # a tensor of another shape
-        raise FormatError(f"{folder / BACKBONE} does not fit its config.json: {message(error)}") from error
+        raise FormatError(f"{folder / BACKBONE} does not fit its config.json: {in_one_line(error)}") from error
     model.tie_weights()
     if missing - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
         raise FormatError(f"{folder / BACKBONE} lacks {len(missing)} weights, the first is {min(missing)}")

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
+from edgewright.io.run_folder import holds_something, working_in
+from edgewright.io.temporaries import sweep
 from edgewright.measure.report import Report, format_value
 from edgewright.recipes.settings import override, plain
 from edgewright.systems import find, systems
@@ -201,6 +203,15 @@ def run_recipe(
     if dry_run:
         return outcome
 
+    with working_in(folder):
+        return _run_in(recipe, outcome, fresh, say)
+
+
+def _run_in(recipe: Recipe, outcome: Outcome, fresh: bool, say: Callable[[str], None]) -> Outcome:
+    """The run that the outcome plans, in its folder."""
+    slug, size, settings, plan, folder = (
+        outcome.slug, outcome.size, outcome.settings, outcome.plan, outcome.folder
+    )  # fmt: skip
     record = {"recipe": slug, "size": size, "settings": plain(settings)}
     state = _open_folder(folder, record, plan, fresh)
     if state == "finished":
@@ -245,19 +256,20 @@ def _open_folder(
     folder: Path, record: dict[str, Any], plan: Plan, fresh: bool
 ) -> Literal["new", "resumed", "finished"]:
     marker = folder / "settings.json"
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file; --output names a folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if holds_something(folder):
         if not marker.is_file():
             raise UsageError(f"{folder} is not empty and holds no run; choose an empty folder with --output")
         if fresh:
-            shutil.rmtree(folder)
+            for entry in folder.iterdir():  # not the folder, on which the lock is
+                entry.unlink() if entry.is_symlink() or not entry.is_dir() else shutil.rmtree(entry)
         else:
             _same_run(folder, marker, record)
+            sweep(folder)
             return "finished" if (folder / "report.json").is_file() else "resumed"
     parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(parent).free) < plan.disk_bytes:
         raise OutputError(f"the run needs {_size(plan.disk_bytes)} of disk, {parent} has {_size(free)} left")
+    sweep(folder)
     write_text(marker, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return "new"
 

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_clicks(args: argparse.Namespace, folder: Path) -> int:
     from edgewright.compression.clicks import BUDGET, compress_clicks
     from edgewright.errors import UsageError
+    from edgewright.io.run_folder import working_in
 
     if args.data is None:
         raise UsageError(f"{args.model} is a click model: --data names a log in its layout that it was not trained on")
@@ -89,7 +90,8 @@ def _run_clicks(args: argparse.Namespace, folder: Path) -> int:
     say = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr, flush=True))
     targets = [part.strip() for part in (args.to or "").split(",") if part.strip()]
     output = Path(args.output or f"runs/{Path(args.model).resolve().name}-low")
-    report = compress_clicks(folder, args.data, output, budget=budget, targets=targets, say=say)
+    with working_in(output):
+        report = compress_clicks(folder, args.data, output, budget=budget, targets=targets, say=say)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0
@@ -102,6 +104,7 @@ def _run_vision(args: argparse.Namespace) -> int:
     from edgewright.compression.settings import Budget
     from edgewright.compression.vision import VisionSettings, compress_bundled
     from edgewright.errors import UsageError
+    from edgewright.io.run_folder import working_in
 
     def say(sentence: str) -> None:
         if not args.json:
@@ -130,7 +133,8 @@ def _run_vision(args: argparse.Namespace) -> int:
 
         import_executorch()
     output = Path(args.output or f"runs/{args.model}-{args.bits:g}bit")
-    report = compress_bundled(args.model, output, settings, say=say)
+    with working_in(output):
+        report = compress_bundled(args.model, output, settings, say=say)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0

@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.text and args.shards:
         raise UsageError("--text and --shards: give one of the two")
+    from edgewright.io.run_folder import working_in
     from edgewright.language.pretrain import PretrainSettings, pretrain
 
     def say(sentence: str) -> None:
@@ -107,17 +110,19 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = args.vocab if args.vocab is not None or tokenizer is None else len(tokenizer)
     config = read_config(args.config, vocabulary, args.context, args.depth, args.share)
     output = Path(args.output or f"runs/pretrain-{Path(args.config).stem if '.json' in args.config else args.config}")
-    result = pretrain(
-        config,
-        args.shards or _documents(args),
-        settings,
-        output,
-        tokenizer=tokenizer,
-        prompts=args.prompt,
-        resume="never" if args.fresh else "auto",
-        progress=not args.json,
-        say=say,
-    )
+    first = os.environ.get("RANK", "0") == "0"  # torchrun's number of this process
+    with working_in(output) if first else nullcontext():
+        result = pretrain(
+            config,
+            args.shards or _documents(args),
+            settings,
+            output,
+            tokenizer=tokenizer,
+            prompts=args.prompt,
+            resume="never" if args.fresh else "auto",
+            progress=not args.json,
+            say=say,
+        )
     if result.model is None:  # not the first process
         return 0
     if args.json:

@@ -63,8 +63,11 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--to {unknown[0]}: there are {', '.join(FORMATS)}")
     if args.rows is not None and args.rows < 2:
         raise UsageError(f"--rows {args.rows:g}: at least 2, one to train on and one to judge by")
+    from edgewright.io.run_folder import working_in
+
     output = Path(args.output or f"runs/dlrm-{Path(args.data).name.partition('.')[0]}")
-    report = train_dlrm(args, output, formats)
+    with working_in(output):
+        report = train_dlrm(args, output, formats)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0
