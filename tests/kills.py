@@ -81,10 +81,10 @@ def kill_everywhere(
             continue  # it had ended before
         outcome.kills += 1
         code, _ = _run(job, source, out)
-        if code:
-            outcome.faults.append(f"{where}: the next run ended with {code}: {_log(out)}")
-        else:
-            outcome.faults += [f"{where}: {fault}" for fault in _differences(_digests(out), first, promised)]
+        faults = list(_differences(_digests(out), first, promised))
+        if code and faults:  # a job that was killed behind its last rename may refuse the finished folder
+            faults = [f"the next run ended with {code}: {_log(out)}"]
+        outcome.faults += [f"{where}: {fault}" for fault in faults]
         shutil.rmtree(out, ignore_errors=True)
     return outcome
 

@@ -20,6 +20,7 @@ from typing import Any
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
+from edgewright.io.run_folder import holds_something
 from edgewright.measure.report import Report
 
 Figures = Mapping[str, float]
@@ -150,7 +151,7 @@ def _claim(output: Path, stages: Sequence[Stage], settings: Mapping[str, Any]) -
         if not same:
             raise UsageError(f"{output} holds another chain: {difference}; choose another folder, or remove this one")
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if holds_something(output):
         raise UsageError(f"{output} is not an empty folder and holds no chain; choose another one")
     write_text(marker, json.dumps(wanted, indent=1) + "\n")
 

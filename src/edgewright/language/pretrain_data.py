@@ -49,9 +49,10 @@ def prepare_data(
         if tokenizer is None and (fresh or not folder.is_dir()):
             say(f"training a tokenizer of {vocab_size} tokens")
             limit, _ = split_limit(texts, validation_share)
-            tokenizer = train_tokenizer(_for_training(texts, limit), vocab_size)
+            trained = train_tokenizer(_for_training(texts, limit), vocab_size)
             with atomic_directory(folder, ours=True) as temporary:
-                tokenizer.save_pretrained(temporary)
+                trained.save_pretrained(temporary)
+        # Read back, as a later call does: what transformers adds when it reads ends up in the checkpoint.
         tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
         if fresh:
             (output / SHARDS / "manifest.json").unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import UsageError
+from edgewright.io.run_folder import holds_something
 
 if TYPE_CHECKING:
     from edgewright.sparsity.importance import Importance
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if holds_something(output):
         raise UsageError(f"{output} is not an empty folder; choose another --output")
     if args.layers is None and args.mlp is None:
         raise UsageError("nothing to prune: give --layers N, --mlp M, or both")
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     import edgewright
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
+    from edgewright.io.atomic import atomic_directory
     from edgewright.io.text import split_blocks
     from edgewright.measure.report import Report
     from edgewright.measure.size import bytes_by_part, parameter_counts
@@ -101,9 +103,10 @@ def run(args: argparse.Namespace) -> int:
     gone = [i for i in range(count) if i not in kept]
     report.notes.append(f"blocks left out: {', '.join(map(str, gone)) or 'none'} (counted from 0)")
     report.notes.append(f"KL to the original on {held_out.numel()} held-out tokens; no training after the cut")
-    save_checkpoint(pruned, tokenizer, output)
-    _plot(stats, kept, output / "importance.png")
-    report.save(output)
+    with atomic_directory(output) as folder:
+        save_checkpoint(pruned, tokenizer, folder)
+        _plot(stats, kept, folder / "importance.png")
+        report.save(folder)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.errors import UsageError
+from edgewright.io.run_folder import holds_something
 
 PLANS = ("uniform", "default", "teal", "search")
 
@@ -52,13 +53,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if holds_something(output):
         raise UsageError(f"{output} is not an empty folder; choose another --output")
     if args.resume and args.plan != "search":
         raise UsageError("--resume belongs to --plan search; other plans are made at once")
 
     import edgewright
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language
+    from edgewright.io.atomic import atomic_directory
     from edgewright.io.text import split_blocks
     from edgewright.kernels.sparse_rows import why_no_kernel
     from edgewright.measure.report import Report
@@ -116,9 +118,10 @@ def run(args: argparse.Namespace) -> int:
     report.notes.append("layer_reads: bytes read of the sparsified layers, factors included, over their dense bytes")
     if reason := why_no_kernel():
         report.notes.append(f"no compiled kernel here, so decoding will not be faster: {reason}")
-    save_rsparse(model, tokenizer, output, config, stats, plan)
-    _plot(achieved, output / "sparsity.png")
-    report.save(output)
+    with atomic_directory(output) as folder:
+        save_rsparse(model, tokenizer, folder, config, stats, plan)
+        _plot(achieved, folder / "sparsity.png")
+        report.save(folder)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0

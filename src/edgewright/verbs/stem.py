@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.errors import UsageError
+from edgewright.io.run_folder import holds_something
 
 # An argument of the Python interface as this command calls it (see `verbs.words`).
 WORDS = ((r"\bblock_length=", "length="),)
@@ -58,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if holds_something(output):
         raise UsageError(f"{output} is not an empty folder; choose another --output")
     layers = _layers(args.layers)
 
     import edgewright
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
+    from edgewright.io.atomic import atomic_directory
     from edgewright.io.text import split_blocks
     from edgewright.language.stem_convert import stemify
     from edgewright.language.stem_files import save_stem
@@ -91,8 +93,9 @@ def _convert(args: argparse.Namespace) -> int:
         f"STEM layers: {', '.join(map(str, chosen))} (counted from 0); no training after the conversion"
     )
     report.notes.append("fetched_bytes and saved_flops are for each token")
-    save_stem(converted, output, tokenizer)
-    report.save(output)
+    with atomic_directory(output) as folder:
+        save_stem(converted, folder, tokenizer)
+        report.save(folder)
     if args.json:
         print(json.dumps(report.to_dict(), indent=2))
         return 0
