@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Usag
 from edgewright.io.gguf import GGUFFile
 from edgewright.runtime import generation, llamacpp, llamacpp_library, open_engine
 from edgewright.runtime.generation import sample
+from edgewright.runtime.llamacpp import LlamaCppEngine
+from edgewright.runtime.llamacpp_library import library
 
 TEXT = "The tides are caused by the gravity of the Moon and, to a lesser degree, of the Sun."
 
@@ -226,6 +230,27 @@ def test_bad_arguments(toy, toy_file, tmp_path):
     for suffix, reason in ((".pte", "there is no file"), (".onnx", "open_program runs them"), (".bin", "supported")):
         with pytest.raises(EdgewrightError, match=reason):
             open_engine(tmp_path / f"model{suffix}")
+
+
+def test_an_interrupt_inside_the_log_is_not_lost(toy_file, monkeypatch, capfd):
+    """An exception in a callback from C is printed and forgotten; Ctrl-C must arrive after the call."""
+    log, lines = library().log, []
+
+    def interrupted(level, text, _):
+        if not lines:
+            signal.raise_signal(signal.SIGINT)
+        lines.append(text)
+
+    callback = type(log.callback)(interrupted)
+    library().c.llama_log_set(callback, None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LlamaCppEngine(toy_file)
+    finally:
+        library().c.llama_log_set(log.callback, None)
+    assert lines and "Exception ignored" not in capfd.readouterr().err
+    with LlamaCppEngine(toy_file) as engine:  # nothing is left in the way
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and engine.vocabulary > 0
 
 
 def test_closed_engine_says_so(toy_file):

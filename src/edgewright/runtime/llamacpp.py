@@ -82,7 +82,8 @@ class LlamaCppEngine:
     def _load(self) -> None:
         self._lib.log.clear()
         path = str(self.path).encode("utf-8", "surrogateescape")
-        self._model = self._c.llama_model_load_from_file(path, self._c.llama_model_default_params())
+        with lib.interrupts_afterwards():
+            self._model = self._c.llama_model_load_from_file(path, self._c.llama_model_default_params())
         if not self._model:
             raise FormatError(f"llama.cpp does not load {self.path}: {self._lib.log.reason()}")
         if self._c.llama_model_has_encoder(self._model) or not self._c.llama_model_has_decoder(self._model):
@@ -103,7 +104,8 @@ class LlamaCppEngine:
         if cache_type_v != "f16":
             params.set(lib.FLASH_ATTENTION, 1)
         self._lib.log.clear()
-        self._context = self._c.llama_init_from_model(self._model, params)
+        with lib.interrupts_afterwards():
+            self._context = self._c.llama_init_from_model(self._model, params)
         if not self._context:
             reason = self._lib.log.reason()
             self.close()
@@ -300,7 +302,8 @@ class LlamaCppEngine:
             batch.sequence_count[i], batch.sequence[i][0] = 1, 0
             batch.logits[i] = every or i == count - 1
         self._lib.log.clear()
-        code = self._c.llama_decode(self._context, batch)
+        with lib.interrupts_afterwards():
+            code = self._c.llama_decode(self._context, batch)
         if code != 0:
             self._forget(0)
             raise EdgewrightError(f"llama.cpp stopped at token {position} (code {code}): {self._lib.log.reason()}")

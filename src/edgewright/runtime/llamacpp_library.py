@@ -9,11 +9,16 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import signal
 import struct
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_uint8, c_void_p
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from edgewright.errors import EdgewrightError, MissingPackage
@@ -113,6 +118,25 @@ class Log:
         line = text.decode("utf-8", "replace").strip() if level in (LOG_WARN, LOG_ERROR) and text else ""
         if line:
             self.lines.append((level, line))
+
+
+@contextmanager
+def interrupts_afterwards() -> Iterator[None]:
+    """Around a call of the library: Ctrl-C takes effect when it has returned.
+
+    The library calls `Log` back, and an exception inside a callback from C is printed and forgotten.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
 
 
 class Library:
