@@ -30,7 +30,7 @@ def main() -> int:
     report, faults = Report("kills"), 0
     for name in args.jobs or JOBS:
         with tempfile.TemporaryDirectory() as folder:
-            renames = [] if args.only_times else None
+            renames = 0 if args.only_times else None
             outcome = kill_everywhere(JOBS[name], Path(folder) / name, renames=renames, times=args.times)
         faults += len(outcome.faults)
         report.add("kills", outcome.kills, subject=name)

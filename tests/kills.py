@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,13 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def kill_everywhere(
-    job: Job, folder: Path, *, renames: Sequence[int] | None = None, times: int = 0, seed: int = 0
-) -> Outcome:
+def kill_everywhere(job: Job, folder: Path, *, renames: int | None = None, times: int = 0, seed: int = 0) -> Outcome:
     """Kill `job` before and after renames (all, or those numbers) and at random times; finish; compare.
 
     Args:
         job: what is run.
         folder: an empty folder for all of it.
-        renames: numbers of kill points to try; rename k has the points 2k (before it) and 2k + 1 (behind it).
+        renames: how many kill points to try, spread evenly; None: all. A rename has one before and one behind it.
         times: how many random times to try.
         seed: of the random times.
 
@@ -70,7 +68,8 @@ def kill_everywhere(
     promised = {name: digest for name, digest in first.items() if second.get(name) == digest}
     outcome.equal_files, outcome.other_files = len(promised), len(first) - len(promised)
     generator = random.Random(seed)
-    points: list[dict[str, Any]] = [{"at": at} for at in (range(2 * count) if renames is None else renames)]
+    tried = 2 * count if renames is None else renames
+    points: list[dict[str, Any]] = [{"at": (2 * number + 1) * count // tried} for number in range(tried)]
     points += [{"after": generator.uniform(0.02, 1.0) * seconds} for _ in range(times)]
     for number, point in enumerate(points):
         where = f"{job.name}, killed at {point}"
