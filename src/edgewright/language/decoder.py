@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils.generic import can_return_tuple
 
 from edgewright.errors import UsageError
+from edgewright.io.typed import from_json
 from edgewright.io.transformers_names import (
     cache_name,
     cache_of,
@@ -372,7 +373,7 @@ def _settings(kind: type[Any], name: str, config: EdgeDecoderConfig) -> Any:
     if unknown := sorted(given.keys() - {field.name for field in dataclasses.fields(kind)}):
         known = ", ".join(field.name for field in dataclasses.fields(kind))
         raise UsageError(f"{name} has {unknown[0]!r}, which is none of {known}")
-    return kind(**given)
+    return from_json(kind, given, f"{name} of EdgeDecoderConfig", UsageError)
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:
