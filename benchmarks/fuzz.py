@@ -102,7 +102,6 @@ class Tally:
         lines.append(f"{'all':<28}{total:>8}{refused:>9}{len(self.broken):>8}   slowest {self.slowest:.1f} s")
         return "\n".join(lines)
 
-
     def write(self, path: Path, seed: int) -> None:
         """A row a reader: inputs tried, refused with an error of ours, and how many broke each rule."""
         from edgewright.io.atomic import write_text
@@ -120,9 +119,9 @@ class Tally:
 def order(readers: list[str], seed: int) -> Iterator[tuple[str, int]]:
     """(reader, number of the input) without an end, each reader as often as its weight says."""
     numbers = Counter[str]()
-    while True:
+    for turn in itertools.count():
         for reader in readers:
-            for _ in range(READERS[reader].weight):
+            for _ in range(READERS[reader].weight if turn % READERS[reader].every == 0 else 0):
                 yield reader, numbers[reader]
                 numbers[reader] += 1
 

@@ -22,13 +22,15 @@ TEXT = "one two three four five six seven eight nine ten " * 20
 @dataclass(frozen=True)
 class Reader:
     """build makes the input in an empty folder; read reads the damaged copy; targets: files that are damaged, by
-    pattern; seal: puts checksums right again, so that what lies behind them is reached; weight: how often it comes."""
+    pattern; seal: puts checksums right again, so that what lies behind them is reached; weight: how often it comes in a round; every: in which rounds it comes, for the
+    readers that start a process each time."""
 
     build: Callable[[Path], None]
     read: Callable[[Path], Any]
     targets: tuple[str, ...] = ("*",)
     seal: Callable[[Path], None] | None = None
     weight: int = 1
+    every: int = 1
 
 
 # ---- language models -------------------------------------------------------------------------------------------------
@@ -613,9 +615,9 @@ READERS: dict[str, Reader] = {
     "static network": Reader(build_static, read_static),
     "teacher, importance, best": Reader(build_teacher, read_teacher, weight=2),
     "texts": Reader(build_text, read_text),
-    "program (.pte)": Reader(fuzz_runs.build_pte, fuzz_runs.read_program),
-    "language model (.pte)": Reader(fuzz_runs.build_chat_pte, fuzz_runs.read_chat_pte),
-    "program (.onnx)": Reader(fuzz_runs.build_onnx, fuzz_runs.read_program),
+    "program (.pte)": Reader(fuzz_runs.build_pte, fuzz_runs.read_program, every=4),
+    "language model (.pte)": Reader(fuzz_runs.build_chat_pte, fuzz_runs.read_chat_pte, every=4),
+    "program (.onnx)": Reader(fuzz_runs.build_onnx, fuzz_runs.read_program, every=2),
     "r-sparse folder": Reader(fuzz_runs.build_r_sparse, fuzz_runs.read_r_sparse),
     "guard folder": Reader(fuzz_runs.build_guard, fuzz_runs.read_guard),
     "stem store": Reader(fuzz_runs.build_store, fuzz_runs.read_store, ("tables/*", "model/*")),

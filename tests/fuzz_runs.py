@@ -166,7 +166,9 @@ def hostile_pickles(mark: Path) -> dict[str, bytes]:
     import os
 
     command = f"touch {mark}"
-    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu\x8a\x09" + b"\xff" * 7 + b"\x0f\0t"
+    storage = (
+        b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu\x8a\x09" + b"\xff" * 7 + b"\x0f\0t"
+    )
     rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"QK\0(\x8a\x09" + b"\xff" * 7 + b"\x0f\0tK\x01\x85"
     return {
         "reduce": pickle.dumps({"w": Call(os.system, command)}, 2),
@@ -177,7 +179,9 @@ def hostile_pickles(mark: Path) -> dict[str, bytes]:
         "getattr": b"\x80\x02cbuiltins\ngetattr\nctorch\nnn\nX\x06\0\0\0Module\x86R.",
         "recursion": b"\x80\x02" + b"(" * 200_000 + b"." + b"t" * 200_000,
         "nesting": b"\x80\x02" + b"]" + b"\x85" * 200_000 + b".",
-        "laughs": b"\x80\x02]q\0" + b"".join(b"]q" + bytes([n]) + (b"h" + bytes([n - 1])) * 10 for n in range(1, 30)) + b".",
+        "laughs": b"\x80\x02]q\0"
+        + b"".join(b"]q" + bytes([n]) + (b"h" + bytes([n - 1])) * 10 for n in range(1, 30))
+        + b".",
         "storage": b"\x80\x02}X\x01\0\0\0w" + rebuild + b"\x89ccollections\nOrderedDict\n)RtRs.",
         "long": b"\x80\x02\x8b\xff\xff\xff\x7f.",
         "text": b"\x80\x02X\xff\xff\xff\xff.",

@@ -77,7 +77,9 @@ def first_run_in_child(
             chosen,
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        environment["GGML_NO_BACKTRACE"] = "1"  # llama.cpp starts a debugger otherwise, and its reason is not the last line
+        environment["GGML_NO_BACKTRACE"] = (
+            "1"  # llama.cpp starts a debugger otherwise, and its reason is not the last line
+        )
         with said.open("wb") as output:
             process = subprocess.Popen(
                 command,
