@@ -22,8 +22,8 @@ TEXT = "one two three four five six seven eight nine ten " * 20
 @dataclass(frozen=True)
 class Reader:
     """build makes the input in an empty folder; read reads the damaged copy; targets: files that are damaged, by
-    pattern; seal: puts checksums right again, so that what lies behind them is reached; weight: how often it comes in a round; every: in which rounds it comes, for the
-    readers that start a process each time."""
+    pattern; seal: puts checksums right again, so that what lies behind them is reached; weight: how often it comes in
+    a round; every: in which rounds it comes, for readers that start a process each time."""
 
     build: Callable[[Path], None]
     read: Callable[[Path], Any]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""pytorch_model.bin: tensors are read by torch's restricted unpickler; every other pickle is refused, and runs nothing."""
+"""pytorch_model.bin: torch's restricted unpickler reads tensors; every other pickle is refused and runs nothing."""
 
 from __future__ import annotations
 

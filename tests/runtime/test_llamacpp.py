@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import toy_gguf
 import torch
+import toy_gguf
 from toy_gguf import write_toy, write_toy_gpt2
 
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, UsageError

@@ -20,4 +20,4 @@ def test_an_abort_is_a_sentence(command, tmp_path, capsys):
 
 def test_chat_ends_with_the_positions_of_a_model(tmp_path, capsys):
     file = write_toy_gpt2(tmp_path / "gpt2.gguf", 64)
-    assert main(["chat", str(file), "--prompt", "a", "--max-tokens", "100", "--threads", "1"]) == 0
+    assert main(["chat", str(file), "--prompt", "a", "--plain", "--max-tokens", "100", "--threads", "1"]) == 0

@@ -27,7 +27,8 @@ def from_json(
         error_type: what is raised; `UsageError` where the fields may come from a caller as well.
 
     Raises:
-        FormatError: (or `error_type`) a field that is unknown, missing or of another type, or values that the dataclass refuses.
+        FormatError: (or `error_type`) a field that is unknown, missing or of another type, or values that the dataclass
+            refuses.
     """
     if not isinstance(fields, Mapping):
         raise error_type(f"{where} holds {type(fields).__name__} where the fields of {kind.__name__} are needed")

@@ -24,7 +24,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils.generic import can_return_tuple
 
 from edgewright.errors import UsageError
-from edgewright.io.typed import from_json
 from edgewright.io.transformers_names import (
     cache_name,
     cache_of,
@@ -34,6 +33,7 @@ from edgewright.io.transformers_names import (
     records_outputs,
     with_cache,
 )
+from edgewright.io.typed import from_json
 from edgewright.language.attention import Attention
 from edgewright.language.decoder_config import ATTENTION, CACHE_TYPES, EdgeDecoderConfig
 from edgewright.language.longhorn_state import HAS_STATES, LonghornCache

@@ -47,9 +47,10 @@ def first_run_in_child(
 
     module: dotted name, imported in the child only. function: top-level function of the path, as text, and of the
     options; it loads the file and runs it once. options: the settings under which the caller will run the file, for a
-    file may be fit for some and end its process under others. timeout: seconds in all; those in which other work kept the child from running
-    do not count (where the system tells, and at most ten times as many). memory: bytes of address space that the child
-    may take (where the system keeps such a limit); default: 8 GiB and sixteen times the file.
+    file may be fit for some and end its process under others. timeout: seconds in all; those in which other work kept
+    the child from running do not count (where the system tells, and at most ten times as many). memory: bytes of
+    address space that the child may take (where the system keeps such a limit); default: 8 GiB and sixteen times the
+    file.
 
     Raises FormatError when the child dies, hangs or refuses the file; errors of `edgewright.errors` that the function
     raises arrive here as they are. A file that passed is not run again in this process with the same options while its

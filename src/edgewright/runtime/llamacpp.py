@@ -38,8 +38,8 @@ class LlamaCppEngine:
     """A GGUF file in llama.cpp (see `edgewright.runtime.engine.Engine` for the calls).
 
     The file's header is checked by `GGUFFile` before llama.cpp sees it, and llama.cpp sees it first in a child process
-    (unless `check` is False: a file that this process wrote) with the same settings: it ends its process on headers that
-    it does not like. `context` is never more than the positions for which a model has learned embeddings (GPT-2).
+    with the same settings (unless `check` is False: a file that this process wrote): it ends its process on headers
+    that it does not like. `context` is never more than the positions for which a model has learned embeddings (GPT-2).
     A quantised value cache runs with flash attention, which it needs; everything else stays at llama.cpp's defaults.
     Not for use from several threads at once.
     """
