@@ -118,11 +118,15 @@ def load_efficientnet_lite0(pretrained: bool = True) -> EfficientNetLite0:
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: no code runs
         except Exception as error:  # the unpickler raises whatever a broken file makes it raise
-            raise FormatError(f"{path} does not hold the weights of EfficientNet-Lite0: {in_one_line(error)}") from error
+            raise FormatError(
+                f"{path} does not hold the weights of EfficientNet-Lite0: {in_one_line(error)}"
+            ) from error
         try:
             model.load_state_dict({_name(key): value for key, value in stored.items()})
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise FormatError(f"the weights in {path} are not those of EfficientNet-Lite0: {in_one_line(error)}") from error
+            raise FormatError(
+                f"the weights in {path} are not those of EfficientNet-Lite0: {in_one_line(error)}"
+            ) from error
     return model.eval()
 
 
