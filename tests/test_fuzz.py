@@ -74,3 +74,21 @@ def test_only_these_modules_name_an_unpickler() -> None:
                 if (node.value.id, node.attr) in LOADERS:
                     named.add((where, f"{node.value.id}.{node.attr}"))
     assert named == {("measure/memory.py", "pickle"), ("vision/efficientnet_lite.py", "torch.load")}
+
+
+def test_json_is_parsed_where_its_errors_are_caught() -> None:
+    """`io.json_file.read_json` does; what calls the parser itself stands in a try, or parses what we have just made."""
+    bare = set()
+    for file in SOURCES.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "json.load" not in text:
+            continue
+        tree = ast.parse(text)
+        guarded = {node for part in ast.walk(tree) if isinstance(part, ast.Try) for node in ast.walk(part)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load"):
+                made = ast.unparse(node.args[0]).partition("(")[0].rpartition(".")[2]
+                if node not in guarded and made not in ("dumps", "to_str", "to_json_string"):
+                    bare.add(str(file.relative_to(SOURCES)))
+    # the answers of our own children, and a file of the package
+    assert bare == {"runtime/child_check.py", "runtime/confined.py", "systems.py"}

@@ -30,7 +30,7 @@ def read_json(path: str | Path, largest: int = LARGEST, hint: str = "") -> Any:
             raise
         raise FormatError(f"{path} is not JSON: {error}") from error
     level = [value] if isinstance(value, dict | list) else []
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         inner = (node.values() if isinstance(node, dict) else node for node in level)
         level = [part for node in inner for part in node if isinstance(part, dict | list)]
         if not level:
