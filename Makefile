@@ -82,7 +82,7 @@ $(OLDEST)/.ready: $(INPUTS) constraints/oldest.txt
 	$(call environment,-c constraints/oldest.txt,llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)peers,constraints/files-test.txt)
 
 fuzz: $(TEST)/.ready
-	$(TEST)/bin/python benchmarks/fuzz.py
+	$(TEST)/bin/python benchmarks/fuzz.py --jobs 2 --table results/fuzz.csv
 
 clean:
 	rm -rf $(DEMO) $(TEST) $(LATEST) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

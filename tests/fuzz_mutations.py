@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 import struct
+import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fuzz_runs import hostile_pickles
+
+CODE_RAN = "code-ran"  # a file that hostile pickles make where they are believed
 HUGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**64, 10**30, 20_000_000, 3_000, 100_000)
 NUMBERS = (*HUGE, 0, -1, 1, 2, 3, 7, -(2**63), 0.5, 1e308, -1e-308, 0.1)
 LITERALS = ("NaN", "Infinity", "-Infinity", "1e999", "-0", "0x10", "null", "tru")
@@ -54,6 +60,8 @@ def _structured(path: Path, data: bytes) -> Change | None:
         return change_header
     if data[:4] == b"GGUF":
         return change_gguf
+    if data[:4] == b"PK\3\4":
+        return change_zip
     return None
 
 
@@ -234,6 +242,28 @@ def change_header(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     text += b" " * (-len(text) % 8)
     size = len(text) if chance.random() < 0.9 else length
     return f"header: {name}", struct.pack("<Q", size) + text + data[8 + length :]
+
+
+def change_zip(data: bytes, chance: random.Random) -> tuple[str, bytes]:
+    """One file of an archive, most often the pickle in it, its checksum put right; or a hostile pickle instead."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError):
+        return _flip(data, chance)
+    if not entries:
+        return _flip(data, chance)
+    pickles = [name for name in entries if name.endswith(".pkl")]
+    name = chance.choice(pickles) if pickles and chance.random() < 0.8 else chance.choice(list(entries))
+    if chance.random() < 0.3:
+        what, entries[name] = chance.choice(sorted(hostile_pickles(Path(tempfile.gettempdir(), CODE_RAN)).items()))
+    else:
+        what, entries[name] = chance.choice(BYTES)(entries[name], chance)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED if chance.random() < 0.9 else zipfile.ZIP_DEFLATED) as archive:
+        for key, content in entries.items():
+            archive.writestr(key, content)
+    return f"{name}: {what}", out.getvalue()
 
 
 def change_gguf(data: bytes, chance: random.Random) -> tuple[str, bytes]:

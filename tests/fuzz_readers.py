@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fuzz_runs
 import torch
 from torch import nn
 
@@ -21,13 +22,15 @@ TEXT = "one two three four five six seven eight nine ten " * 20
 @dataclass(frozen=True)
 class Reader:
     """build makes the input in an empty folder; read reads the damaged copy; targets: files that are damaged, by
-    pattern; seal: puts checksums right again, so that what lies behind them is reached; weight: how often it comes."""
+    pattern; seal: puts checksums right again, so that what lies behind them is reached; weight: how often it comes in
+    a round; every: in which rounds it comes, for readers that start a process each time."""
 
     build: Callable[[Path], None]
     read: Callable[[Path], Any]
     targets: tuple[str, ...] = ("*",)
     seal: Callable[[Path], None] | None = None
     weight: int = 1
+    every: int = 1
 
 
 # ---- language models -------------------------------------------------------------------------------------------------
@@ -432,12 +435,11 @@ def read_shards(folder: Path) -> None:
 
 
 def build_settings(folder: Path) -> None:
-    from edgewright.compression.pipeline import _claim
-    from edgewright.compression.settings import CompressSettings
+    from edgewright.compression.settings import CompressSettings, claim
     from edgewright.io.run_folder import claim_folder
     from edgewright.measure.report import Report
 
-    _claim(folder / "run", CompressSettings(model="smollm2-135m", bits=4))
+    claim(folder / "run", CompressSettings(model="smollm2-135m", bits=4))
     claim_folder(folder / "other", "pretrain")
     report = Report("a run", {"seed": 1})
     report.add("size", 3.0, subject="x", se=0.1, n=3, unit="MB")
@@ -450,15 +452,14 @@ def read_settings(folder: Path) -> None:
 
     from rich.console import Console
 
-    from edgewright.compression.pipeline import _claim
-    from edgewright.compression.settings import CompressSettings
+    from edgewright.compression.settings import CompressSettings, check_claim
     from edgewright.errors import EdgewrightError
     from edgewright.io.run_folder import claim_folder
     from edgewright.measure.report import Report
 
     failed = None
     for read in (
-        lambda: _claim(folder / "run", CompressSettings(model="smollm2-135m", bits=4)),
+        lambda: check_claim(folder / "run", CompressSettings(model="smollm2-135m", bits=4)),
         lambda: claim_folder(folder / "other", "pretrain"),
         lambda: Report.from_file(folder / "report").print_table(Console(file=io.StringIO())),
     ):
@@ -601,7 +602,7 @@ READERS: dict[str, Reader] = {
     "gguf in llama.cpp": Reader(build_gguf, run_gguf, weight=1),
     "checkpoints": Reader(build_checkpoints, read_checkpoints, seal=seal_checkpoints, weight=4),
     "update": Reader(build_update, read_update, ("update.bin",), seal=seal_update, weight=4),
-    "training checkpoint": Reader(build_fit, read_fit, ("*.json", "*.safetensors"), weight=3),
+    "training checkpoint": Reader(build_fit, read_fit, ("*.json", "*.safetensors", "*.csv"), weight=3),
     "sharded model": Reader(build_sharded, read_sharded),
     "lion checkpoint": Reader(build_lion, read_lion),
     "click model": Reader(build_dlrm, read_dlrm, ("*.json", "*.safetensors"), weight=3),
@@ -614,5 +615,13 @@ READERS: dict[str, Reader] = {
     "static network": Reader(build_static, read_static),
     "teacher, importance, best": Reader(build_teacher, read_teacher, weight=2),
     "texts": Reader(build_text, read_text),
+    "program (.pte)": Reader(fuzz_runs.build_pte, fuzz_runs.read_program, every=8),
+    "language model (.pte)": Reader(fuzz_runs.build_chat_pte, fuzz_runs.read_chat_pte, every=8),
+    "program (.onnx)": Reader(fuzz_runs.build_onnx, fuzz_runs.read_program, every=4),
+    "r-sparse folder": Reader(fuzz_runs.build_r_sparse, fuzz_runs.read_r_sparse),
+    "guard folder": Reader(fuzz_runs.build_guard, fuzz_runs.read_guard),
+    "stem store": Reader(fuzz_runs.build_store, fuzz_runs.read_store, ("tables/*", "model/*")),
+    "pytorch_model.bin": Reader(fuzz_runs.build_torch, load_model, ("pytorch_model.bin",), weight=2),
+    "run folders": Reader(fuzz_runs.build_runs, fuzz_runs.read_runs, ("*.json*", "*.csv", "*.safetensors"), weight=3),
     "chat template": Reader(build_template, read_template, weight=2),
 }

@@ -84,3 +84,38 @@ def write_toy(path: Path, *, tied: bool = True, seed: int = 0, **overrides: Any)
     writer.close()
     vouch(*GGUF_RUN, path)
     return path
+
+
+def write_toy_gpt2(path: Path, positions: int = 64) -> Path:
+    """A random GPT-2 of one layer, whose positions are rows of a table; not vouched for."""
+    rng = np.random.default_rng(0)
+    tokens = [*byte_tokens(), "he"]
+    writer = gguf.GGUFWriter(str(path), "gpt2")
+    writer.add_context_length(positions)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges(["h e"])
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (len(tokens), WIDTH),
+        "position_embd.weight": (positions, WIDTH),
+    }
+    for norm in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        shapes |= {f"{norm}.weight": (WIDTH,), f"{norm}.bias": (WIDTH,)}
+    layers = {"attn_qkv": (3 * WIDTH, WIDTH), "attn_output": (WIDTH, WIDTH)}
+    layers |= {"ffn_up": (HIDDEN, WIDTH), "ffn_down": (WIDTH, HIDDEN)}
+    for name, shape in layers.items():
+        shapes |= {f"blk.0.{name}.weight": shape, f"blk.0.{name}.bias": shape[:1]}
+    for name, size in shapes.items():
+        writer.add_tensor(name, rng.normal(0, 0.1, size).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -16,14 +16,14 @@ from edgewright import cli
 from edgewright.errors import FormatError, Unsupported, UsageError
 from edgewright.io.models import load
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 BASE = {"vocab_size": 271, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CLASSES: dict[str, Any] = {
     "BertForSequenceClassification": lambda: transformers.BertConfig(**BASE, **SMALL),
     "BertForMaskedLM": lambda: transformers.BertConfig(**BASE, **SMALL),
     "RobertaForSequenceClassification": lambda: transformers.RobertaConfig(**BASE, **SMALL, max_position_embeddings=80),
     "DistilBertForSequenceClassification": lambda: transformers.DistilBertConfig(
-        **BASE, dim=32, n_layers=2, n_heads=4, hidden_dim=64
+        **BASE, dim=32, n_layers=1, n_heads=4, hidden_dim=64
     ),
     "LlamaForSequenceClassification": lambda: transformers.LlamaConfig(**BASE, **SMALL),
     "Qwen2ForSequenceClassification": lambda: transformers.Qwen2Config(**BASE, **SMALL, num_key_value_heads=2),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.io.json_file import read_json, read_object
+from edgewright.io.json_file import DEEPEST, read_json, read_object
 
 
 def test_values_and_objects(tmp_path: Path) -> None:
@@ -25,6 +25,16 @@ def test_what_is_not_json_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(FormatError, match="a.json is not JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_depth_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for start, end in (("[", "]"), ('{"a":', "}")):
+        path.write_text(start * DEEPEST + "1" * (start != "[") + end * DEEPEST)
+        read_json(path)
+        path.write_text(f"[{path.read_text()}]")
+        with pytest.raises(FormatError, match=f"a.json is nested more than {DEEPEST} deep"):
+            read_json(path)
 
 
 def test_size_and_absence(tmp_path: Path) -> None:

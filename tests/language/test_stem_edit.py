@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from stem_toys import logits, stem
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.language.stem import stem_blocks
 from edgewright.language.stem_edit import edit_rows, entity_tokens, find_entity, length_rule, load_edit, override_tokens
@@ -170,3 +171,13 @@ def test_what_cannot_be_is_refused(tokenizer: Any, tmp_path: Path) -> None:
         path = edit_rows(model([2]), "X", "Y", tokenizer).save(tmp_path / "e.safetensors")
     with pytest.raises(UsageError, match="holds stem.layers.2.rows .* has no place for"):
         load_edit(ours, path)
+    tensors, texts = read_tensors(path)
+    for ids, note, message in (
+        (tensors["ids"], '{"source": ', "a damaged note"),
+        (tensors["ids"], "[1]", "a damaged note"),
+        (torch.zeros(0, dtype=torch.int64), "{}", "ids of shape"),
+        (torch.zeros((), dtype=torch.int64), "{}", "ids of shape"),
+    ):
+        save_tensors(path, tensors | {"ids": ids}, texts | {"note": note})
+        with pytest.raises(FormatError, match=message):
+            load_edit(model([2]), path)

@@ -18,13 +18,15 @@ from edgewright.runtime.chat_template import render_chat, render_here
 USER = [{"role": "user", "content": "Hi"}]
 
 
-@pytest.fixture(autouse=True)
-def paths(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
-    monkeypatch.setattr(confined, "TIMEOUT", 1.0)
-    confined._process.close()
-    yield
-    confined._process.close()
+@pytest.fixture(scope="module", autouse=True)
+def paths() -> Any:
+    """One process for all tests, but for those that end it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+        patch.setattr(confined, "TIMEOUT", 1.0)
+        confined._process.close()
+        yield
+        confined._process.close()
 
 
 def call(function: str, *args: Any) -> Any:

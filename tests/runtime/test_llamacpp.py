@@ -7,11 +7,13 @@ import signal
 import numpy as np
 import pytest
 import torch
-from toy_gguf import write_toy
+import toy_gguf
+from toy_gguf import write_toy, write_toy_gpt2
 
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, UsageError
 from edgewright.io.gguf import GGUFFile
 from edgewright.runtime import generation, llamacpp, llamacpp_library, open_engine
+from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.generation import sample
 from edgewright.runtime.llamacpp import LlamaCppEngine
 from edgewright.runtime.llamacpp_library import library
@@ -308,6 +310,36 @@ def test_truncated_and_foreign_files_are_refused(toy_file, tmp_path):
         path.write_bytes(content)
         with pytest.raises(FormatError):
             open_engine(path)
+
+
+def test_a_foreign_file_runs_first_under_the_settings_of_its_caller(tmp_path, monkeypatch):
+    """Heads of 16 numbers do not fit into the blocks of a quantised cache: the child finds it, not this process."""
+    monkeypatch.setattr(toy_gguf, "HEADS", 4)
+    path = toy_gguf.write_toy(tmp_path / "own.gguf").rename(tmp_path / "foreign.gguf")
+    runs = []
+
+    def watched(*args, **kwargs):
+        runs.append(kwargs["options"])
+        runs.append(first_run_in_child(*args, **kwargs))
+
+    monkeypatch.setattr(llamacpp, "first_run_in_child", watched)
+    with pytest.raises(EdgewrightError, match="cannot start .*q8_0 with block size 32 does not divide"):
+        open_engine(path, threads=1, context=300, cache_type_k="q8_0")
+    assert runs == [{"context": 300, "cache_type_k": "q8_0", "cache_type_v": "f16"}]  # nothing came back
+    for _ in range(2):
+        open_engine(path, threads=1, context=300).close()
+    options = {"context": 300, "cache_type_k": "f16", "cache_type_v": "f16"}
+    assert runs[1:] == [options, {"vocabulary": 259, "pieces": 3}, options, None]  # the second time it is known
+
+
+def test_a_context_ends_where_learned_positions_do(tmp_path):
+    """llama.cpp ends its process at the first position that has no row, whatever the context was."""
+    with open_engine(write_toy_gpt2(tmp_path / "gpt2.gguf", 64), threads=1, context=2048) as engine:
+        assert engine.context == 64
+        written = engine.generate("a b c", 100, ignore_end=True)
+        assert written.finish == "context" and written.prompt_tokens + len(written.ids) == 65
+        with pytest.raises(UsageError, match="do not fit the context of 64"):
+            engine.logits([1] * 65)
 
 
 def test_other_library_layouts_are_refused(monkeypatch):

@@ -132,6 +132,10 @@ def test_broken_folders_are_refused(tmp_path: Path, smollm2) -> None:
         path.write_text(json.dumps(good | {key: value}))
         with pytest.raises(FormatError):
             load_cut(tmp_path / "cut")
+    for key in wrong:
+        path.write_text(json.dumps({name: value for name, value in good.items() if name != key}))
+        with pytest.raises(FormatError):
+            load_cut(tmp_path / "cut")
     path.write_text(json.dumps(good | {"kept_ids": [2, 5, 17, 100, 254, 255]}))
     with pytest.raises(FormatError, match="5 rows for 6 kept tokens"):
         load_cut(tmp_path / "cut")

@@ -39,6 +39,9 @@ def test_damaged_or_missing_files_do_not_stop_a_resume(tmp_path: Path) -> None:
     assert MetricsLog(path, keep=9).rows == []
     path.write_bytes(b"step,loss\n1,2.0\n\xff\xfe,zero\n3,4.0\n")
     assert MetricsLog(path, keep=9).rows == [{"step": 1, "loss": 2.0}]
+    path.write_text("step,loss\n1,2.0\n2," + "9" * 200_000 + "\n")  # longer than a cell may be
+    assert MetricsLog(path, keep=9).rows == [{"step": 1, "loss": 2.0}]
+    write_loss_plot(tmp_path / "loss.png", [{"step": 1}, {"step": 2, "loss": 2.0}], "title")  # a column was renamed
 
 
 def test_plot_without_a_display(tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from pathlib import Path
@@ -351,6 +352,12 @@ def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="damaged.*resume='never'"):
             fit(**fresh(), output=tmp_path)
         (folder / name).write_bytes(content)
+    state = (folder / "state.json").read_text()
+    for micro in (2**53, 1):
+        (folder / "state.json").write_text(re.sub(r'"micro": \d+', f'"micro": {micro}', state))
+        with pytest.raises(FormatError, match=f"damaged: it has 0 losses and 0 metrics of {micro} micro steps"):
+            fit(**fresh(), output=tmp_path)
+    (folder / "state.json").write_text(state)
     fit(**fresh(), output=tmp_path)
 
 

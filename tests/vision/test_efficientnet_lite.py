@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from fuzz_runs import hostile_pickles, write_pickle
+from pickle_guard import guard
 
 import edgewright
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
+from edgewright.io import bundled
 from edgewright.io.images import normalise, photographs
 from edgewright.vision.efficientnet_lite import INPUT_SIZE, MEAN, STD, check_size, load_efficientnet_lite0
 
@@ -42,3 +45,23 @@ def test_odd_sizes_and_the_wrong_door_are_refused() -> None:
         check_size(100)
     with pytest.raises(UsageError, match="load_efficientnet_lite0"):
         edgewright.load("efficientnet-lite0")
+
+
+def test_weights_are_read_by_the_restricted_unpickler(tmp_path, monkeypatch):
+    with guard() as seen:
+        load_efficientnet_lite0()
+    assert len(seen.files) == 1 and not seen.violations
+    assert seen.unpickled == 5  # the file is of torch before 1.6: five pickles, one behind the other
+    file = tmp_path / "weights.pth"
+    monkeypatch.setattr(bundled, "bundled_path", lambda name: file)
+    for name, data in hostile_pickles(tmp_path / "code-ran").items():
+        for zipped in (True, False):
+            torch.save({}, file)
+            write_pickle(file, data) if zipped else file.write_bytes(data)
+            with guard() as seen, pytest.raises(FormatError) as caught:
+                load_efficientnet_lite0()
+            assert not seen.violations and not (tmp_path / "code-ran").exists() and "\n" not in str(caught.value), name
+    for content in ([1, 2], {"odd": torch.ones(1)}, {"a.b.c.d": torch.ones(1)}, {}):
+        torch.save(content, file)
+        with pytest.raises(FormatError):
+            load_efficientnet_lite0()

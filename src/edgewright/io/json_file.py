@@ -9,25 +9,33 @@ from typing import Any
 from edgewright.errors import FormatError, UsageError
 
 LARGEST = 16 << 20  # bytes; what describes a model or a run has kilobytes
+DEEPEST = 100  # objects and lists within each other; what walks a tree of them may call itself so often
 
 
 def read_json(path: str | Path, largest: int = LARGEST, hint: str = "") -> Any:
     """The value in a JSON file in UTF-8.
 
     hint: what to do where there is no such file, added to the sentence. Raises UsageError for a file that cannot be
-    read, FormatError for one larger than `largest` bytes or not JSON.
+    read, FormatError for one larger than `largest` bytes, not JSON, or nested more than DEEPEST deep.
     """
     path = Path(path)
     try:
         if (size := path.stat().st_size) > largest:
             raise FormatError(f"{path} has {size} bytes; at most {largest} are allowed")
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}{'; ' + hint if hint else ''}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path} is not JSON: {error}") from error
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        inner = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [part for node in inner for part in node if isinstance(part, dict | list)]
+        if not level:
+            return value
+    raise FormatError(f"{path} is nested more than {DEEPEST} deep")
 
 
 def read_object(path: str | Path, largest: int = LARGEST, hint: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from edgewright.io.transformers_names import (
     records_outputs,
     with_cache,
 )
+from edgewright.io.typed import from_json
 from edgewright.language.attention import Attention
 from edgewright.language.decoder_config import ATTENTION, CACHE_TYPES, EdgeDecoderConfig
 from edgewright.language.longhorn_state import HAS_STATES, LonghornCache
@@ -372,7 +373,7 @@ def _settings(kind: type[Any], name: str, config: EdgeDecoderConfig) -> Any:
     if unknown := sorted(given.keys() - {field.name for field in dataclasses.fields(kind)}):
         known = ", ".join(field.name for field in dataclasses.fields(kind))
         raise UsageError(f"{name} has {unknown[0]!r}, which is none of {known}")
-    return kind(**given)
+    return from_json(kind, given, f"{name} of EdgeDecoderConfig", UsageError)
 
 
 def _check_ids(input_ids: Tensor, vocabulary: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from edgewright.errors import UsageError
+from edgewright.io.typed import check_fields
 
 MIXERS = ("full_attention", "sliding_attention", "skip_attention", "longhorn")
 FEED_FORWARDS = ("mlp", "moe", "stem", "none")
@@ -77,6 +78,7 @@ class EdgeDecoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if (given := kwargs.pop("layer_types", None)) is not None and self.mixers is None:
             self.mixers = given
+        check_fields(EdgeDecoderConfig, self)
         self._fill_in()
         self._check()
         if hasattr(PreTrainedConfig, "__post_init__"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError
 from edgewright.io.atomic import write_text
 from edgewright.io.shards import TokenShards
+from edgewright.io.typed import from_json
 from edgewright.language.next_token import NextToken
 from edgewright.training.token_stream import TokenStream
 
@@ -22,6 +24,15 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples.jsonl"
 PROMPT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of samples.jsonl: what the model wrote after a prompt at a step."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 class Validation:
@@ -121,6 +132,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [asdict(from_json(Sample, json.loads(line), path)) for line in lines]
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} does not hold samples, one JSON object a line: {error}; remove it") from error

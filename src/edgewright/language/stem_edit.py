@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.io.transformers_names import CACHE_NAMES
 from edgewright.language.stem import stem_blocks
@@ -300,13 +300,19 @@ def load_edit(model: nn.Module, path: str | Path, store: EmbeddingStore | None =
         raise FormatError(f"{path} is not an edit that edgewright wrote")
     layers, after = stem_blocks(model), {}
     ids = tensors.pop("ids")
+    try:
+        note = dict(json.loads(metadata.get("note", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path} has a damaged note: {in_one_line(error)}") from error
+    if ids.dim() != 1 or not len(ids):
+        raise FormatError(f"{path} has ids of shape {list(ids.shape)}; a list of tokens is needed")
     for name, rows in tensors.items():
         layer = int(name.split(".")[2]) if name.startswith("stem.layers.") and name.split(".")[2].isdigit() else -1
         fits = layer in layers and rows.shape == (len(ids), layers[layer].intermediate)
         if not fits or ids.dtype != torch.int64 or int(ids.min()) < 0 or int(ids.max()) >= layers[layer].vocabulary:
             raise UsageError(f"{path} holds {name} of shape {list(rows.shape)}, which this model has no place for")
         after[layer] = rows
-    return Edit(model, store, ids, after, json.loads(metadata.get("note", "{}")))
+    return Edit(model, store, ids, after, note)
 
 
 def _rows(model: nn.Module, layer: int, ids: Tensor, store: EmbeddingStore | None = None) -> Tensor:

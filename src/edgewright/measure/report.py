@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,17 +112,7 @@ class Report:
         path = Path(path)
         if path.is_dir():
             path = path / "report.json"
-        try:
-            size = path.stat().st_size
-            if size > MAX_REPORT_BYTES:
-                raise FormatError(f"{path} is no report: {size} bytes, a report has at most {MAX_REPORT_BYTES}")
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"cannot read the report {path}: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-            if isinstance(error, FormatError):
-                raise
-            raise FormatError(f"{path} is not JSON: {error}") from error
+        data = read_json(path, MAX_REPORT_BYTES)
         return cls._from_dict(data, str(path))
 
     @classmethod

@@ -17,6 +17,7 @@ from torch import nn
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.config_bounds import check_numbers, check_size
+from edgewright.io.json_file import read_json
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.io.typed import from_json
@@ -89,14 +90,7 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
 def _description(folder: Path) -> tuple[dict[str, Any], BitConfig]:
     """(settings of the model, BitConfig) from config.json, checked."""
     path = folder / "config.json"
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise FormatError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes")
-        settings = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, FormatError) else FormatError(f"{path} is not JSON: {error}") from error
+    settings = read_json(path, MAX_CONFIG_BYTES)
     found = settings.pop(KEY, None) if isinstance(settings, dict) else None
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("config"), dict):
         raise FormatError(f"{path} has no {KEY!r} of format {FORMAT}; save_binary writes such folders")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,26 +30,36 @@ REASON_LENGTH = 240
 
 _CHILD = "from edgewright.runtime.child_check import _child; _child()"
 GGUF_RUN = ("edgewright.runtime.llamacpp", "first_run")  # where a GGUF file is first run, for those that vouch for one
-_passed: set[tuple[str, str, str, int, int]] = set()
+_passed: set[tuple[str, str, str, int, int, str]] = set()
+_ANY = "any options"  # in the place of those of a run
 
 
 def first_run_in_child(
-    module: str, function: str, path: str | Path, timeout: float = TIMEOUT, *, memory: int | None = None
+    module: str,
+    function: str,
+    path: str | Path,
+    timeout: float = TIMEOUT,
+    *,
+    memory: int | None = None,
+    options: Mapping[str, int | str] | None = None,
 ) -> Any:
-    """Call `module.function(path)` in a fresh Python process and return its result, which must be JSON.
+    """Call `module.function(path, **options)` in a fresh Python process and return its result, which must be JSON.
 
-    module: dotted name, imported in the child only. function: top-level function of one argument, the path as text;
-    it loads the file and runs it once. timeout: seconds in all; those in which other work kept the child from running
-    do not count (where the system tells, and at most ten times as many). memory: bytes of address space that the child
-    may take (where the system keeps such a limit); default: 8 GiB and sixteen times the file.
+    module: dotted name, imported in the child only. function: top-level function of the path, as text, and of the
+    options; it loads the file and runs it once. options: the settings under which the caller will run the file, for a
+    file may be fit for some and end its process under others. timeout: seconds in all; those in which other work kept
+    the child from running do not count (where the system tells, and at most ten times as many). memory: bytes of
+    address space that the child may take (where the system keeps such a limit); default: 8 GiB and sixteen times the
+    file.
 
     Raises FormatError when the child dies, hangs or refuses the file; errors of `edgewright.errors` that the function
-    raises arrive here as they are. A file that passed is not run again in this process while its size and time of
-    change stay the same: then the result is None.
+    raises arrive here as they are. A file that passed is not run again in this process with the same options while its
+    size and time of change stay the same: then the result is None.
     """
     file = Path(path)
-    key = _key(module, function, file)
-    if key in _passed:
+    chosen = json.dumps(dict(options or {}), sort_keys=True)
+    key, vouched = (_key(module, function, file, which) for which in (chosen, _ANY))
+    if key in _passed or vouched in _passed:
         return None
     if memory is None:
         memory = MEMORY_FLOOR + 16 * key[3]
@@ -64,8 +75,12 @@ def first_run_in_child(
             str(answer),
             str(memory),
             str(os.getpid()),
+            chosen,
         ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment["GGML_NO_BACKTRACE"] = (
+            "1"  # llama.cpp starts a debugger otherwise, and its reason is not the last line
+        )
         with said.open("wb") as output:
             process = subprocess.Popen(
                 command,
@@ -98,7 +113,7 @@ def first_run_in_child(
 
 def vouch(module: str, function: str, path: str | Path) -> None:
     """This process has just written the file itself: `first_run_in_child` need not run it."""
-    _passed.add(_key(module, function, Path(path)))
+    _passed.add(_key(module, function, Path(path), _ANY))
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> int | None:
@@ -119,12 +134,12 @@ def kept_waiting(pid: int) -> float:
         return 0.0
 
 
-def _key(module: str, function: str, file: Path) -> tuple[str, str, str, int, int]:
+def _key(module: str, function: str, file: Path, options: str) -> tuple[str, str, str, int, int, str]:
     try:
         status = file.stat()
     except OSError as error:
         raise FormatError(f"cannot read {file}: {error.strerror}") from error
-    return module, function, str(file.resolve()), status.st_size, status.st_mtime_ns
+    return module, function, str(file.resolve()), status.st_size, status.st_mtime_ns, options
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -152,12 +167,12 @@ def _last_line(text: str) -> str:
 
 
 def _child() -> None:
-    module, function, path, answer, memory, parent = sys.argv[1:7]
+    module, function, path, answer, memory, parent, options = sys.argv[1:8]
     end_with_parent(int(parent))
     limit_memory(int(memory))
     value: dict[str, Any]
     try:
-        value = {"result": getattr(import_module(module), function)(path)}
+        value = {"result": getattr(import_module(module), function)(path, **json.loads(options))}
     except EdgewrightError as error:
         value = {"error": type(error).__name__, "message": str(error)}
     except MemoryError:

@@ -49,6 +49,25 @@ def check_sizes(file: GGUFFile) -> None:
     _check_vocabulary(file, sizes)
 
 
+def learned_positions(file: GGUFFile) -> int | None:
+    """How many positions have a row in a table; None for models that compute them. llama.cpp aborts on any further."""
+    table = file.tensors.get("position_embd.weight")
+    return table.shape[0] if table is not None else None
+
+
+def cache_bytes(file: GGUFFile, context: int) -> int:
+    """At most so many bytes of keys and values llama.cpp keeps for a context, of a file that `check_sizes` passed."""
+
+    def most(key: str, otherwise: int) -> int:
+        value = file.metadata.get(f"{file.metadata['general.architecture']}.{key}", otherwise)
+        return max(value, default=otherwise) if isinstance(value, list) else int(value)
+
+    width, heads = most("embedding_length", 1), most("attention.head_count", 1)
+    groups = most("attention.head_count_kv", heads) or heads
+    sizes = sum(most(f"attention.{kind}_length", -(-width // heads)) for kind in ("key", "value"))
+    return 2 * most("block_count", 1) * groups * sizes * (context + 256)
+
+
 def _check_heads(file: GGUFFile, sizes: dict[str, Any]) -> None:
     heads, groups, width = (
         sizes["attention.head_count"],

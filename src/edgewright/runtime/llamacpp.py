@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
@@ -21,10 +22,10 @@ from edgewright.io.gguf_tokenizer import TEMPLATE_MARKS
 from edgewright.measure.machine import usable_cores
 from edgewright.runtime import llamacpp_library as lib
 from edgewright.runtime.chat_template import render_chat
-from edgewright.runtime.child_check import GGUF_RUN, first_run_in_child
+from edgewright.runtime.child_check import GGUF_RUN, MEMORY_FLOOR, first_run_in_child
 from edgewright.runtime.engine import Generation
 from edgewright.runtime.generation import common_prefix, write_on
-from edgewright.runtime.gguf_sizes import check_sizes
+from edgewright.runtime.gguf_sizes import cache_bytes, check_sizes, learned_positions
 
 BATCH = 512  # tokens per llama_decode call when only the last logits are wanted
 LOGIT_ROWS = 128  # and when all are: float32 [128, vocabulary] is what is in memory at once
@@ -37,7 +38,8 @@ class LlamaCppEngine:
     """A GGUF file in llama.cpp (see `edgewright.runtime.engine.Engine` for the calls).
 
     The file's header is checked by `GGUFFile` before llama.cpp sees it, and llama.cpp sees it first in a child process
-    (unless `check` is False: a file that this process wrote): it ends its process on headers that it does not like.
+    with the same settings (unless `check` is False: a file that this process wrote): it ends its process on headers
+    that it does not like. `context` is never more than the positions for which a model has learned embeddings (GPT-2).
     A quantised value cache runs with flash attention, which it needs; everything else stays at llama.cpp's defaults.
     Not for use from several threads at once.
     """
@@ -63,8 +65,12 @@ class LlamaCppEngine:
         _check_options(self.threads, context, cache_type_k, cache_type_v)
         file = GGUFFile(self.path)
         check_sizes(file)
+        context = min(context, learned_positions(file) or context)
         if check:
-            first_run_in_child(*GGUF_RUN, self.path)
+            caches = {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
+            cache = min(cache_bytes(file, context), psutil.virtual_memory().total)
+            memory = MEMORY_FLOOR + 16 * self.path.stat().st_size + cache
+            first_run_in_child(*GGUF_RUN, self.path, memory=memory, options={"context": context, **caches})
         self.metadata = file.metadata
         self._ends = frozenset(gguf_end_tokens(file.metadata))  # more than llama.cpp has keys for
         self._lib = lib.library()
@@ -73,7 +79,7 @@ class LlamaCppEngine:
         self._start(context, cache_type_k, cache_type_v)
         self._vocabulary = self._c.llama_model_get_vocab(self._model)
         self.vocabulary: int = self._c.llama_vocab_n_tokens(self._vocabulary)
-        self.context: int = self._c.llama_n_ctx(self._context)
+        self.context: int = min(self._c.llama_n_ctx(self._context), learned_positions(file) or MAX_CONTEXT)
         self._batch = self._c.llama_batch_init(BATCH, 0, 1)
         _open_engines.add(self)
 
@@ -332,10 +338,13 @@ class LlamaCppEngine:
         )
 
 
-def first_run(path: str) -> dict[str, int]:
-    """Open a file and run a token; called in a child process."""
-    with LlamaCppEngine(path, threads=1, context=256, check=False) as engine:
-        engine.next_logits([0])
+def first_run(path: str, context: int = 256, cache_type_k: str = "f16", cache_type_v: str = "f16") -> dict[str, int]:
+    """Open a file as the caller will and run tokens at the first and at the last position; for a child process."""
+    caches = {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
+    with LlamaCppEngine(path, threads=1, context=context, check=False, **caches) as engine:
+        engine.next_logits([0] * min(8, engine.context))  # a batch, which takes another path than one token
+        engine._forget(0)
+        engine._decode(np.zeros(1, np.int32), engine.context - 1)
         return {"vocabulary": engine.vocabulary, "pieces": len(engine.detokenize(engine.tokenize("a b")))}
 
 

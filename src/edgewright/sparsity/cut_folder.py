@@ -126,7 +126,7 @@ def _head(folder: Path, description: dict[str, Any]) -> PrunedHead:
             rows = PackedLinear(PackedTensor(tensors["codes"], tensors["step"], grid), bias)
         else:
             rows = _linear(tensors["weight"], bias)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError) as error:  # no such tensor, or of another kind
         raise FormatError(f"{folder / ROWS} lacks the rows of the cut head: {error}") from error
     if rows.out_features != len(kept):
         raise FormatError(f"{folder}: {rows.out_features} rows for {len(kept)} kept tokens")
@@ -151,7 +151,8 @@ def _description(folder: Path) -> dict[str, Any]:
         and kept
         and isinstance(data.get("class"), str)
         and isinstance(data.get("expand"), bool)
-        and (data.get("grid") is None or (isinstance(data["grid"], str) and data["grid"] in CODE_RANGES))
+        and "grid" in data
+        and (data["grid"] is None or (isinstance(data["grid"], str) and data["grid"] in CODE_RANGES))
     )
     if not fits:
         raise FormatError(f"{path} must have class, ascending kept_ids below vocabulary, expand, and a known grid")

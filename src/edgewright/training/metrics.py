@@ -82,6 +82,7 @@ class MetricsLog:
 def write_loss_plot(path: Path, rows: list[Row], title: str) -> None:
     """Loss over steps, with a running mean and any evaluation metric that shares its scale, as a PNG."""
     with plot(path, (7, 4)) as axes:
+        rows = [row for row in rows if "loss" in row]
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, marker="." if len(rows) < 50 else "", label="loss")
         if len(rows) >= 20:
@@ -116,13 +117,13 @@ def _read(path: Path, keep: int) -> list[Row]:
     rows: list[Row] = []
     text = path.read_text(encoding="utf-8", errors="replace")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    for cells in reader:
-        try:
+    try:
+        for cells in reader:
             row: Row = {name: float(cell) for name, cell in cells.items() if cell}
             row["step"] = int(cells["step"])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            break
-        if row["step"] > keep:
-            break
-        rows.append(row)
+            if row["step"] > keep:
+                break
+            rows.append(row)
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
+        pass  # the rows before it are whole
     return rows

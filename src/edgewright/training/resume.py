@@ -271,6 +271,11 @@ def _position(path: Path, state: Mapping[str, Any]) -> Position:
     counts, losses, metrics = (state["step"], state["micro"]), state["losses"], state["metrics"]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise FormatError(f"checkpoint {path} is damaged: its step is {counts[0]!r:.40}, micro step {counts[1]!r:.40}")
+    if not len(losses) == len(metrics) == counts[1]:
+        raise FormatError(
+            f"checkpoint {path} is damaged: it has {len(losses)} losses and {len(metrics)} metrics of "
+            f"{str(counts[1])[:40]} micro steps"
+        )
     numbers = [*losses, *(value for part in metrics for value in part.values())]
     if not all(isinstance(value, float | int | Tensor) for value in numbers):
         raise FormatError(f"checkpoint {path} is damaged: a loss or metric is no number")

@@ -109,6 +109,25 @@ def state_fits(optimizer: torch.optim.Optimizer, name: str, value: Any, paramete
     return name not in FULL_STATE or value is None or (isinstance(value, Tensor) and value.shape == parameter.shape)
 
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# What torch's optimizers look up in the state of a parameter that has one. SGD does without its momentum.
+NEEDED: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.Adam: _MOMENTS,
+    torch.optim.AdamW: _MOMENTS,
+    torch.optim.RAdam: _MOMENTS,
+    torch.optim.NAdam: (*_MOMENTS, "mu_product"),
+    torch.optim.Adamax: ("step", "exp_avg", "exp_inf"),
+    torch.optim.Adagrad: ("step", "sum"),
+    torch.optim.RMSprop: ("step", "square_avg"),
+    torch.optim.Adadelta: ("step", "square_avg", "acc_delta"),
+}
+
+
+def missing_state(optimizer: torch.optim.Optimizer, entries: Mapping[str, Any]) -> list[str]:
+    """Labels that the saved state of a parameter lacks, so that the next step would fail."""
+    return [name for name in NEEDED.get(type(optimizer), ()) if entries and name not in entries]
+
+
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:
     """Raise FormatError unless groups, options and, of torch's optimizers, tensors are such as `optimizer` has."""
     own = optimizer.state_dict()
@@ -128,8 +147,7 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) ->
     for index, entries in state["state"].items():
         odd = [name for name, value in entries.items() if not state_fits(optimizer, name, value, parameters[index])]
         problems += [f"{str(name)[:40]!r} of another kind" for name in odd]
-        needed = ("step", "exp_avg", "exp_avg_sq") if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) else ()
-        problems += [f"no {name!r}" for name in needed if entries and name not in entries]
+        problems += [f"no {name!r}" for name in missing_state(optimizer, entries)]
     if problems:
         raise FormatError(f"checkpoint {path} is damaged: its optimizer has {problems[0]}")
 

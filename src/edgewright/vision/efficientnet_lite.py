@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError, UsageError, in_one_line
 
 INPUT_SIZE = 224
 MEAN, STD = 127.0, 128.0  # pixels 0..255 become (pixel - 127) / 128, as TensorFlow's Lite models were trained
@@ -118,11 +118,15 @@ def load_efficientnet_lite0(pretrained: bool = True) -> EfficientNetLite0:
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)  # tensors only: no code runs
         except Exception as error:  # the unpickler raises whatever a broken file makes it raise
-            raise FormatError(f"{path} does not hold the weights of EfficientNet-Lite0: {error}") from error
+            raise FormatError(
+                f"{path} does not hold the weights of EfficientNet-Lite0: {in_one_line(error)}"
+            ) from error
         try:
             model.load_state_dict({_name(key): value for key, value in stored.items()})
-        except (RuntimeError, KeyError) as error:
-            raise FormatError(f"the weights in {path} are not those of EfficientNet-Lite0: {error}") from error
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FormatError(
+                f"the weights in {path} are not those of EfficientNet-Lite0: {in_one_line(error)}"
+            ) from error
     return model.eval()
 
 

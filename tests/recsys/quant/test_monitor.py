@@ -118,6 +118,7 @@ def test_other_models_and_broken_files(model: DLRM, clicks: ClickData, tmp_path:
     monitor = Monitor(recipe, AccuracyGate(resamples=100), tmp_path)
     with pytest.raises(UsageError, match="another architecture"):
         monitor.check(DLRM(DLRMConfig(6, (40, 30), 8, (16, 8), (16, 1))), clicks)
-    (tmp_path / "history.csv").write_text("period,state\n1,OK\n")
-    with pytest.raises(FormatError, match="no history of a monitor"):
-        monitor.history()
+    for content in ("period,state\n1,OK\n", "period,state\n1," + "9" * 200_000 + "\n"):
+        (tmp_path / "history.csv").write_text(content)
+        with pytest.raises(FormatError, match="no history of a monitor"):
+            monitor.history()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_readers import build_checkpoints, seal_checkpoints
 from training.checkpointing.checkpoint_toy import Run, same
 
 from edgewright import cli
@@ -256,3 +257,20 @@ def test_a_sharded_model_opens_no_pickle(tmp_path: Path, monkeypatch: pytest.Mon
     finally:
         dist.destroy_process_group()
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("label", ["step", "exp_avg", "exp_avg_sq"])
+def test_state_that_the_next_step_needs_must_be_there(label: str, tmp_path: Path) -> None:
+    build_checkpoints(tmp_path)
+    manifest = sorted((tmp_path / "ck").glob(f"ckpt-*/{NAME}"))[-1]
+    body = json.loads(manifest.read_text())
+    states = [state for optimizer in body["state"]["optimizers"] for state in optimizer["state"].values()]
+    next(state for state in states if label in state).pop(label)
+    manifest.write_text(json.dumps(body))
+    seal_checkpoints(tmp_path)
+    run = Run(seed=5)
+    run.step()
+    before = run.state()
+    with pytest.raises(FormatError, match=f"has no '{label}' of a parameter"):
+        restore(tmp_path / "ck", run.model, run.optimizers, run.reader)
+    assert same(run.state(), before)

@@ -131,7 +131,7 @@ class Monitor:
         with path.open(encoding="utf-8", newline="") as file:
             try:
                 return [Check(**{k: _parsed(kinds[k], v) for k, v in row.items()}) for row in csv.DictReader(file)]
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
                 raise FormatError(f"{path} is no history of a monitor: {error}") from error
 
     def _record(

@@ -202,6 +202,8 @@ class Placing:
                     odd = [n for n, value in found.items() if not snapshot.state_fits(leaf, n, value, parameter)]
                     if odd:
                         raise FormatError(f"{self.tip.id}: the optimizer's {odd[0][:40]!r} is of another kind")
+                    if missing := snapshot.missing_state(leaf, found):
+                        raise FormatError(f"{self.tip.id}: the optimizer has no {missing[0]!r} of a parameter")
                     entries.append((leaf.state, parameter, found))
                 yield group, options, entries
 
