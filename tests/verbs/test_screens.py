@@ -37,13 +37,13 @@ def test_no_command_shows_lines_of_other_libraries(tmp_path: Path, tiny_llama: o
     (tmp_path / "text.txt").write_text(TEXT)
     quick = ["--threads", "1"]
     commands = [
-        ["export", "model", "--to", "gguf,onnx,pte", "--context", "64", "--output", "out"],
+        ["export", "model", "--to", "gguf,onnx", "--output", "out"],
         ["compress", "model", "--method", "rtn", "--data", "text.txt", "--block-length", "32", "--files-only",
          "--output", "run"],
         ["compare", "out/model.gguf", "model", "--text", "text.txt", "--blocks", "2", "--block-length", "32", *quick],
         ["chat", "out/model.gguf", "--plain", "--prompt", "he", "--max-tokens", "4", "--context", "64", *quick],
         ["bench", "out/model.gguf", "--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", *quick],
-        ["prune", "model", "--text", "text.txt", "--samples", "4", "--length", "16", "--blocks", "2", "--layers", "1",
+        ["prune", "model", "--text", "text.txt", "--samples", "4", "--length", "16", "--blocks", "2", "--layers", "1", "--protect", "",
          "--output", "cut"],
         ["run", "stem", "--dry-run"],
     ]  # fmt: skip
@@ -59,7 +59,7 @@ def test_warnings_of_ours_are_one_sentence(tmp_path: Path) -> None:
 
     weights = tmp_path / "model" / "model.safetensors"
     held = {name: value.clone() for name, value in load_file(weights).items()}
-    save_file({**held, "extra.weight": held["model.norm.weight"]}, weights, {"format": "pt"})
+    save_file({**held, "extra.weight": held["model.norm.weight"].clone()}, weights, {"format": "pt"})
     ((_, said),) = screens([["export", "model", "--to", "hf-float", "--output", "out"]], tmp_path)
     assert "edgewright: warning: " in said and "left out: extra.weight\n" in said
     assert "UserWarning" not in said and ".py" not in said
