@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+
 def fixed_attention(family: str) -> bool:
     """Whether the family's attention cannot be chosen in this version of transformers, and so not be quantised."""
     from transformers.models.t5 import modeling_t5

@@ -43,8 +43,8 @@ def test_no_command_shows_lines_of_other_libraries(tmp_path: Path, tiny_llama: o
         ["compare", "out/model.gguf", "model", "--text", "text.txt", "--blocks", "2", "--block-length", "32", *quick],
         ["chat", "out/model.gguf", "--plain", "--prompt", "he", "--max-tokens", "4", "--context", "64", *quick],
         ["bench", "out/model.gguf", "--prompt-tokens", "8", "--decode-tokens", "4", "--repeats", "2", *quick],
-        ["prune", "model", "--text", "text.txt", "--samples", "4", "--length", "16", "--blocks", "2", "--layers", "1", "--protect", "",
-         "--output", "cut"],
+        ["prune", "model", "--text", "text.txt", "--samples", "4", "--length", "16", "--blocks", "2", "--layers", "1",
+         "--protect", "", "--output", "cut"],
         ["run", "stem", "--dry-run"],
     ]  # fmt: skip
     for name, said in screens(commands, tmp_path):

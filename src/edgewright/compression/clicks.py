@@ -71,8 +71,8 @@ def compress_clicks(
         done = low.export("onnx" if name.endswith(".onnx") else "executorch", output / name, reference=model)
         distance = done.checks["original"]["relative_error"]
         report.notes.append(
-            f"{name}: {done.bytes / 1e6:.2f} MB, {done.notes[-1]}; its answers are {distance:.3g} of the float answers' "
-            "spread from them"
+            f"{name}: {done.bytes / 1e6:.2f} MB, {done.notes[-1]}; its answers differ from the float ones by "
+            f"{distance:.3g} of their spread"
         )
     report.save(output)
     return report

@@ -109,7 +109,7 @@ def _check_kernel(bits: int) -> None:
     version = onnxruntime.__version__
     if bits == 2 and tuple(map(int, version.split(".")[:2])) < TWO_BIT_RUNTIME:
         raise Unsupported(
-            f"onnxruntime {version} cannot multiply codes of 2 bits; use storage='nibbles', or onnxruntime 1.27 or newer"
+            f"onnxruntime {version} cannot multiply codes of 2 bits; use storage='nibbles' or onnxruntime 1.27 or newer"
         )
 
 

@@ -63,8 +63,7 @@ def native_config(config: EdgeDecoderConfig, target: str, refusal: type[Exceptio
         settings |= {"attention_multiplier": config.head_dim**-0.5}  # type: ignore[operator]
     if kind == "glm4_moe":
         settings |= _glm_experts(config)
-    config: PreTrainedConfig = config_of(kind, **settings)
-    return config
+    return config_of(kind, **settings)  # type: ignore[no-any-return]
 
 
 def nearest(config: EdgeDecoderConfig) -> str:
