@@ -32,15 +32,19 @@ IGNORED = re.compile(r"nvidia-|cuda-|triton$")
 
 
 def lower_bounds(project: dict[str, object]) -> list[str]:
-    """name==version of every dependency and every extra that users install. Raises SystemExit for one without bound."""
+    """name==version of every dependency and every extra that users install, the higher of two bounds of one package.
+
+    Raises SystemExit for a line without a bound.
+    """
     tables: dict[str, list[str]] = {"": project["dependencies"], **project["optional-dependencies"]}  # type: ignore
-    bounds = []
+    bounds: dict[str, str] = {}
     for line in [line for extra in ("", *USED) for line in tables[extra]]:
         bound = re.fullmatch(r"([\w.-]+)\s*>=\s*([\w.]+)(?:\s*,.*)?", line)
         if bound is None:
             raise SystemExit(f"pyproject.toml: {line!r} has no lower bound of the form name>=version")
-        bounds.append(f"{bound[1]}=={bound[2]}")
-    return list(dict.fromkeys(bounds))
+        name, version = bound[1], bound[2]
+        bounds[name] = max(version, bounds.get(name, version), key=lambda text: [int(part) for part in text.split(".")])
+    return [f"{name}=={version}" for name, version in bounds.items()]
 
 
 def compile_versions(uv: Path, python: str, *arguments: str) -> dict[str, str]:

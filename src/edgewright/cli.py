@@ -9,8 +9,11 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
+from typing import Any
 
 from edgewright import __version__
 from edgewright.errors import EdgewrightError, UsageError
@@ -64,6 +67,24 @@ def _prepare_process() -> None:
     """
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
+
+
+_shown_by_python = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """One line for a warning that edgewright itself raises; Python's form, with file and line, for all others."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") == "warnings":
+        frame = frame.f_back
+    ours = frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "edgewright"
+    if ours and file is None and issubclass(category, UserWarning | RuntimeWarning):
+        print(f"edgewright: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        _shown_by_python(message, category, filename, lineno, file, line)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -49,6 +49,7 @@ SCALED: dict[str, dict[str, Any]] = {
         "logits_scaling": 7.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
     },
     "Gemma": {"head_dim": 16},
+    "Cohere": {"logit_scale": 0.25},
     "NanoChat": {"final_logit_softcapping": 2.0},
 }  # fmt: skip
 

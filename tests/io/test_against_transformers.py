@@ -44,6 +44,7 @@ def test_same_tokens(tiny, write_gguf):
         "<|im_start|>hi<|im_end|> the",
     ]:
         ids = ours(text)["input_ids"]
-        assert ids == theirs(text)["input_ids"]
+        # The file asks for no token in front; transformers 5.0 puts one there all the same.
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids)
     assert ours.chat_template == theirs.chat_template

@@ -94,12 +94,12 @@ def test_widths_without_a_grouped_matmul_fall_back() -> None:
 
 
 def test_it_is_glm4_moe() -> None:
-    theirs = Glm4MoeMoE(
-        Glm4MoeConfig(
-            hidden_size=64, moe_intermediate_size=32, n_routed_experts=12, num_experts_per_tok=3, n_shared_experts=2,
-            n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5,
-        )
+    config = Glm4MoeConfig(
+        hidden_size=64, moe_intermediate_size=32, n_routed_experts=12, num_experts_per_tok=3, n_shared_experts=2,
+        n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=1.5,
     )  # fmt: skip
+    config._experts_implementation = "eager"  # a model's own would choose it
+    theirs = Glm4MoeMoE(config)
     ours = layer(shared_size=64, route_scale=1.5)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     u = draw(2, 15, 64)

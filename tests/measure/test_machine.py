@@ -16,7 +16,7 @@ BUFFER = 64 * 2**20
 def test_description_is_complete():
     told = machine()
     assert told["cpu"] and told["cores"] == usable_cores() >= 1 and told["memory_gb"] > 0
-    assert versions()["torch"] == torch.__version__
+    assert versions()["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # +cpu is not everywhere
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -187,7 +187,7 @@ def test_folders_that_lie_are_refused(tmp_path):
 
     folder = save_binary(pack_binary_(student()), BitConfig(), tmp_path / "student")
     weights, config = folder / "model.safetensors", folder / "config.json"
-    good, text = load_file(weights), config.read_text()
+    good, text = {name: value.clone() for name, value in load_file(weights).items()}, config.read_text()
     name = "encoder.layer.0.intermediate.dense.words"
     for change, message in (
         ({name: good[name][:5]}, "should be torch.int64"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def test_logits_stay_those_of_the_original(family: str) -> None:
     expected = logits(original)
     model = quantize_(copy.deepcopy(original), everything())
     own = [module.original.__name__ for _, module in quantized_modules(model) if isinstance(module, KeptForward)]
-    assert own, "the family was chosen for its layers with a forward of their own"
+    layers = [type(m) for m in original.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    # transformers 5.0 scales the embeddings of Gemma 2 in its model; no other of these families has plain layers only.
+    assert set(own) == {kind.__name__ for kind in layers if kind not in (nn.Linear, nn.Embedding)}
+    assert own or family == "Gemma2"
     fake = logits(model)
     assert 0 < float((fake - expected).norm() / expected.norm()) < 0.03
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # noqa: S301 - our own bytes
@@ -83,7 +87,7 @@ def test_logits_stay_those_of_the_original(family: str) -> None:
     assert torch.equal(logits(convert_(model)), fake)
     assert torch.equal(logits(copy.deepcopy(model)), fake)
     assert torch.equal(logits(dequantize_(model)), fake)
-    with pytest.raises(Unsupported, match="whose own forward GGUF cannot express"):
+    with pytest.raises(Unsupported, match="whose own forward GGUF cannot express") if own else nullcontext():
         refuse_own_forwards(quantize_(plain, everything()), "GGUF")
 
 

@@ -67,6 +67,13 @@ def tokenizer_with(template: str):
     return tokenizer, marks
 
 
+def drops_none():
+    """Whether transformers takes None in a message for an absent value; 5.0 did not yet."""
+    message = {"role": "user", "content": None}
+    tokenizer, _ = tokenizer_with("{{ 'content' in messages[0] }}")
+    return tokenizer.apply_chat_template([message], tokenize=False) == "False"
+
+
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_are_those_of_transformers(name, tools):
@@ -75,8 +82,9 @@ def test_prompts_are_those_of_transformers(name, tools):
     for chat in CHATS:
         for answer in (True, False):
             call = {"tools": tools, "tokenize": False, "add_generation_prompt": answer}
+            said = [{key: value for key, value in message.items() if value is not None} for message in chat]
             try:
-                expected = tokenizer.apply_chat_template(chat, **call)
+                expected = tokenizer.apply_chat_template(chat if drops_none() else said, **call)
             except Exception as error:  # the template itself refuses
                 with pytest.raises((UsageError, FormatError), match=str(error)[:20]):
                     render_chat(TEMPLATES[name], chat, tools=tools, answer=answer, marks=marks)

@@ -68,8 +68,12 @@ def compress_clicks(
     units = ", ".join(f"{name} {option}" for name, option in recipe.assignment.items())
     report.notes += [f"searched: {units}", *recipe.about["notes"]]
     for name in dict.fromkeys(FILES[target] for target in targets):
-        done = low.export("onnx" if name.endswith(".onnx") else "executorch", output / name)
-        report.notes.append(f"{name}: {done.bytes / 1e6:.2f} MB, {done.notes[-1]}")
+        done = low.export("onnx" if name.endswith(".onnx") else "executorch", output / name, reference=model)
+        distance = done.checks["original"]["relative_error"]
+        report.notes.append(
+            f"{name}: {done.bytes / 1e6:.2f} MB, {done.notes[-1]}; its answers differ from the float ones by "
+            f"{distance:.3g} of their spread"
+        )
     report.save(output)
     return report
 

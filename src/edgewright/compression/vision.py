@@ -108,15 +108,15 @@ def compress_vision(
     report.add("packed_size", size / 1e6, subject=SHIPPED, unit="MB")
     files = {FLOAT: folder / "float.onnx", IN_RUNTIME: folder / "int8.onnx"}
     say("exporting to ONNX and running what was written")
-    report.add("file_size", write_onnx(model, files[FLOAT], example, False) / 1e6, subject=FLOAT, unit="MB")
-    report.add(
-        "file_size", write_onnx(converted, files[IN_RUNTIME], example, True) / 1e6, subject=IN_RUNTIME, unit="MB"
-    )
+    for subject, network in ((FLOAT, model), (IN_RUNTIME, converted)):
+        export = write_onnx(network, files[subject], example, network is converted, original=model)
+        report.add("file_size", export.path.stat().st_size / 1e6, subject=subject, unit="MB")
+        report.add("distance_to_original", export.checks["original"]["relative_error"], subject=subject)
     add_agreement(report, IN_RUNTIME, reference, program_logits(files[IN_RUNTIME], images))
     if "pte" in settings.targets:
         say("exporting to ExecuTorch and running what was written")
         files[IN_EXECUTORCH] = folder / "int8.pte"
-        _add_pte(report, converted, files[IN_EXECUTORCH], images, reference)
+        _add_pte(report, converted, files[IN_EXECUTORCH], images, reference, model)
     if settings.runs:
         for name, time in latencies(files, example[:1], settings.runs).items():
             report.add("latency", time.median, se=time.spread, n=time.n, subject=name, unit="ms")
@@ -152,8 +152,11 @@ def compress_bundled(
     return report
 
 
-def _add_pte(report: Report, converted: nn.Module, path: Path, images: Tensor, reference: Tensor) -> None:
-    export = write_pte(converted, path, images[:1])
+def _add_pte(
+    report: Report, converted: nn.Module, path: Path, images: Tensor, reference: Tensor, original: nn.Module
+) -> None:
+    export = write_pte(converted, path, images[:1], original)
+    report.add("distance_to_original", export.checks["original"]["relative_error"], subject=IN_EXECUTORCH)
     report.add("file_size", export.bytes / 1e6, subject=IN_EXECUTORCH, unit="MB")
     report.add("delegated", 100 * export.delegation.share, subject=IN_EXECUTORCH, n=export.delegation.total, unit="%")
     add_agreement(report, IN_EXECUTORCH, reference, program_logits(path, images))
@@ -165,6 +168,7 @@ def _add_notes(
 ) -> None:
     found = static_report(prepared)
     report.notes.append("agreement and KL are against the float network; latency: one image, one thread")
+    report.notes.append("distance_to_original: difference from the float network over the spread of its outputs")
     if same_images:
         report.notes.append("no evaluation images were given: agreement is on the calibration images, which flatters")
     report.notes.append(f"{len(found.layers)} layers; the noisiest activation is {where} at {worst:.1f} dB")

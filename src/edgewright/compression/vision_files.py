@@ -18,25 +18,28 @@ from edgewright.io.json_file import read_object
 
 if TYPE_CHECKING:
     from edgewright.export.executorch import ExecuTorchExport
+    from edgewright.export.onnx import OnnxExport
 
 ONNX_TOLERANCE = 0.25  # of an int8 network's proof: a code next door in each of many layers adds up
 SMALL_BATCH = 16
 DESCRIPTION = "network.json"  # what the folder of a compressed classifier holds
 
 
-def write_onnx(model: nn.Module, path: Path, example: Tensor, integers: bool) -> int:
-    """Export through `export_onnx`, which runs and compares the file; returns its bytes."""
+def write_onnx(
+    model: nn.Module, path: Path, example: Tensor, integers: bool, original: nn.Module | None = None
+) -> OnnxExport:
+    """Export through `export_onnx`, which runs the file and compares it, with the float network `original` too."""
     from edgewright.export.onnx import export_onnx
 
-    export_onnx(model, path, example_inputs=example, tolerance=ONNX_TOLERANCE if integers else None)
-    return path.stat().st_size
+    tolerance = ONNX_TOLERANCE if integers else None
+    return export_onnx(model, path, example_inputs=example, tolerance=tolerance, original=original)
 
 
-def write_pte(model: nn.Module, path: Path, image: Tensor) -> ExecuTorchExport:
-    """Export for one image [1, C, H, W] a call through `export_executorch`, which runs and compares the file."""
+def write_pte(model: nn.Module, path: Path, image: Tensor, original: nn.Module | None = None) -> ExecuTorchExport:
+    """The same through `export_executorch`, for one image [1, C, H, W] a call."""
     from edgewright.export.executorch import export_executorch
 
-    return export_executorch(model, None, path, example_inputs=[image])
+    return export_executorch(model, None, path, example_inputs=[image], original=original)
 
 
 def write_description(name: str, folder: str | Path) -> None:

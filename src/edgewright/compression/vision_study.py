@@ -155,7 +155,7 @@ class _Bench:
         folder, example = self.output, self.calibration[:2]
         converted = convert_static(self.prepared(StaticConfig()))
         write_onnx(self.model, folder / "float.onnx", example, integers=False)
-        write_onnx(converted, folder / "int8.onnx", example, integers=True)
+        write_onnx(converted, folder / "int8.onnx", example, integers=True, original=self.model)
         files = {"float32 in ONNX Runtime": folder / "float.onnx", "W8A8 in ONNX Runtime": folder / "int8.onnx"}
         for seven, name in ((False, "ONNX Runtime's own"), (True, "ONNX Runtime's own, as documented for AVX2")):
             files[name] = folder / f"runtime-{7 if seven else 8}.onnx"

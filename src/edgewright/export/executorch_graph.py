@@ -1,12 +1,13 @@
 """The graph pass between tracing and dividing: packed layers written out, and what XNNPACK would leave made fit for it.
 
 Every operator that stays outside cuts the graph; a delegate is called for each piece, and ExecuTorch's compiler sorts
-the whole graph again for each of them. Three rewrites, none of which changes what is computed:
+the whole graph again for each of them. Four rewrites, none of which changes what is computed:
 
 - `dynamic_linear` becomes quantise, dequantise and linear, the pattern of XNNPACK's partitioner. Every layer gets a
   rounding of its own: shared between layers, the partitioner would divide the graph into cycles.
 - The mean over the last axis (in every RMS norm) becomes a product with a column of 1 / D, which XNNPACK has.
 - A view whose one free size is spelled out gets -1 there, which XNNPACK takes.
+- A copy that only repeats a value goes: Cohere's rotary embedding and constants made in a forward leave such ones.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class RewriteForXnnpack:
                     result = _linear(graph, node, edge)
                 elif node.target == edge.aten.mean.dim and _over_last_axis(node):
                     result = _mean(graph, node, edge, columns)
+                elif node.target == edge.dim_order_ops._clone_dim_order.default and _needless(node):
+                    result = node.args[0]
                 else:
                     if node.target == edge.aten.view_copy.default:
                         changed |= _free_view(node)
@@ -46,6 +49,13 @@ class RewriteForXnnpack:
         graph.eliminate_dead_code()
         graph_module.recompile()
         return PassResult(graph_module, changed)
+
+
+def _needless(clone: Any) -> bool:
+    """Whether a copy only repeats a value, in the same layout, for other nodes of the graph."""
+    source, value = clone.args[0].meta.get("val"), clone.meta.get("val")
+    same = source is not None and value is not None and source.dim_order() == value.dim_order()
+    return same and source.dtype == value.dtype and all(user.op != "output" for user in clone.users)
 
 
 def _linear(graph: torch.fx.Graph, node: Any, edge: Any) -> Any:

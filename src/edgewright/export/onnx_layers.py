@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.errors import Unsupported
 from edgewright.io.own_forward import refuse_own_forwards
 from edgewright.io.packed import CODE_RANGES, PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
 
 Storage = Literal["nibbles", "smallest"]
+TWO_BIT_RUNTIME = (1, 27)  # the first version of ONNX Runtime whose MatMulNBits takes 2 bits on a CPU
 
 DOMAIN = "edgewright"  # of the placeholders that `onnx_graph` replaces; no file keeps one
 BLOCKS = (16, 32, 64, 128, 256)  # block sizes that MatMulNBits computes fast
@@ -98,6 +100,17 @@ def linear_bits(packed: PackedTensor, storage: Storage) -> int:
     """Bits of a code in the file of a linear layer."""
     true = TRUE_BITS[packed.grid]
     return true if storage == "smallest" or true == 8 else 4
+
+
+def _check_kernel(bits: int) -> None:
+    """Raise Unsupported where the ONNX Runtime at hand cannot multiply codes of so many bits."""
+    import onnxruntime
+
+    version = onnxruntime.__version__
+    if bits == 2 and tuple(map(int, version.split(".")[:2])) < TWO_BIT_RUNTIME:
+        raise Unsupported(
+            f"onnxruntime {version} cannot multiply codes of 2 bits; use storage='nibbles' or onnxruntime 1.27 or newer"
+        )
 
 
 def symbolic(op: str, inputs: list[Tensor | None], shape: list[Any], **attributes: Any) -> Tensor:
@@ -231,6 +244,7 @@ def _linear(layer: PackedLinear, storage: Storage, shared: Any) -> nn.Module:
     block = matmul_block(layer.in_features, packed.group, bits, half_offset)
     if block is None:
         return DequantizedLinear(layer)
+    _check_kernel(bits)
     return BlockedLinear(layer, shared_blocks(shared) or pack_blocks(packed, bits, block))
 
 

@@ -9,11 +9,12 @@ DequantizeLinear around the activations.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,13 +258,16 @@ def _sentence(text: str) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No warnings of the exporters on the screen: what matters is raised. Settings are put back."""
+    """No warnings of the exporters on the screen: what matters is raised. Settings are put back.
+
+    Nor their prints (onnxscript 0.6), which would stand before the JSON of a command.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

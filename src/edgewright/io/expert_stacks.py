@@ -18,9 +18,37 @@ TRANSPOSED = "is_transposed"
 
 
 def stack_axis(owner: nn.Module) -> str | None:
-    """Along which axis of a stack the inputs run: "in" for [E, out, in], "out" for [E, in, out], None if unknown."""
+    """Along which axis of a stack the inputs run: "in" for [E, out, in], "out" for [E, in, out], None if unknown.
+
+    Known from the decorator; where a class or a version has none, from the shapes of the two stacks of gated experts
+    (Llama 4, LongCat) and from the sizes that a module of one stack names (JetMoe; Granite before it was decorated).
+    """
     transposed = vars(owner).get(TRANSPOSED)
-    return None if transposed is None else "out" if transposed else "in"
+    if transposed is None:
+        return _axis_of_pair(owner) or _axis_of_one(owner)
+    return "out" if transposed else "in"
+
+
+def _shape(owner: nn.Module, name: str) -> tuple[int, ...]:
+    """[E, rows, columns] of a stack, as a parameter or under quantisation; () if there is none."""
+    held = owner._parameters.get(name)
+    shape = getattr(owner._modules.get(name), "stack_shape", ()) if held is None else held.shape
+    return tuple(shape) if len(shape) == 3 else ()
+
+
+def _axis_of_pair(owner: nn.Module) -> str | None:
+    """gate_up_proj takes H inputs to 2 I outputs, down_proj I to H: no other layout has the same two shapes."""
+    up, down = _shape(owner, "gate_up_proj"), _shape(owner, "down_proj")
+    if not up or not down:
+        return None
+    if up[1:] == (2 * down[2], down[1]):
+        return "in"
+    return "out" if up[1:] == (down[2], 2 * down[1]) else None
+
+
+def _axis_of_one(owner: nn.Module) -> str | None:
+    sizes = [getattr(owner, name, None) for name in ("num_experts", "output_size", "input_size")]
+    return "in" if None not in sizes and _shape(owner, "weight") == tuple(sizes) else None
 
 
 def foreign_stacks(owner: nn.Module) -> list[str]:

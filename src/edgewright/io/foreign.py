@@ -71,11 +71,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         _check_tokenizer(file, read_json(file, LARGEST_TOKENIZER))
     with reading(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_origin(folder, tokenizer)
         longest = tokenizer.model_max_length
         if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
             raise FormatError(f"{folder / 'tokenizer_config.json'}: model_max_length is {str(longest)[:40]}, no length")
         tokenizer("a b hello \u2603 1", verbose=False)  # what is broken shows here, not at the user's first text
     return tokenizer
+
+
+def _check_origin(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise FormatError for a tokenizer made of no file: some versions of transformers give an empty one for none."""
+    names = {str(name) for name in tokenizer.vocab_files_names.values()}
+    others = ("*.model", "*.tiktoken", "tekken.json")
+    if names and not any((folder / name).is_file() for name in names) and not any(map(any, map(folder.glob, others))):
+        raise FormatError(f"{folder} cannot be read: it has no file of a tokenizer, such as {', '.join(sorted(names))}")
 
 
 def _check_tokenizer(path: Path, tree: Any) -> None:

@@ -34,6 +34,7 @@ from edgewright.io.gguf_families import (
 from edgewright.io.gguf_tokenizer import gguf_tokenizer
 from edgewright.io.gguf_types import Array
 from edgewright.io.quantized_folder import recompute_buffers
+from edgewright.io.transformers_names import config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -63,8 +64,6 @@ def load_gguf(
 
 def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     """The transformers configuration that the metadata and tensor shapes describe."""
-    from transformers import AutoConfig
-
     family, prefix = _family(file)
     for key in REFUSED_KEYS:
         if key not in family.fields and file.metadata.get(f"{prefix}.{key}"):
@@ -105,7 +104,9 @@ def gguf_config(file: GGUFFile) -> PreTrainedConfig:
     for plugin in entry_points(group=PLUGINS, name=family.model_type):
         plugin.load()
     try:
-        config = AutoConfig.for_model(family.model_type, **(settings | further))
+        config: PreTrainedConfig = config_of(family.model_type, **(settings | further))
+    except Unsupported:
+        raise
     except Exception as error:  # transformers' checks of a configuration raise what their authors chose
         raise FormatError(f"{file.path} describes no {family.model_type} model: {in_one_line(error)}") from error
     config.architectures = [family.class_name]

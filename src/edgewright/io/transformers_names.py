@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from edgewright.errors import UsageError
+from edgewright.errors import Unsupported, UsageError
 
 CACHE_NAMES = ("cache", "past_key_values")  # newest first
 
@@ -34,6 +34,22 @@ def cache_name() -> str:
 def version() -> str:
     """Of transformers."""
     return importlib.metadata.version("transformers")
+
+
+def has_model_type(kind: str) -> bool:
+    """Whether this version of transformers has models of that model_type; registered ones count."""
+    from transformers import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
+
+
+def config_of(kind: str, **settings: Any) -> Any:
+    """A configuration of that model_type. Raises Unsupported where this version of transformers has none."""
+    from transformers import AutoConfig
+
+    if not has_model_type(kind):
+        raise Unsupported(f"{kind} models need a newer transformers than {version()}; pip install -U transformers")
+    return AutoConfig.for_model(kind, **settings)
 
 
 def with_cache(cache: Any) -> dict[str, Any]:

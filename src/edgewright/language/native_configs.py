@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from edgewright.io.transformers_names import config_of
 from edgewright.language.decoder_config import EdgeDecoderConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "llama4_text", "glm4_moe", "granite_swa")
@@ -62,7 +63,7 @@ def native_config(config: EdgeDecoderConfig, target: str, refusal: type[Exceptio
         settings |= {"attention_multiplier": config.head_dim**-0.5}  # type: ignore[operator]
     if kind == "glm4_moe":
         settings |= _glm_experts(config)
-    return AutoConfig.for_model(kind, **settings)
+    return config_of(kind, **settings)  # type: ignore[no-any-return]
 
 
 def nearest(config: EdgeDecoderConfig) -> str:

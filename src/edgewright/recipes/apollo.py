@@ -320,6 +320,7 @@ def _saving(settings: Apollo, report: Report) -> None:
     heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True))
+    model.tie_weights()  # which some versions of transformers leave out without memory
     rank = settings.tuning.rank
     cases: dict[str, dict[str, Any]] = {
         "AdamW": {"rank": None},

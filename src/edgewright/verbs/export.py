@@ -107,10 +107,13 @@ def default_name(model: str) -> str:
 def _write(
     target: str, model: Any, tokenizer: Any, output: Path, name: str, args: argparse.Namespace
 ) -> dict[str, Any]:
-    if target in ("pte", "onnx"):
-        return _write_program(target, model, tokenizer, output / f"{name}.{target}", args)
-    from edgewright.export.gguf import export_gguf
     from edgewright.export.huggingface import packed_modules, save_dequantized, save_quantized
+
+    if target in ("pte", "onnx"):
+        # A model without quantised weights is its own original; a quantised folder does not hold its original.
+        original = None if packed_modules(model) else model
+        return _write_program(target, model, tokenizer, output / f"{name}.{target}", args, original=original)
+    from edgewright.export.gguf import export_gguf
 
     if target == "gguf":
         export = export_gguf(
@@ -139,6 +142,7 @@ def _write(
 def _write_vision(targets: list[str], output: Path, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     from edgewright.compression.settings import VISION_MODELS
     from edgewright.compression.vision_files import ONNX_TOLERANCE, load_vision
+    from edgewright.vision.efficientnet_lite import load_efficientnet_lite0
 
     unfit = [target for target in targets if target not in ("pte", "onnx")]
     if unfit:
@@ -146,7 +150,8 @@ def _write_vision(targets: list[str], output: Path, name: str, args: argparse.Na
         raise UsageError(f"{args.model} is an image classifier: --to takes pte and onnx; {given}")
     model, image = load_vision(args.model)
     tolerance = None if args.model in VISION_MODELS else ONNX_TOLERANCE
-    return [_write_program(t, model, None, output / f"{name}.{t}", args, image, tolerance) for t in targets]
+    original = load_efficientnet_lite0()
+    return [_write_program(t, model, None, output / f"{name}.{t}", args, image, tolerance, original) for t in targets]
 
 
 def _write_program(
@@ -157,13 +162,18 @@ def _write_program(
     args: argparse.Namespace,
     image: Any = None,
     tolerance: float | None = None,
+    original: Any = None,
 ) -> dict[str, Any]:
     if target == "onnx":
         from edgewright.export.onnx import export_onnx
 
-        onnx = export_onnx(model, path, example_inputs=image, tolerance=tolerance)
+        onnx = export_onnx(model, path, example_inputs=image, tolerance=tolerance, original=original)
         if not args.json:
             print(f"{onnx.path}: {onnx.path.stat().st_size / 1e6:.1f} MB, run and compared with the model")
+            if found := onnx.checks.get("original"):
+                print(
+                    f"against the original float model: outputs differ by {found['relative_error']:.3g} of their spread"
+                )
         return {"target": target, **onnx.to_dict()}
     from edgewright.export.executorch import export_executorch
 
@@ -176,6 +186,7 @@ def _write_program(
         embedding=args.table,
         min_delegated=args.min_delegated,
         verify=not args.no_verify,
+        original=None if image is None else original,
     )
     if not args.json:
         print("\n".join(export.summary()))

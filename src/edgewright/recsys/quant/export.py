@@ -28,7 +28,7 @@ from edgewright.recsys.quant.linear import Int8Linear
 from edgewright.recsys.quant.model import QuantizedModel
 from edgewright.recsys.quant.portable import PortableDLRM, Vectors, portable
 from edgewright.recsys.quant.rows import StoredRows
-from edgewright.recsys.serving import FORMATS, example_inputs
+from edgewright.recsys.serving import FORMATS, DLRMProgram, example_inputs
 
 EXACT, ROUNDED = 1e-4, 0.05  # allowed differences; a sum in another order moves a rounded input by a code now and then
 
@@ -48,8 +48,9 @@ def export_quantized(
     """Write the file; returns what `export_onnx` or `export_executorch` return, `notes` saying how rows are held.
 
     slots: of a DLRM, the longest bag of each table, by default `max_bag` for all. inputs: of any other model, example
-    arguments with the batch first (ids of bags are [batch, width]). gate, reference (the float model) and data: with
-    all three, ExecuTorch's kernels get symmetric rows where the gate passes; without them rows stay as they are.
+    arguments with the batch first (ids of bags are [batch, width]). reference: the float model, from which
+    `checks["original"]` says how far the file is. gate and data: with all three, ExecuTorch's kernels get symmetric
+    rows where the gate passes; without them rows stay as they are.
     Raises UsageError, Unsupported for what no runtime has, and what the exporters raise.
     """
     path = Path(path)
@@ -69,6 +70,7 @@ def export_quantized(
                 f": symmetric rows would cost {100 * found.upper:.3g} % of NE, the budget is {100 * gate.budget:g} %"
             )
     example: tuple[Tensor, ...]
+    original = reference
     if isinstance(model.module, DLRM):
         widths = [max_bag] * len(model.module.tables) if slots is None else list(slots)
         if len(widths) != len(model.module.tables) or min(widths) < 1:
@@ -76,6 +78,7 @@ def export_quantized(
         program: nn.Module = PortableDLRM(model.module, widths, vectors).eval()
         example = example_inputs(model.module, widths)
         names: tuple[str, ...] | None = ("dense", "ids", "weights")
+        original = DLRMProgram(reference, widths).eval() if isinstance(reference, DLRM) else None
     else:
         program, example, names = portable(model.module, vectors), tuple(inputs or ()), None
     if format == "onnx":
@@ -89,12 +92,21 @@ def export_quantized(
             input_names=names,
             output_names=("click",) if dlrm else None,
             tolerance=ROUNDED if rounds else EXACT,
+            original=original,
         )
     else:
         from edgewright.export.executorch import export_executorch
 
         # gathers and unpacking, which XNNPACK does not know, are many small nodes beside few large ones
-        done = export_executorch(program, None, path, example_inputs=example, dynamic_batch=True, min_delegated=0.0)
+        done = export_executorch(
+            program,
+            None,
+            path,
+            example_inputs=example,
+            dynamic_batch=True,
+            min_delegated=0.0,
+            original=original,
+        )
     return replace(done, notes=(*done.notes, note))
 
 
