@@ -311,7 +311,7 @@ def _saving(settings: Apollo, report: Report) -> None:
 
     from edgewright.optim import apollo_param_groups, optimizer_memory
 
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    shape: dict[str, Any] = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
     heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True))
