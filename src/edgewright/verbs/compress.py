@@ -190,8 +190,6 @@ def _run_language(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_dict(), indent=2))
         return 0
     report.print_table(metrics=[metric for metric in COLUMNS if any(row.metric == metric for row in report.rows)])
-    for note in report.notes:
-        print(f"- {note}")
     print(f"files, report.md and pareto.png are in {output}")
     if not args.sweep:
         print(f"next: edgewright chat {output / (args.method + '.gguf')}")
