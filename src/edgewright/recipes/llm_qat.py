@@ -68,7 +68,7 @@ def paper() -> LLMQAT:
 
 
 CLAIMS = (
-    Claim("kl", "qat, own text", "<", against="rtn"),
+    Claim("kl", "qat, own text", "<", against="rtn", sizes=("small", "paper")),
     Claim("kl", "qat, own text", "<", against="rtn", factor=1 / 1.5, sizes=("small", "paper")),
     Claim("kl", "rtn, 8-bit cache", "<", against="rtn", sizes=("small", "paper")),
     Claim("distinct_2", "hybrid text", ">", against="greedy text"),

@@ -97,8 +97,8 @@ CLAIMS = (
     Claim("max_load", MOE, "<", threshold=2.0, sizes=LARGE),
     Claim("max_load", UNBALANCED, ">", against=MOE, factor=1.2, sizes=LARGE),
     Claim("divergence", MOE, ">", against="MoE, shuffled domains", sizes=LARGE),
-    Claim("perplexity", ALL_ON, "<", against=DENSE, factor=1.01),
-    Claim("perplexity", ALL_ON, ">", against=DENSE, factor=0.99),
+    Claim("perplexity", ALL_ON, "<", against=DENSE, factor=1.01, sizes=LARGE),
+    Claim("perplexity", ALL_ON, ">", against=DENSE, factor=0.99, sizes=LARGE),
     Claim("perplexity", UPCYCLED, "<", against=RANDOM, sizes=LARGE),
 )
 CLOCKED: tuple[str, ...] = ()
