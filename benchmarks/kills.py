@@ -1,6 +1,6 @@
 """Kill commands at every rename and at random times, finish them, compare with runs that nothing disturbed.
 
-python benchmarks/kills.py [JOB...] [--times N] [--only-times]    # results/kills.csv
+python benchmarks/kills.py [JOB...] [--renames N] [--times N]    # results/kills.csv
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", help=f"some of {', '.join(JOBS)} (default: all)")
     parser.add_argument("--times", type=int, default=20, help="random times for each job (default 20)")
-    parser.add_argument("--only-times", action="store_true", help="no kills at renames")
+    parser.add_argument("--renames", type=int, help="kill points at renames, spread evenly (default: all)")
     args = parser.parse_args()
     report, faults = Report("kills"), 0
     for name in args.jobs or JOBS:
         with tempfile.TemporaryDirectory() as folder:
-            renames = 0 if args.only_times else None
-            outcome = kill_everywhere(JOBS[name], Path(folder) / name, renames=renames, times=args.times)
+            outcome = kill_everywhere(JOBS[name], Path(folder) / name, renames=args.renames, times=args.times)
         faults += len(outcome.faults)
         report.add("kills", outcome.kills, subject=name)
         report.add("faults", len(outcome.faults), subject=name)
@@ -40,7 +39,7 @@ def main() -> int:
         print(f"{name}: {outcome.kills} kills, {len(outcome.faults)} faults", flush=True)
         for fault in outcome.faults:
             print(f"  {fault}", flush=True)
-    if not args.jobs:
+    if not args.jobs and args.renames is None:
         print(save(report, "kills"))
     return int(faults > 0)
 
