@@ -51,6 +51,12 @@ test-oldest: $(OLDEST)/.ready
 lock:
 	$(PYTHON) constraints/lock.py
 
+# A command, with a line every eight seconds: pip is silent while it unpacks.
+define talking
+@echo $(1)
+@(while sleep 8; do echo "still installing into $(@D)"; done) & talker=$$!; $(1); status=$$?; kill $$talker; exit $$status
+endef
+
 # What an environment is made of: pip and setuptools in known versions (they build the source-only packages too), torch
 # alone, for left to the resolver it may bring gigabytes of CUDA packages to a machine without a GPU, then the rest.
 # $(1): options that choose versions; $(2): extras; $(3): list of packages that are installed without dependencies.
@@ -61,8 +67,8 @@ define environment
 	  { echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet $(1) --upgrade pip setuptools wheel
-	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) torch
-	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) --no-build-isolation -e '.[$(2)]'
+	$(call talking,$(@D)/bin/python -m pip install --disable-pip-version-check $(1) torch)
+	$(call talking,$(@D)/bin/python -m pip install --disable-pip-version-check $(1) --no-build-isolation -e '.[$(2)]')
 	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) --no-deps -r $(3)
 	@touch $@
 endef

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LINE_SECONDS = 10.0
+LINE_SECONDS = 9.5  # with the time until it is noticed: a line at least every ten seconds
 
 
 class ProgressBar:
