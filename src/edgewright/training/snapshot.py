@@ -125,7 +125,7 @@ NEEDED: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
 
 def missing_state(optimizer: torch.optim.Optimizer, entries: Mapping[str, Any]) -> list[str]:
     """Labels that the saved state of a parameter lacks, so that the next step would fail."""
-    return [name for name in NEEDED.get(type(optimizer), ()) if entries and name not in entries]
+    return [name for name in NEEDED.get(type(optimizer), ()) if entries and entries.get(name) is None]
 
 
 def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, state: Any) -> None:

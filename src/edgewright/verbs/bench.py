@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         length=args.length,
         repeats=args.repeats,
         threads=args.threads,
-        progress=sys.stderr.isatty(),
+        progress=not args.json,
     )
     if args.output:
         report.save(args.output)

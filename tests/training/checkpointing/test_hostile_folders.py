@@ -259,13 +259,17 @@ def test_a_sharded_model_opens_no_pickle(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("label", ["step", "exp_avg", "exp_avg_sq"])
-def test_state_that_the_next_step_needs_must_be_there(label: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("label", "null"), [("step", False), ("exp_avg", False), ("exp_avg_sq", False), ("exp_avg", True)]
+)
+def test_state_that_the_next_step_needs_must_be_there(label: str, null: bool, tmp_path: Path) -> None:
     build_checkpoints(tmp_path)
     manifest = sorted((tmp_path / "ck").glob(f"ckpt-*/{NAME}"))[-1]
     body = json.loads(manifest.read_text())
     states = [state for optimizer in body["state"]["optimizers"] for state in optimizer["state"].values()]
-    next(state for state in states if label in state).pop(label)
+    held = next(state for state in states if label in state)
+    held.pop(label)
+    held |= {label: None} if null else {}
     manifest.write_text(json.dumps(body))
     seal_checkpoints(tmp_path)
     run = Run(seed=5)
