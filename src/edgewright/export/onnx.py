@@ -32,6 +32,7 @@ from edgewright.export.onnx_layers import Storage
 from edgewright.export.onnx_proof import prove, variations
 from edgewright.export.original import output_distance
 from edgewright.io.atomic import atomic_file
+from edgewright.io.temporaries import PART, prefix
 from edgewright.runtime.onnx import OnnxProgram
 
 INSTALL = "pip install 'edgewright[onnx]'"
@@ -120,7 +121,7 @@ def export_onnx(
 
     with (
         atomic_file(path) as temporary,
-        tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as folder,
+        tempfile.TemporaryDirectory(prefix=prefix(path.name), suffix=PART, dir=path.parent) as folder,
     ):
         staged = Path(folder) / path.name  # its external data must have its final name when it is checked
         external = _save(graph, staged)
