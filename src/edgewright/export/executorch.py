@@ -132,7 +132,7 @@ def export_executorch(
         model = model.for_executorch()  # type: ignore[operator]
     started = time.perf_counter()
     seconds: dict[str, float] = {}
-    exported, twin, notes, metadata, inputs = _traced(
+    exported, prepared, notes, metadata, inputs = _traced(
         model, tokenizer, example_inputs, context, embedding, dynamic_batch
     )
     placed = Placed()
@@ -144,7 +144,7 @@ def export_executorch(
     if static:
         metadata["weights"] = {"count": placed.weights, "bytes": sum(placed.parts.values())}
     else:
-        metadata["weights"] = stored_weights(twin)
+        metadata["weights"] = stored_weights(prepared)
     if not metadata["weights"]["count"]:
         del metadata["weights"]
     seconds["trace"] = round(time.perf_counter() - started, 2)
@@ -170,15 +170,15 @@ def export_executorch(
                 plain = not any(isinstance(m, PackedLinear | PackedEmbedding) for m in language.modules())
                 original = language if original is None and plain else original
                 compare = None if original is None else comparison(original, path.name, plain)
-                checks = check_language(temporary, twin, model, tokenizer, compare)
+                checks = check_language(temporary, prepared, model, tokenizer, compare)
             else:
                 integers = placed.activations > 0
                 checks = check_program(
-                    temporary, twin, inputs, dynamic_batch, integers, _program_comparison(original, path)
+                    temporary, prepared, inputs, dynamic_batch, integers, _program_comparison(original, path)
                 )
             seconds["verify"] = round(time.perf_counter() - started, 2)
         size = temporary.stat().st_size
-    parts = placed.parts if static else stored_bytes(twin) if isinstance(twin, nn.Module) else {}
+    parts = placed.parts if static else stored_bytes(prepared) if isinstance(prepared, nn.Module) else {}
     return ExecuTorchExport(path, size, delegation, parts, seconds, tuple(notes), checks, static)
 
 
@@ -202,11 +202,11 @@ def _traced(
             context = min(CONTEXT, getattr(model.config, "max_position_embeddings", None) or CONTEXT)
         check_language_model(model, context)  # type: ignore[arg-type]
         metadata = language_metadata(model, tokenizer, context)
-        twin, notes = prepare(model, embedding)
-        exported = _guarded(model, lambda: export_language(twin, context))  # type: ignore[arg-type]
-        return exported, twin, notes, metadata, None
+        prepared, notes = prepare(model, embedding)
+        exported = _guarded(model, lambda: export_language(prepared, context))  # type: ignore[arg-type]
+        return exported, prepared, notes, metadata, None
     inputs = _inputs(example_inputs, model)
-    twin, notes = prepare(model, embedding)
+    prepared, notes = prepare(model, embedding)
     shapes = None
     if dynamic:
         batch = torch.export.Dim("batch", min=1, max=1024)
@@ -215,9 +215,11 @@ def _traced(
 
     def trace() -> Any:
         with torch.no_grad():
-            return torch.export.export(_Plain(twin), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False)
+            return torch.export.export(
+                _Plain(prepared), inputs, dynamic_shapes=(shapes,) if shapes else None, strict=False
+            )
 
-    return _guarded(model, trace), twin, notes, program_metadata(inputs, dynamic), inputs
+    return _guarded(model, trace), prepared, notes, program_metadata(inputs, dynamic), inputs
 
 
 class _Plain(nn.Module):
