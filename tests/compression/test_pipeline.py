@@ -74,7 +74,7 @@ def test_the_whole_job_resumes_and_repeats(toy, text, tmp_path):
     assert (tmp_path / "other" / "qat.gguf").read_bytes() == first
     assert again.value("kl", "qat") == report.value("kl", "qat")
 
-    with pytest.raises(UsageError, match=r"bits=4.0, not 3.0"):
+    with pytest.raises(UsageError, match=r"bits=4, not 3"):
         compress(replace(chosen, bits=3.0), tmp_path / "run", say=said.append, progress=False)
 
 

@@ -102,6 +102,7 @@ def change(data, path, value):
         (("layers", Q, "rank"), 2**40, "every layer needs"),
         (("layers", Q, "rank"), 3, "does not fit"),
         (("layers", Q, "threshold"), "high", "every layer needs"),
+        (("layers", Q), {"rank": 0}, "every layer needs"),
         (("config",), [], "needs a configuration"),
         (("config", "targets"), "(a+)+" * 100, "at most 200 characters"),
         (("config", "sparsity"), 3, "RSparseConfig"),

@@ -93,6 +93,11 @@ class CompressSettings:
         return tuple(method for method in METHODS if method == self.method or method in self.baselines)
 
 
+def _typed(value: Any) -> str:
+    """A setting as one types it: 4, not 4.0."""
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
 def check_claim(output: Path, settings: CompressSettings) -> None:
     """Raise UsageError where the folder holds something else than this run: a run never mixes with other files."""
     marker = output / "settings.json"
@@ -104,7 +109,7 @@ def check_claim(output: Path, settings: CompressSettings) -> None:
         if differing:
             key = differing[0]
             raise UsageError(
-                f"{output} holds a run with {key}={held.get(key)!r}, not {wanted[key]!r}; "
+                f"{output} holds a run with {key}={_typed(held.get(key))}, not {_typed(wanted[key])}; "
                 "choose another --output, or remove that folder"
             )
         return

@@ -29,6 +29,7 @@ SPLITS = ("calibration", "evaluation", "all")
 CALIBRATION_SHARE = 0.8
 # Topics shorter than this are single cross-references, not prose.
 SHORTEST_TOPIC = 400
+SHORTEST_ADVICE = 16  # a block length below teaches and measures nothing
 # A document to train on is at most about this many characters; longer texts are cut at the ends of paragraphs.
 LONGEST_DOCUMENT = 20_000
 TEXT_SUFFIXES = (".jsonl", ".md", ".py", ".rst", ".txt")
@@ -171,7 +172,7 @@ def _blocks(ids: list[int], block_length: int, max_blocks: int | None, seed: int
 def _too_short(what: str, tokens: int, block_length: int) -> UsageError:
     return UsageError(
         f"{what} has {tokens} tokens, less than one block of {block_length}; pass more text"
-        + (f", or block_length={tokens} at most" if tokens > 1 else "")
+        + (f", or block_length={tokens} at most" if tokens >= SHORTEST_ADVICE else "")
     )
 
 

@@ -64,11 +64,11 @@ def summary(rows: Sequence[CoverageRow]) -> str:
     """One line: the share of the weights that is quantised, and the largest kinds of weights that are not, with why."""
     total = sum(row.weights for row in rows)
     done = sum(row.weights for row in rows if row.grid is not None)
-    line = f"quantised {done / max(total, 1):.1%} of {total:,} weights"
+    line = f"quantised {_share(done, total)} of {total:,} weights"
     kinds = _kinds([row for row in rows if row.grid is None])
     if not kinds:
         return line
-    named = [f"{kind} {count / total:.1%} ({reason})" for (kind, reason), count in kinds[:LISTED]]
+    named = [f"{kind} {_share(count, total)} ({reason})" for (kind, reason), count in kinds[:LISTED]]
     more = f" and {len(kinds) - LISTED} smaller kinds" if len(kinds) > LISTED else ""
     return f"{line}; left as they are: {', '.join(named)}{more}"
 
@@ -89,6 +89,15 @@ def warn_left_out(model: nn.Module, config: QuantConfig) -> None:
 def _skipped(name: str, config: QuantConfig) -> bool:
     owner = name.rpartition(".")[0]
     return any(fnmatchcase(name, pattern) or fnmatchcase(owner, pattern) for pattern in config.skip)
+
+
+def _share(part: int, total: int) -> str:
+    """In percent with one decimal; never "100.0%" of what has an exception, nor "0.0%" of what is something."""
+    if part and part / total < 0.0005:
+        return "under 0.1%"
+    if part < total and part / total >= 0.9995:
+        return "over 99.9%"
+    return f"{part / max(total, 1):.1%}"
 
 
 def _reason(module: nn.Module, key: str, axes: int) -> str:

@@ -170,8 +170,8 @@ def _description(folder: Path) -> tuple[dict[str, Any], RSparseConfig]:
 
 
 def _is_layer(fields: Any) -> bool:
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not {"rank", "threshold"} <= fields.keys():
         return False
-    rank, limit = fields.get("rank"), fields.get("threshold")
+    rank, limit = fields["rank"], fields["threshold"]
     number = limit is None or (isinstance(limit, int | float) and not isinstance(limit, bool) and math.isfinite(limit))
     return type(rank) is int and 0 <= rank < 2**31 and number
