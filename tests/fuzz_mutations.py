@@ -9,6 +9,7 @@ import random
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,7 @@ def change_zip(data: bytes, chance: random.Random) -> tuple[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError):
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, OSError, EOFError):
         return _flip(data, chance)
     if not entries:
         return _flip(data, chance)

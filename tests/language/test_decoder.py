@@ -198,6 +198,7 @@ def test_the_published_125m_has_its_parameters() -> None:
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
         ({"share_map": [0, 2]}, r"share_map=\[0, 2\] must name every stored block from 0 to 2"),
+        ({"share_map": [0, 2**31]}, "must name every stored block from 0 to"),
         ({"share_map": [0, -1]}, "share_map"),
         ({"share_map": [0]}, "share_map has 1 entries for num_hidden_layers=2"),
         ({"share_map": [0, 0], "intermediate_size": [96, 32]}, "runs block 0 as layers 0 and 1, which differ"),

@@ -147,7 +147,7 @@ class EdgeDecoderConfig(PreTrainedConfig):
                 f"share_map has {len(self.share_map)} entries for num_hidden_layers={self.num_hidden_layers}"
             )
         stored = self.num_stored_layers
-        if sorted(set(self.share_map)) != list(range(stored)):
+        if set(self.share_map) != set(range(min(stored, len(self.share_map) + 1))):
             raise UsageError(f"share_map={self.share_map} must name every stored block from 0 to {stored - 1}")
         for layer, block in enumerate(self.share_map):
             first = self.share_map.index(block)
