@@ -35,8 +35,8 @@ def test_reading_is_plausible_and_beats_copying(threads):
             copied.append(BUFFER / (time.perf_counter() - start))
     finally:
         torch.set_num_threads(before)
-    # A copy moves two or three bytes for each one copied. The best of nine and half of it, because other programs, tests
-    # beside this one among them, share the machine.
+    # A copy moves two or three bytes for each one copied. The best of nine and half of it, because other programs,
+    # tests beside this one among them, share the machine.
     assert max(read) > 0.5 * max(copied)
     assert 1e8 < max(read) < 1e13
 

@@ -88,6 +88,7 @@ def test_shapes_by_name_number_and_file(tmp_path: Path) -> None:
         (["llama.json"], "a configuration of 'llama'"),
         (["broken.json"], "not JSON"),
         (["shape.json", "--vocab", "999"], "vocab_size=300"),
+        (["mislabelled.json"], "mislabelled.json cannot be read"),
         (["125M", "--depth", "3"], "goes with a number"),
         (["1e5", "--text", "absent.txt"], "no such text file or folder: absent.txt"),
         (["1e5", "--text", "shape.json", "--shards", "x"], "give one of the two"),
@@ -109,6 +110,7 @@ def test_bad_input_is_one_line(
     Path("llama.json").write_text('{"model_type": "llama"}')
     Path("broken.json").write_text("{")
     Path("shape.json").write_text(json.dumps(toy.shape().to_diff_dict()))
+    Path("mislabelled.json").write_text(json.dumps({**toy.shape().to_diff_dict(), "id2label": "{0: 'a'}"}))
     Path("two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert main(["pretrain", *arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("edgewright: ")]

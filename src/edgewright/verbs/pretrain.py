@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.errors import FormatError, UsageError, in_one_line
+from edgewright.errors import UsageError
 
 if TYPE_CHECKING:
     from edgewright.language.decoder_config import EdgeDecoderConfig
@@ -176,6 +176,7 @@ def _by_weights(weights: float, vocab_size: int, context: int, depth: int | None
 
 
 def _from_file(path: Path, vocab_size: int | None) -> EdgeDecoderConfig:
+    from edgewright.io.foreign import reading
     from edgewright.io.json_file import read_object
     from edgewright.language.decoder_config import EdgeDecoderConfig
 
@@ -185,12 +186,8 @@ def _from_file(path: Path, vocab_size: int | None) -> EdgeDecoderConfig:
             f"{path} is a configuration of {kind!r}; ones that fit are written by edgewright design --params 125e6 "
             "--output FOLDER"
         )
-    try:
+    with reading(path):
         config = EdgeDecoderConfig(**fields)
-    except UsageError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise FormatError(f"{path} is no configuration of a decoder: {in_one_line(error)}") from error
     if vocab_size is not None and vocab_size != config.vocab_size:
         raise UsageError(
             f"{path} has vocab_size={config.vocab_size}, the tokenizer or --vocab {vocab_size}; make them equal"
