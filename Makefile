@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 SECONDS ?= 60
 
@@ -32,7 +33,7 @@ demo: $(DEMO)/.ready
 	$(DEMO)/bin/edgewright compress smollm2-135m --bits 4 --output runs/demo $(DEMO_ARGS)
 
 test: $(TEST)/.ready
-	$(TEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(TEST)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(TEST)/.ready
 	$(TEST)/bin/ruff check .
@@ -43,10 +44,10 @@ bench: $(TEST)/.ready
 	$(TEST)/bin/python benchmarks/run_all.py
 
 test-latest: $(LATEST)/.ready
-	$(LATEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(LATEST)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 lock:
 	$(PYTHON) constraints/lock.py

@@ -7,13 +7,13 @@ because torch has been imported by then. pytest's own process is not forked: aut
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 TESTS = Path(__file__).parent
 
@@ -28,20 +28,31 @@ def run_script(script: str | Path, *arguments: object, timeout: float = 120) -> 
     return done.stdout
 
 
+def rendezvous() -> dict[str, str]:
+    """Environment in which the processes of one group meet: a store of this process, as torchrun keeps one.
+
+    The store's port is bound when it is chosen, so that two groups that start at once never share one.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+_stores: list[TCPStore] = []  # a store ends with its object
+
+
 def fork(world: int, process: Callable[[int], None], quiet: tuple[type[BaseException], ...] = ()) -> list[int]:
     """Ids of `world` forked processes that call `process(rank)` with torchrun's environment and one thread each.
 
     An exception is printed, unless it is one of `quiet`, and ends its process with exit code 1.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    place = rendezvous()
     children = []
     for rank in range(world):
         child = os.fork()
         if child == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(world), **place}
             torch.set_num_threads(1)
             code = 0
             try:

@@ -5,22 +5,24 @@ A toy recipe written below goes through the same tests, and broken toys show tha
 
 from __future__ import annotations
 
-import _thread
 import hashlib
 import json
 import os
+import sys
 import threading
-import time
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import golden
 import pytest
 
 from edgewright import cli
 from edgewright.errors import CheckFailed, OutputError, UsageError
+from edgewright.io.atomic import write_text
 from edgewright.measure.report import Report
 from edgewright.recipes import recipe as frame
 from edgewright.recipes.recipe import Claim, Outcome, Plan, check_claims, load_recipe, run_recipe, runnable
@@ -31,7 +33,7 @@ MODEL_FILES = {".gguf", ".safetensors", ".onnx", ".pte"}  # what a recipe ships:
 
 @dataclass(frozen=True)
 class Walk:
-    steps: int = 400
+    steps: int = 40
     scale: float = 1.0
 
 
@@ -50,8 +52,8 @@ def toy_run(settings: Toy, output: Path) -> Report:
     done = state.read_text().split() if state.exists() else []
     for step in range(len(done), settings.walk.steps):
         digest = hashlib.sha256(f"{settings.seed} {step}".encode()).digest()
-        with state.open("a") as file:
-            file.write(f"{digest[0] / 255:.17g}\n")
+        done.append(f"{digest[0] / 255:.17g}")
+        write_text(state, "\n".join(done) + "\n")
     values = [float(x) for x in state.read_text().split()]
     report = Report("toy")
     for name, scale in (("plain", 1.0), ("scaled", 2.0 * settings.walk.scale)):
@@ -71,8 +73,8 @@ def make_toy(**changes: Any) -> Any:
     module: Any = types.ModuleType("tests.toy_walk")
     members = {
         "tiny": Toy,
-        "small": lambda: Toy(walk=Walk(steps=500)),
-        "paper": lambda: Toy(walk=Walk(steps=600)),
+        "small": lambda: Toy(walk=Walk(steps=50)),
+        "paper": lambda: Toy(walk=Walk(steps=60)),
         "plan": toy_plan,
         "run": toy_run,
         "CLAIMS": (Claim("power", "scaled", ">", against="plain", factor=3.0), Claim("power", "plain", "<", 1.0)),
@@ -90,10 +92,10 @@ RECIPES = ["toy", *runnable()]
 
 
 class First(NamedTuple):
-    """A tiny run, how long it took, and the digests of its input before and after."""
+    """A tiny run, how many files it renamed, and the digests of its input before and after."""
 
     outcome: Outcome
-    seconds: float
+    renames: int
     before: dict[Path, str]
     after: dict[Path, str]
 
@@ -108,9 +110,9 @@ def first(recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> First:
     """The tiny run that the tests below share."""
     inputs = recipe.plan(recipe.tiny()).inputs
     before = digests(inputs)
-    start = time.perf_counter()
-    outcome = run_recipe(recipe, "tiny", output=tmp_path_factory.mktemp("first") / "run", say=quiet)
-    return First(outcome, time.perf_counter() - start, before, digests(inputs))
+    with counted_renames() as renames:
+        outcome = run_recipe(recipe, "tiny", output=tmp_path_factory.mktemp("first") / "run", say=quiet)
+    return First(outcome, renames[0], before, digests(inputs))
 
 
 def quiet(text: str) -> None:
@@ -137,28 +139,30 @@ def check_repeats(recipe: Any, first: Outcome, folder: Path) -> None:
     assert result(again, recipe.CLOCKED) == result(first, recipe.CLOCKED)
 
 
-def interrupt_once(recipe: Any, folder: Path, after: float) -> bool:
-    """Run, and press Ctrl-C `after` seconds; False when the run was faster."""
-    timer = threading.Timer(after, _thread.interrupt_main)
+@contextmanager
+def counted_renames(interrupt_at: int | None = None) -> Iterator[list[int]]:
+    """[renames of this thread so far]: every output of a run ends with one. That of number `interrupt_at` is Ctrl-C."""
+    count, thread = [0], threading.get_ident()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and watching and threading.get_ident() == thread:
+            count[0] += 1
+            if count[0] == interrupt_at:
+                raise KeyboardInterrupt
+
+    watching = True
+    sys.addaudithook(watch)  # which nothing takes away again
     try:
-        timer.start()
-        run_recipe(recipe, "tiny", output=folder, say=quiet)
-        timer.cancel()
-        timer.join()
-    except KeyboardInterrupt:
-        return True
+        yield count
     finally:
-        timer.cancel()
-    return False
+        watching = False
 
 
-def check_resumes(recipe: Any, first: Outcome, folder: Path, seconds: float) -> None:
-    """Interrupt a run (sooner until it is caught at work), once more while it resumes, then let it end as the first."""
-    for attempt in range(8):
-        if interrupt_once(recipe, folder / str(attempt), after=0.5 * seconds / 2**attempt):
-            interrupt_once(recipe, folder / str(attempt), after=0.3 * seconds)
-            return check_repeats(recipe, first, folder / str(attempt))
-    raise AssertionError("the run was never caught at work, however soon it was interrupted")
+def check_resumes(recipe: Any, first: Outcome, folder: Path, renames: int) -> None:
+    """Interrupt a run at half of its outputs, then let it end as the first did."""
+    with pytest.raises(KeyboardInterrupt), counted_renames(interrupt_at=max(renames // 2, 2)):
+        run_recipe(recipe, "tiny", output=folder, say=quiet)
+    check_repeats(recipe, first, folder)
 
 
 def test_the_run_ends_with_everything_in_its_folder(recipe: Any, first: First) -> None:
@@ -177,7 +181,12 @@ def test_the_run_ends_with_everything_in_its_folder(recipe: Any, first: First) -
 
 def test_it_repeats_and_resumes_to_the_same_bits(recipe: Any, first: First, tmp_path: Path) -> None:
     """In a new folder: what comes before the interruption is computed again, and so is what comes after."""
-    check_resumes(recipe, first.outcome, tmp_path, first.seconds)
+    check_resumes(recipe, first.outcome, tmp_path / "run", first.renames)
+
+
+def test_it_equals_the_golden_file(recipe: Any, first: First, request: pytest.FixtureRequest) -> None:
+    rows, files = result(first.outcome, recipe.CLOCKED)
+    golden.compare(recipe.__name__, {"rows": rows, "files": files}, request.config.getoption("--update-golden"))
 
 
 def test_it_leaves_its_input_untouched(recipe: Any, first: First) -> None:
@@ -227,7 +236,7 @@ def test_a_recipe_that_resumes_wrongly_is_caught(tmp_path: Path) -> None:
     toy = make_toy(run=run)
     good = run_recipe(make_toy(), output=tmp_path / "a", say=quiet)
     with pytest.raises(AssertionError):
-        check_resumes(toy, good, tmp_path / "b", 60.0)
+        check_resumes(toy, good, tmp_path / "b", 4)
 
 
 def test_a_recipe_that_forgets_a_promised_file_is_caught(tmp_path: Path) -> None:
@@ -317,7 +326,7 @@ def test_a_finished_run_is_read_again_not_repeated(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_unless_fresh(tmp_path: Path) -> None:
     run_recipe(make_toy(), output=tmp_path / "run", say=quiet)
-    with pytest.raises(UsageError, match=r"holds a run with settings.walk.steps = 400, this one has 9; .*--fresh"):
+    with pytest.raises(UsageError, match=r"holds a run with settings.walk.steps = 40, this one has 9; .*--fresh"):
         run_recipe(make_toy(), overrides=["walk.steps=9"], output=tmp_path / "run", say=quiet)
     (tmp_path / "run" / "left.txt").write_text("of the first run")
     outcome = run_recipe(make_toy(), overrides=["walk.steps=9"], output=tmp_path / "run", fresh=True, say=quiet)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import rendezvous
 from safetensors.torch import save_file
 
 from edgewright.language.decoder_config import EdgeDecoderConfig
@@ -98,13 +98,11 @@ def _killed(folder: Path) -> None:
 
 
 def _group(folder: Path, processes: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    place = rendezvous()
 
     def one(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(processes), **place}
         shards = folder / "killed" / "shards"
         for name, parallel in (("ddp", "ddp"), ("fsdp", "fsdp"), ("cut", "fsdp")):
             if name == "cut":

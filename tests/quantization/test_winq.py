@@ -6,13 +6,13 @@ import copy
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from processes import rendezvous
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -534,7 +534,7 @@ for rank in range(2):
     child = os.fork()
     if child == 0:
         os.environ |= {{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}}
-        os.environ |= {{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": {port!r}, "OMP_NUM_THREADS": "1"}}
+        os.environ |= {{**{place!r}, "OMP_NUM_THREADS": "1"}}
         model = student()
         with WinQ(trigger="plateau", window=2, tolerance=0.5, **WIDE).attach(model, loss_function, 12) as run:
             fit(model, run, data(), TrainConfig(12, 1e-2), progress=False)
@@ -551,10 +551,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 
 def test_processes_draw_their_own_noise_and_keep_the_same_weights(tmp_path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    script = TWO_PROCESSES.format(here=os.path.abspath(__file__), port=port, folder=str(tmp_path))
+    script = TWO_PROCESSES.format(here=os.path.abspath(__file__), place=rendezvous(), folder=str(tmp_path))
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     first, second = ((tmp_path / str(rank)).read_text().splitlines() for rank in range(2))
     assert first[0] == second[0] and not first[0].endswith("[]") and first[1] != second[1]
