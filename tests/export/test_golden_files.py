@@ -53,7 +53,7 @@ def write_onnx_float(path: Path) -> None:
 
 def write_onnx_packed(path: Path) -> None:
     model = mlp()
-    quantize_(model, QuantConfig((Rule("*", WeightConfig("int4", group=24)),), skip=()))
+    quantize_(model, QuantConfig((Rule("*", WeightConfig("int4", granularity=24)),), skip=()))
     export_onnx(convert_(model), path, example_inputs=torch.ones(2, 48))
 
 

@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from processes import rendezvous
+from processes import TESTS, rendezvous
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -521,7 +521,7 @@ def test_latents_that_an_optimizer_keeps_are_reset_there() -> None:
 
 TWO_PROCESSES = """
 import os, sys, torch
-sys.path.insert(0, os.path.dirname({here!r}))
+sys.path[:0] = {path!r}
 from test_winq import student, data, loss_function, WIDE
 from edgewright.quantization.winq import WinQ
 from edgewright.training import TrainConfig, fit
@@ -551,7 +551,9 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 
 
 def test_processes_draw_their_own_noise_and_keep_the_same_weights(tmp_path) -> None:
-    script = TWO_PROCESSES.format(here=os.path.abspath(__file__), place=rendezvous(), folder=str(tmp_path))
+    script = TWO_PROCESSES.format(
+        path=[os.path.dirname(__file__), str(TESTS)], place=rendezvous(), folder=str(tmp_path)
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     first, second = ((tmp_path / str(rank)).read_text().splitlines() for rank in range(2))
     assert first[0] == second[0] and not first[0].endswith("[]") and first[1] != second[1]
