@@ -17,8 +17,8 @@ from edgewright.errors import MissingPackage
 from edgewright.measure.memory import peak_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.optim import APOLLO, APOLLOMini, apollo_param_groups, state_bytes
-from edgewright.optim.apollo_peers import named_optimizer
+from edgewright.systems.apollo import APOLLO, APOLLOMini, apollo_param_groups, state_bytes
+from edgewright.systems.apollo.peers import named_optimizer
 from results import save
 
 RANK = 64

@@ -27,13 +27,13 @@ import torch
 
 from edgewright.errors import EdgewrightError, OutputError
 from edgewright.measure.report import Report
-from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.training.checkpointing.faults import MemoryFiles, Operation, crashed
+from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
+from edgewright.systems.check_n_run.faults import MemoryFiles, Operation, crashed
 from results import ROOT, save
 
-sys.path.insert(0, str(ROOT / "tests" / "training" / "checkpointing"))
+sys.path.insert(0, str(ROOT))
 
-from checkpoint_toy import Run, same  # noqa: E402
+from tests.systems.check_n_run.toy import Run, same  # noqa: E402
 
 POLICIES = ("full", "one-shot", "consecutive", "intermittent")
 SAVES = 4

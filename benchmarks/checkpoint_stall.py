@@ -24,12 +24,12 @@ from torch.distributed.checkpoint import FileSystemWriter
 from edgewright.io.row_ranges import quantize_rows
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
-from edgewright.recsys.clicks import ClickLoss
-from edgewright.recsys.dlrm import DLRM, DLRMConfig
-from edgewright.recsys.optimizers import dlrm_optimizer
-from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.training.checkpointing.tables import find_tables
-from edgewright.training.checkpointing.tracking import Tracker
+from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
+from edgewright.systems.check_n_run.tables import find_tables
+from edgewright.systems.check_n_run.tracking import Tracker
+from edgewright.systems.dlrm.clicks import ClickLoss
+from edgewright.systems.dlrm.model import DLRM, DLRMConfig
+from edgewright.systems.dlrm.optimizers import dlrm_optimizer
 from results import save
 
 TABLES, DIM, DENSE, BATCH, CHANGED = 4, 64, 13, 2048, 0.10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import edgewright
 from edgewright.compression.methods import round_to_nearest
-from edgewright.export.gguf import export_gguf, llama_cpp_quantize
+from edgewright.export.gguf.exporter import export_gguf, llama_cpp_quantize
 from edgewright.measure.report import Report
 from edgewright.runtime.benchmark import benchmark_files
 from results import save

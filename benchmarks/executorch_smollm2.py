@@ -11,7 +11,7 @@ import torch
 
 import edgewright
 from edgewright.compression.methods import round_to_nearest
-from edgewright.export.executorch import export_executorch
+from edgewright.export.executorch.exporter import export_executorch
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.measure.machine import usable_cores
 from edgewright.measure.report import Report

@@ -32,11 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fuzz_mutations import CODE_RAN, damage
-from fuzz_readers import READERS
-from pickle_guard import guard
+from tests.fuzz_mutations import CODE_RAN, damage
+from tests.fuzz_readers import READERS
+from tests.pickle_guard import guard
 
 MOST_SECONDS, MOST_BYTES = 20.0, 2 << 30  # of processor time, which other work on the machine does not lengthen
 HANGS = 5 * MOST_SECONDS  # by the clock

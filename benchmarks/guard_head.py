@@ -15,13 +15,13 @@ from typing import Any
 
 import edgewright
 from edgewright.compression.stages import int4_config
-from edgewright.language.guard import ModelPredictor
-from edgewright.language.guard_program import ProgramPredictor
-from edgewright.language.guard_task import POLICY, guard_examples
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.sparsity.cut_folder import shipped_bytes
-from edgewright.sparsity.unembedding import prune_unembedding_
+from edgewright.pruning.cut_folder import shipped_bytes
+from edgewright.pruning.unembedding import prune_unembedding_
+from edgewright.systems.llama_guard_int4.model import ModelPredictor
+from edgewright.systems.llama_guard_int4.program import ProgramPredictor
+from edgewright.systems.llama_guard_int4.task import POLICY, guard_examples
 from results import save
 
 DECODED = 16
@@ -37,7 +37,7 @@ def main(repeats: int = 9, programs: bool = True) -> None:
     prune_unembedding_(cut, kept)
     _measure(report, "float32", {"whole": ModelPredictor(model), "cut": ModelPredictor(cut)}, prompt, repeats)
     if programs:
-        from edgewright.export.executorch import export_executorch
+        from edgewright.export.executorch.exporter import export_executorch
 
         packed = edgewright.convert_(edgewright.quantize_(copy.deepcopy(model), int4_config(64)))
         packed_cut = copy.deepcopy(packed)

@@ -1,6 +1,6 @@
-"""Fill the catalogue's headline figures from results/*.csv: every recipe names the cells, none is typed by hand.
+"""Fill the catalogue's headline figures and counts of claims from results/*.csv; none is typed by hand.
 
-python benchmarks/headlines.py            # writes src/edgewright/systems_headlines.json
+python benchmarks/headlines.py            # writes src/edgewright/systems/measured.json
 python benchmarks/headlines.py --check    # exit code 1 if that file is not what results/ gives
 """
 
@@ -10,17 +10,23 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from edgewright.recipes.recipe import Cell, Headline, load_recipe, runnable
+from edgewright.systems.recipe import Cell, Headline, load_recipe, runnable
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGET = ROOT / "src" / "edgewright" / "systems_headlines.json"
+TARGET = ROOT / "src" / "edgewright" / "systems" / "measured.json"
 
 
-def headlines(results: Path = ROOT / "results") -> dict[str, str]:
-    """Slug -> headline for every recipe that names one."""
-    named = {slug: load_recipe(slug).HEADLINE for slug in runnable()}
-    return {slug: fill(headline, results) for slug, headline in named.items() if headline is not None}
+def measured(results: Path = ROOT / "results") -> dict[str, Any]:
+    """Slug -> headline, and [claims that held, all claims], for every recipe that names a headline."""
+    found = {}
+    for slug in runnable():
+        if (headline := load_recipe(slug).HEADLINE) is not None:
+            with (results / f"{slug}_claims.csv").open(encoding="utf-8", newline="") as file:
+                held = [row["held"] == "yes" for row in csv.DictReader(file)]
+            found[slug] = {"headline": fill(headline, results), "claims": [sum(held), len(held)]}
+    return found
 
 
 def fill(headline: Headline, results: Path) -> str:
@@ -40,7 +46,7 @@ def read(cell: Cell, results: Path) -> float:
 
 
 def main() -> int:
-    text = json.dumps(headlines(), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(measured(), indent=2, ensure_ascii=False) + "\n"
     if "--check" in sys.argv[1:]:
         return int(TARGET.read_text(encoding="utf-8") != text)
     TARGET.write_text(text, encoding="utf-8")

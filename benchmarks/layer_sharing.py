@@ -11,12 +11,13 @@ from typing import Any
 
 import edgewright
 from edgewright.compression.methods import round_to_nearest
-from edgewright.export.executorch import export_executorch
-from edgewright.export.gguf import export_gguf
-from edgewright.language.native import from_native, share_blocks
+from edgewright.export.executorch.exporter import export_executorch
+from edgewright.export.gguf.exporter import export_gguf
 from edgewright.measure.report import Report
+from edgewright.models.decoder.from_native import from_native
+from edgewright.models.decoder.native import share_blocks
+from edgewright.pruning.depth import keep_layers_
 from edgewright.runtime.benchmark import benchmark_files
-from edgewright.sparsity.depth import keep_layers_
 from results import save
 
 BLOCKS = 10

@@ -31,10 +31,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from edgewright.measure.machine import machine
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, paired_ratio
-from edgewright.optim.lion_distributed import DistributedLion
-from edgewright.optim.lion_exchange import wire_bytes
-from edgewright.optim.lion_hook import disable_gradient_allreduce, register_distributed_lion_hook
-from edgewright.optim.sign_bits import pack_bits
+from edgewright.systems.distributed_lion.distributed import DistributedLion
+from edgewright.systems.distributed_lion.exchange import wire_bytes
+from edgewright.systems.distributed_lion.hook import disable_gradient_allreduce, register_distributed_lion_hook
+from edgewright.systems.distributed_lion.sign_bits import pack_bits
 
 WORLD, ELEMENTS, EXCHANGES, FEWER_EXCHANGES = 4, 4_000_000, 50, 10
 RATES = {"unlimited": None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8}

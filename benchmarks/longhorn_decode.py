@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from edgewright.io.transformers_names import cache_of, with_cache
-from edgewright.language.decoder import new_decoder
-from edgewright.language.decoder_config import EdgeDecoderConfig
-from edgewright.language.longhorn_scan import longhorn_scan, longhorn_step, step_size
-from edgewright.language.longhorn_state import LonghornCache, snapshot
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.recipes.longhorn import feed_forward_width
+from edgewright.models.decoder.config import EdgeDecoderConfig
+from edgewright.models.decoder.model import new_decoder
+from edgewright.models.decoder.state_cache import StateCache, snapshot
+from edgewright.systems.longhorn.recipe import feed_forward_width
+from edgewright.systems.longhorn.scan import longhorn_scan, longhorn_step, step_size
 from results import ROOT, save
 
 WIDTH, LAYERS, VOCABULARY = 512, 8, 4096
@@ -45,7 +45,7 @@ def model_of(kind: str) -> Any:
     return new_decoder(shape).eval()
 
 
-def standing_at(model: Any, context: int) -> LonghornCache:
+def standing_at(model: Any, context: int) -> StateCache:
     """A cache that has taken in `context` tokens."""
     ids = torch.randint(VOCABULARY, (1, context), generator=torch.Generator().manual_seed(context))
     cache = None

@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgewright.export.gguf import export_gguf
+from edgewright.export.gguf.exporter import export_gguf
 from edgewright.io.text import builtin_documents
 from edgewright.io.transformers_names import cache_of, with_cache
-from edgewright.language.decoder import EdgeDecoderForCausalLM, new_decoder
-from edgewright.language.moe import Experts, MoEConfig, SparseMoE
-from edgewright.language.moe_design import moe_parameters
-from edgewright.language.presets_moe import SHAPES, mobilemoe
-from edgewright.language.tokenizer import train_tokenizer
 from edgewright.measure.memory import current_rss, peak_rss, release_free_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
+from edgewright.models.decoder.model import EdgeDecoderForCausalLM, new_decoder
+from edgewright.models.decoder.tokenizer import train_tokenizer
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.runtime.benchmark import benchmark_files
+from edgewright.systems.mobilemoe.design import moe_parameters
+from edgewright.systems.mobilemoe.layer import Experts, MoEConfig, SparseMoE
+from edgewright.systems.mobilemoe.presets import SHAPES, mobilemoe
 from results import save
 
 BACKENDS = {"sorted": "sorted", "grouped_mm": "grouped_mm", "loop": "loop", "dense-masked": "dense"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import edgewright
 from edgewright import QuantConfig, Report, WeightConfig, convert_, quantize_
-from edgewright.export.onnx import OnnxExport, export_onnx
+from edgewright.export.onnx.exporter import OnnxExport, export_onnx
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.measure.timing import paired_ratio
 from edgewright.quantization.config import Rule

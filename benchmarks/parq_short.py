@@ -5,7 +5,7 @@ Gradual hardening needs time: this is where it has too little.
 
 from __future__ import annotations
 
-from edgewright.recipes.recipe import run_recipe
+from edgewright.systems.recipe import run_recipe
 from results import ROOT, save
 
 STEPS = 300

@@ -16,9 +16,9 @@ from torch import nn
 from edgewright.measure.memory import peak_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.quantization.lsbq import LSBQ, Uniform
-from edgewright.quantization.parq import QuantOptimizer
-from edgewright.quantization.proximal import ProxPARQ
+from edgewright.systems.parq.lsbq import LSBQ, Uniform
+from edgewright.systems.parq.optimizer import QuantOptimizer
+from edgewright.systems.parq.proximal import ProxPARQ
 from results import save
 
 SHAPES = ((512, 512), (512, 512), (512, 512), (512, 512), (2048, 512), (512, 2048)) * 6  # 18.9 million

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from edgewright.recipes.recipe import check_claims, load_recipe, run_recipe, runnable
+from edgewright.systems.recipe import check_claims, load_recipe, run_recipe, runnable
 from results import RESULTS, ROOT, load, save, save_claims
 
 

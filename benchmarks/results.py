@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgewright.io.atomic import write_text
 from edgewright.measure.report import Report
-from edgewright.recipes.recipe import Verdict
+from edgewright.systems.recipe import Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"

@@ -21,11 +21,11 @@ from torch import nn
 from edgewright.io.row_codes import pack_rows, row_bytes
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.recsys.bags import JaggedBatch
-from edgewright.recsys.dlrm import DLRM, DLRMConfig
-from edgewright.recsys.quant import RowwiseQuantEmbeddingBag, apply_recipe, uniform_recipe
-from edgewright.recsys.quant.rows import HalfRows, StoredRows
-from edgewright.recsys.quant.units import find_units
+from edgewright.systems.dlrm.bags import JaggedBatch
+from edgewright.systems.dlrm.model import DLRM, DLRMConfig
+from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, apply_recipe, uniform_recipe
+from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.low_precision_recsys.units import find_units
 from results import save
 
 ROWS, DIM, BATCH, BAG = 2_000_000, 64, 512, 20

@@ -21,7 +21,7 @@ from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.kernels.sparse_rows import PreparedRows, RowMatrix, why_no_kernel
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
-from edgewright.sparsity.r_sparse import (
+from edgewright.systems.r_sparse.model import (
     RSparseConfig,
     RSparseLinear,
     achieved_sparsity,

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 
 from edgewright.io.transformers_names import cache_of, with_cache
-from edgewright.language.decoder import new_decoder
-from edgewright.language.presets import mobilellm_config
-from edgewright.language.stem import StemConfig, stem_blocks, with_stem
-from edgewright.language.stem_files import load_offloaded, save_stem
-from edgewright.language.stem_offload import offload_
-from edgewright.language.stem_store import EmbeddingStore
 from edgewright.measure.memory import current_rss, peak_memory, release_free_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
+from edgewright.models.decoder.model import new_decoder
+from edgewright.systems.mobilellm.presets import mobilellm_config
+from edgewright.systems.stem.files import load_offloaded, save_stem
+from edgewright.systems.stem.layer import StemConfig, stem_blocks, with_stem
+from edgewright.systems.stem.offload import offload_
+from edgewright.systems.stem.store import EmbeddingStore
 from results import save
 
 LAYERS, VOCABULARY = 15, 32000

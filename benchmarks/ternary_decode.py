@@ -12,11 +12,11 @@ from pathlib import Path
 
 import edgewright
 from edgewright.compression.methods import round_to_nearest
-from edgewright.export.gguf import export_gguf
+from edgewright.export.gguf.exporter import export_gguf
 from edgewright.measure.report import Report
 from edgewright.quantization.api import convert_
-from edgewright.quantization.encoder_decoder import tbt_
 from edgewright.runtime.benchmark import benchmark_files
+from edgewright.systems.ternary_binary_nlg.model import tbt_
 from results import save
 
 LAYOUTS = ("small", "auto")  # "fast" picks the same types as "auto" here

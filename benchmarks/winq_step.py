@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from edgewright.data.sentences import SentenceBench, SentenceSettings, embedding_loss
 from edgewright.measure.memory import peak_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
-from edgewright.quantization.winq import WinQ
-from edgewright.recipes.sentences import SentenceBench, SentenceSettings, embedding_loss
+from edgewright.systems.winq.training import WinQ
 from results import save
 
 VARIANTS = {

@@ -16,7 +16,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of a worker and of every process that a t
 
 import pytest
 import torch
-from toy_llama import make_tiny_llama
+
+from tests.toy_llama import make_tiny_llama
 
 torch.set_num_threads(1)
 

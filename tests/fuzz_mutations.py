@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzz_runs import hostile_pickles
+from tests.fuzz_runs import hostile_pickles
 
 CODE_RAN = "code-ran"  # a file that hostile pickles make where they are believed
 HUGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**64, 10**30, 20_000_000, 3_000, 100_000)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fuzz_runs
 import torch
 from torch import nn
+
+from tests import fuzz_runs
 
 TEXT = "one two three four five six seven eight nine ten " * 20
 
@@ -37,8 +38,8 @@ class Reader:
 
 
 def tokenizer(template: bool = True) -> Any:
-    from toy_gguf import TEMPLATE
-    from toy_llama import make_byte_tokenizer
+    from tests.toy_gguf import TEMPLATE
+    from tests.toy_llama import make_byte_tokenizer
 
     made = make_byte_tokenizer()
     made.chat_template = TEMPLATE if template else None
@@ -46,13 +47,13 @@ def tokenizer(template: bool = True) -> Any:
 
 
 def _save(model: Any, folder: Path) -> None:
-    from edgewright.sparsity.cut_folder import save_checkpoint
+    from edgewright.pruning.cut_folder import save_checkpoint
 
     save_checkpoint(model, tokenizer(), folder / "model")
 
 
 def build_llama(folder: Path) -> None:
-    from toy_llama import make_tiny_llama
+    from tests.toy_llama import make_tiny_llama
 
     _save(make_tiny_llama(hidden_size=32, intermediate_size=48), folder)
 
@@ -72,10 +73,9 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 
 def build_quantized(folder: Path) -> None:
-    from toy_llama import make_tiny_llama
-
     from edgewright.quantization.api import convert_, quantize_
     from edgewright.quantization.config import QuantConfig
+    from tests.toy_llama import make_tiny_llama
 
     model = make_tiny_llama(hidden_size=32, intermediate_size=64)
     convert_(quantize_(model, QuantConfig.weights("int4", 32, scale="absmax")))
@@ -101,9 +101,9 @@ def load_model(folder: Path) -> None:
 def build_binary(folder: Path) -> None:
     from transformers import BertConfig, BertModel
 
-    from edgewright.quantization.binary_encoder import BitConfig, bit_
-    from edgewright.quantization.binary_folder import save_binary
-    from edgewright.quantization.binary_linear import pack_binary_
+    from edgewright.systems.bit.folder import save_binary
+    from edgewright.systems.bit.linear import pack_binary_
+    from edgewright.systems.bit.model import BitConfig, bit_
 
     config = BertConfig(vocab_size=99, max_position_embeddings=40, **SMALL)
     model = bit_(BertModel(config).eval(), BitConfig())
@@ -113,16 +113,15 @@ def build_binary(folder: Path) -> None:
 
 
 def read_binary(folder: Path) -> None:
-    from edgewright.quantization.binary_folder import load_binary
+    from edgewright.systems.bit.folder import load_binary
 
     load_binary(folder / "model")
 
 
 def build_cut(folder: Path) -> None:
-    from toy_llama import make_tiny_llama
-
-    from edgewright.sparsity.cut_folder import save_cut
-    from edgewright.sparsity.unembedding import prune_unembedding_
+    from edgewright.pruning.cut_folder import save_cut
+    from edgewright.pruning.unembedding import prune_unembedding_
+    from tests.toy_llama import make_tiny_llama
 
     model = make_tiny_llama(hidden_size=32, intermediate_size=48)
     prune_unembedding_(model, (2, 5, 17, 100))
@@ -130,7 +129,7 @@ def build_cut(folder: Path) -> None:
 
 
 def read_cut(folder: Path) -> None:
-    from edgewright.sparsity.cut_folder import load_cut
+    from edgewright.pruning.cut_folder import load_cut
 
     load_cut(folder / "cut")
 
@@ -138,8 +137,8 @@ def read_cut(folder: Path) -> None:
 def build_stem(folder: Path) -> None:
     from language.stem_toys import stem
 
-    from edgewright.language.stem_edit import edit_rows
-    from edgewright.language.stem_files import save_stem
+    from edgewright.systems.stem.edit import edit_rows
+    from edgewright.systems.stem.files import save_stem
 
     model = stem(vocab_size=256)
     save_stem(model, folder / "model", tokenizer())
@@ -151,8 +150,8 @@ def build_stem(folder: Path) -> None:
 def read_stem(folder: Path) -> None:
     from language.stem_toys import stem
 
-    from edgewright.language.stem_edit import load_edit
-    from edgewright.language.stem_files import load_offloaded
+    from edgewright.systems.stem.edit import load_edit
+    from edgewright.systems.stem.files import load_offloaded
 
     load_edit(stem(vocab_size=256), folder / "edit.safetensors")
     model, store = load_offloaded(folder / "model")
@@ -161,7 +160,7 @@ def read_stem(folder: Path) -> None:
 
 
 def build_gguf(folder: Path) -> None:
-    from toy_gguf import write_toy
+    from tests.toy_gguf import write_toy
 
     write_toy(folder / "model.gguf")
 
@@ -190,7 +189,7 @@ def run_gguf(folder: Path) -> None:
 def build_checkpoints(folder: Path) -> None:
     from training.checkpointing.checkpoint_toy import Run
 
-    from edgewright.training.checkpointing import CheckpointConfig, DiffCheckpointer
+    from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer
 
     run = Run()
     config = CheckpointConfig(bits=4, nbins=25, ratio=0.6)
@@ -201,7 +200,7 @@ def build_checkpoints(folder: Path) -> None:
 
 
 def seal_checkpoints(folder: Path) -> None:
-    from edgewright.training.checkpointing.manifest import NAME, _digest
+    from edgewright.systems.check_n_run.manifest import NAME, _digest
 
     for manifest in (folder / "ck").glob(f"ckpt-*/{NAME}"):
         body = json.loads(manifest.read_text())
@@ -216,9 +215,9 @@ def read_checkpoints(folder: Path) -> None:
     from training.checkpointing.checkpoint_toy import Run, same
 
     from edgewright.errors import EdgewrightError
-    from edgewright.training.checkpointing import restore
-    from edgewright.training.checkpointing.files import LocalFiles
-    from edgewright.training.checkpointing.listing import inspect_dir, load_model
+    from edgewright.systems.check_n_run import restore
+    from edgewright.systems.check_n_run.files import LocalFiles
+    from edgewright.systems.check_n_run.listing import inspect_dir, load_model
 
     inspect_dir(folder / "ck", content=True)
     run = Run(seed=5)
@@ -236,9 +235,9 @@ def read_checkpoints(folder: Path) -> None:
 def build_update(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from edgewright.training.checkpointing.files import LocalFiles
-    from edgewright.training.checkpointing.listing import load_model
-    from edgewright.training.checkpointing.update import diff
+    from edgewright.systems.check_n_run.files import LocalFiles
+    from edgewright.systems.check_n_run.listing import load_model
+    from edgewright.systems.check_n_run.update import diff
 
     build_checkpoints(folder)
     first, last = sorted((folder / "ck").glob("ckpt-*"))
@@ -249,7 +248,7 @@ def build_update(folder: Path) -> None:
 
 def seal_update(folder: Path) -> None:
     from edgewright.io.tensors import read_tensors, save_tensors
-    from edgewright.training.checkpointing.update import _seal
+    from edgewright.systems.check_n_run.update import _seal
 
     tensors, texts = read_tensors(folder / "update.bin")
     fields = json.loads(texts["update"])
@@ -259,7 +258,7 @@ def seal_update(folder: Path) -> None:
 
 def read_update(folder: Path) -> None:
     from edgewright.io.tensors import load_tensors
-    from edgewright.training.checkpointing.update import apply_delta, merge
+    from edgewright.systems.check_n_run.update import apply_delta, merge
 
     tensors = load_tensors(folder / "model.safetensors")
     apply_delta(tensors, folder / "update.bin")
@@ -311,8 +310,8 @@ def read_sharded(folder: Path) -> None:
 def _sharded(use: Callable[[Any], Any]) -> None:
     import torch.distributed as dist
 
-    from edgewright.recsys.dlrm import DLRM, DLRMConfig
-    from edgewright.recsys.sharded import ShardedDLRM
+    from edgewright.systems.dlrm.model import DLRM, DLRMConfig
+    from edgewright.systems.dlrm.sharded import ShardedDLRM
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -322,20 +321,20 @@ def _sharded(use: Callable[[Any], Any]) -> None:
 
 
 def build_lion(folder: Path) -> None:
-    from edgewright.optim.lion_checkpoint import save_replicas
+    from edgewright.systems.distributed_lion.checkpoint import save_replicas
 
     model, optimizer = _lion()
     save_replicas(folder / "run", model, optimizer, {"seen": 1})
 
 
 def read_lion(folder: Path) -> None:
-    from edgewright.optim.lion_checkpoint import load_replicas
+    from edgewright.systems.distributed_lion.checkpoint import load_replicas
 
     load_replicas(folder / "run", *_lion())
 
 
 def _lion() -> Any:
-    from edgewright.optim.lion_distributed import DistributedLion, lion_groups
+    from edgewright.systems.distributed_lion.distributed import DistributedLion, lion_groups
 
     torch.manual_seed(0)
     model = nn.Linear(3, 4)
@@ -348,10 +347,10 @@ LINES = ["label,I1,I2,C1,C2", *(f"{i % 2},{i},{i * 0.5},a{i % 5},b{i % 3}" for i
 
 
 def build_dlrm(folder: Path) -> None:
-    from edgewright.recsys.criteo import read_layout
-    from edgewright.recsys.dlrm import DLRM, DLRMConfig
-    from edgewright.recsys.quant.recipe import apply_recipe, uniform_recipe
-    from edgewright.recsys.vocabulary import prepare_clicks
+    from edgewright.systems.dlrm.criteo import read_layout
+    from edgewright.systems.dlrm.model import DLRM, DLRMConfig
+    from edgewright.systems.dlrm.vocabulary import prepare_clicks
+    from edgewright.systems.low_precision_recsys.model import apply_recipe, uniform_recipe
 
     (folder / "log.csv").write_text("\n".join(LINES))
     _, _, vocabulary = prepare_clicks(
@@ -365,11 +364,11 @@ def build_dlrm(folder: Path) -> None:
 
 
 def read_dlrm(folder: Path) -> None:
-    from edgewright.compression.clicks import click_folder
     from edgewright.errors import EdgewrightError
-    from edgewright.recsys.dlrm import DLRM
-    from edgewright.recsys.quant.model import QuantizedModel
-    from edgewright.recsys.vocabulary import Vocabulary
+    from edgewright.systems.dlrm.model import DLRM
+    from edgewright.systems.dlrm.vocabulary import Vocabulary
+    from edgewright.systems.low_precision_recsys.compress import click_folder
+    from edgewright.systems.low_precision_recsys.model import QuantizedModel
 
     failed = None
     for read in (
@@ -392,7 +391,7 @@ def _log(name: str) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
         (folder / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
 
     def read(folder: Path) -> None:
-        from edgewright.recsys.criteo import read_chunks, read_layout
+        from edgewright.systems.dlrm.criteo import read_chunks, read_layout
 
         for _ in read_chunks(folder / name, read_layout(folder / name)):
             pass
@@ -410,7 +409,7 @@ def build_parquet(folder: Path) -> None:
 
 
 def read_parquet(folder: Path) -> None:
-    from edgewright.recsys.criteo import read_chunks, read_layout
+    from edgewright.systems.dlrm.criteo import read_chunks, read_layout
 
     for _ in read_chunks(folder / "log.parquet", read_layout(folder / "log.parquet")):
         pass
@@ -472,10 +471,10 @@ def read_settings(folder: Path) -> None:
 
 
 def build_static(folder: Path) -> None:
-    from toy_network import images, toy_net
-
-    from edgewright.quantization.static import StaticConfig, calibrate_, convert_static, quantize_static
-    from edgewright.quantization.static_file import save_static
+    from edgewright.quantization.static.config import StaticConfig
+    from edgewright.quantization.static.file import save_static
+    from edgewright.quantization.static.network import calibrate_, convert_static, quantize_static
+    from tests.toy_network import images, toy_net
 
     config = StaticConfig(weight_bits=5)
     prepared = calibrate_(quantize_static(toy_net(), images(2), config), images(8).split(4))
@@ -483,18 +482,16 @@ def build_static(folder: Path) -> None:
 
 
 def read_static(folder: Path) -> None:
-    from toy_network import images, toy_net
-
-    from edgewright.quantization.static_file import load_static
+    from edgewright.quantization.static.file import load_static
+    from tests.toy_network import images, toy_net
 
     load_static(toy_net(seed=9), images(2), folder / "toy.safetensors")
 
 
 def build_teacher(folder: Path) -> None:
-    from toy_llama import make_tiny_llama
-
     from edgewright.distillation.teacher_cache import cache_teacher
-    from edgewright.sparsity.importance import Importance
+    from edgewright.pruning.importance import Importance
+    from tests.toy_llama import make_tiny_llama
 
     torch.manual_seed(0)
     rows = torch.randint(0, 256, (6, 8))
@@ -510,7 +507,7 @@ def read_teacher(folder: Path) -> None:
     from edgewright.distillation.best import Best
     from edgewright.distillation.teacher_cache import TeacherCache
     from edgewright.errors import EdgewrightError
-    from edgewright.sparsity.importance import Importance
+    from edgewright.pruning.importance import Importance
 
     failed = None
     for read in (
@@ -551,7 +548,7 @@ def read_text(folder: Path) -> None:
 
 
 def build_template(folder: Path) -> None:
-    from toy_gguf import TEMPLATE
+    from tests.toy_gguf import TEMPLATE
 
     (folder / "template.jinja").write_text(TEMPLATE)
 

@@ -33,15 +33,14 @@ def read_all(*reads: Callable[[], object]) -> None:
 
 
 def build_pte(folder: Path) -> None:
-    from edgewright.export.executorch import export_executorch
+    from edgewright.export.executorch.exporter import export_executorch
 
     export_executorch(nn.Linear(8, 3), None, folder / "program.pte", example_inputs=[torch.randn(1, 8)])
 
 
 def build_chat_pte(folder: Path) -> None:
-    from toy_llama import make_byte_tokenizer, make_tiny_llama
-
-    from edgewright.export.executorch import export_executorch
+    from edgewright.export.executorch.exporter import export_executorch
+    from tests.toy_llama import make_byte_tokenizer, make_tiny_llama
 
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     export_executorch(make_tiny_llama(**shape), make_byte_tokenizer(), folder / "chat.pte", context=32)
@@ -55,14 +54,15 @@ def read_chat_pte(folder: Path) -> None:
 
 
 def build_onnx(folder: Path) -> None:
-    from edgewright.export.onnx import export_onnx
+    from edgewright.export.onnx.exporter import export_onnx
 
     network = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     export_onnx(network, folder / "program.onnx", example_inputs=torch.randn(2, 8))
 
 
 def read_program(folder: Path) -> None:
-    from edgewright.runtime.program import open_program, stand_in_inputs
+    from edgewright.runtime.program import open_program
+    from edgewright.runtime.program_inputs import stand_in_inputs
 
     (file,) = (file for file in folder.iterdir() if file.suffix in (".onnx", ".pte"))
     with open_program(file, threads=1) as program:
@@ -73,11 +73,10 @@ def read_program(folder: Path) -> None:
 
 
 def build_r_sparse(folder: Path) -> None:
-    from fuzz_readers import tokenizer
-    from toy_llama import make_tiny_llama
-
-    from edgewright.sparsity.r_sparse import LayerPlan, RSparseConfig, apply_rsparse, calibrate
-    from edgewright.sparsity.r_sparse_folder import save_rsparse
+    from edgewright.systems.r_sparse.folder import save_rsparse
+    from edgewright.systems.r_sparse.model import LayerPlan, RSparseConfig, apply_rsparse, calibrate
+    from tests.fuzz_readers import tokenizer
+    from tests.toy_llama import make_tiny_llama
 
     model = make_tiny_llama(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     config = RSparseConfig(0.5, rho=0.8)
@@ -88,7 +87,7 @@ def build_r_sparse(folder: Path) -> None:
 
 
 def read_r_sparse(folder: Path) -> None:
-    from edgewright.sparsity.r_sparse_folder import load_rsparse
+    from edgewright.systems.r_sparse.folder import load_rsparse
 
     model, _, _ = load_rsparse(folder / "model")
     with torch.no_grad():
@@ -96,13 +95,13 @@ def read_r_sparse(folder: Path) -> None:
 
 
 def build_guard(folder: Path) -> None:
-    from fuzz_readers import tokenizer
-    from toy_llama import make_tiny_llama
-
-    from edgewright.language.guard import GuardSettings, save_guard
-    from edgewright.language.guard_policy import GuardPolicy
+    from edgewright.pruning.unembedding import prune_unembedding_
     from edgewright.quantization.config import ActivationConfig
-    from edgewright.sparsity.unembedding import prune_unembedding_
+    from edgewright.systems.llama_guard_int4.model import save_guard
+    from edgewright.systems.llama_guard_int4.policy import GuardPolicy
+    from edgewright.systems.llama_guard_int4.settings import GuardSettings
+    from tests.fuzz_readers import tokenizer
+    from tests.toy_llama import make_tiny_llama
 
     text, policy = tokenizer(), GuardPolicy({"S1": "cards", "S2": "doses"})
     text.add_tokens([" safe"])
@@ -112,17 +111,17 @@ def build_guard(folder: Path) -> None:
 
 
 def read_guard(folder: Path) -> None:
-    from edgewright.language.guard import GuardModel
+    from edgewright.systems.llama_guard_int4.model import GuardModel
 
     GuardModel.from_pretrained(folder / "guard").moderate([{"role": "user", "content": "hello"}])
 
 
 def build_store(folder: Path) -> None:
-    from fuzz_readers import tokenizer
     from language.stem_toys import stem
 
-    from edgewright.language.stem_files import save_stem
-    from edgewright.language.stem_offload import offload_
+    from edgewright.systems.stem.files import save_stem
+    from edgewright.systems.stem.offload import offload_
+    from tests.fuzz_readers import tokenizer
 
     model = stem(vocab_size=256)
     save_stem(model, folder / "model", tokenizer())
@@ -130,7 +129,7 @@ def build_store(folder: Path) -> None:
 
 
 def read_store(folder: Path) -> None:
-    from edgewright.language.stem_files import load_offloaded
+    from edgewright.systems.stem.files import load_offloaded
 
     model, _ = load_offloaded(folder / "model", folder / "tables", access="mmap")
     with torch.no_grad():
@@ -141,8 +140,9 @@ def read_store(folder: Path) -> None:
 
 
 def build_torch(folder: Path) -> None:
-    from fuzz_readers import build_llama
     from safetensors.torch import load_file
+
+    from tests.fuzz_readers import build_llama
 
     build_llama(folder)
     weights = folder / "model" / "model.safetensors"
@@ -223,7 +223,7 @@ def _measured(folder: Path) -> Any:
 
 
 def _recipe(folder: Path) -> Any:
-    from edgewright.recipes.recipe import Plan, _open_folder
+    from edgewright.systems.recipe import Plan, _open_folder
 
     record = {"recipe": "winq", "size": "tiny", "settings": {"steps": 3, "arms": ["a", "b"]}}
     return _open_folder(folder, record, Plan(("one",), 1.0, 1, 1), False)
@@ -244,15 +244,15 @@ def _written(folder: Path) -> Any:
 
 
 def _search(folder: Path) -> Any:
-    from edgewright.sparsity import r_sparse_search
+    from edgewright.systems.r_sparse import search as r_sparse_search
 
     return r_sparse_search._Scores(folder / "search.json", {"model": "a", "text": "b"})
 
 
 def _pretrained(folder: Path) -> None:
-    from edgewright.language.pretrain_evaluation import _read
+    from edgewright.commands.pretrain import _from_file
+    from edgewright.models.decoder.pretrain_evaluation import _read
     from edgewright.training.metrics import MetricsLog
-    from edgewright.verbs.pretrain import _from_file
 
     def go_on() -> None:
         [sample for sample in _read(folder / "samples.jsonl") if sample["step"] <= 1]
@@ -262,7 +262,7 @@ def _pretrained(folder: Path) -> None:
 
 
 def _monitored(folder: Path) -> Any:
-    from edgewright.recsys.quant.monitor import Monitor
+    from edgewright.systems.low_precision_recsys.monitor import Monitor
 
     return Monitor.history(SimpleNamespace(store=folder))  # type: ignore[arg-type]
 

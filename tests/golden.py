@@ -67,7 +67,9 @@ def compare(name: str, measured: dict[str, Any], update: bool) -> None:
     before = golden["entries"].get(name)
     assert before is not None, f"golden.json does not know {name}: pytest --update-golden"
     if golden["numerics"] == numerics():
-        assert measured == before, f"{name} differs from golden.json; if it should: pytest --update-golden"
+        changed = [row for row in measured["rows"] if row not in before["rows"]]
+        changed += [file for file, digest in measured["files"].items() if before["files"].get(file) != digest]
+        assert measured == before, f"{name} differs from golden.json in {changed}; if it should: pytest --update-golden"
     else:
         told = f"golden.json is of another processor or other versions: only names of {name} were compared"
         warnings.warn(told, stacklevel=2)

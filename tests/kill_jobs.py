@@ -7,9 +7,10 @@ from pathlib import Path
 # In the parent of all forks, so that each job starts at once. No thread of torch may run before a fork.
 import torch
 import transformers
-from kills import Job
-from toy_gguf import write_toy
-from toy_pretrain import documents
+
+from tests.kills import Job
+from tests.toy_gguf import write_toy
+from tests.toy_pretrain import documents
 
 torch.set_num_threads(1)
 assert transformers  # imported for its time alone

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_script(script: str | Path, *arguments: object, timeout: float = 120) -> str:
     """Run a script of the tests, which may import what tests import; its standard output. Fails as the script does."""
     command = [sys.executable, str(script), *(str(argument) for argument in arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False, env=environment)
     sys.stderr.write(done.stderr)  # pytest shows it where a test fails
     assert done.returncode == 0, done.stderr[-3000:]

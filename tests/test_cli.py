@@ -27,7 +27,7 @@ def test_help_is_instant() -> None:
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0
     assert min(seconds) < 0.3  # the least disturbed of five: other work on the machine is not ours
-    for verb, (_, text) in cli.VERBS.items():
+    for verb, (_, text) in cli.COMMANDS.items():
         assert verb in result.stdout and text in result.stdout
 
 
@@ -85,7 +85,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("probe_verb")
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "probe_verb", module)
-    monkeypatch.setitem(cli.VERBS, "probe", ("probe_verb", "for the tests"))
+    monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_verb", "for the tests"))
     monkeypatch.delenv("EDGEWRIGHT_TRACEBACK", raising=False)
     return module
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pickle_guard import guard
+
+from tests.pickle_guard import guard
 
 SECONDS = 60
 SOURCES = Path(__file__).resolve().parents[1] / "src" / "edgewright"
@@ -73,7 +74,7 @@ def test_only_these_modules_name_an_unpickler() -> None:
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 if (node.value.id, node.attr) in LOADERS:
                     named.add((where, f"{node.value.id}.{node.attr}"))
-    assert named == {("measure/memory.py", "pickle"), ("vision/efficientnet_lite.py", "torch.load")}
+    assert named == {("measure/memory.py", "pickle"), ("models/efficientnet_lite.py", "torch.load")}
 
 
 def test_json_is_parsed_where_its_errors_are_caught() -> None:

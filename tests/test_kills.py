@@ -16,8 +16,8 @@ import pytest
 CODE = """
 import sys
 from pathlib import Path
-from kill_jobs import JOBS
-from kills import kill_everywhere
+from tests.kill_jobs import JOBS
+from tests.kills import kill_everywhere
 name, folder, renames, times = sys.argv[1:]
 outcome = kill_everywhere(JOBS[name], Path(folder), renames=int(renames), times=int(times))
 print(outcome.kills, outcome.faults)

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import rendezvous
 from safetensors.torch import save_file
 
-from edgewright.language.decoder_config import EdgeDecoderConfig
-from edgewright.language.next_token import NextToken
-from edgewright.language.pretrain import PretrainResult, PretrainSettings, pretrain
+from edgewright.models.decoder.config import EdgeDecoderConfig
+from edgewright.models.decoder.next_token import NextToken
+from edgewright.models.decoder.pretrain import PretrainResult, PretrainSettings, pretrain
 from edgewright.training import TrainingInterrupted
 from edgewright.training.metrics import write_loss_plot
+from tests.processes import rendezvous
 
 STEPS, KILLED_AT, CHECKPOINT_EVERY = 6, 6, 2
 

@@ -3,42 +3,69 @@
 The public names below are imported on first use, so that `import edgewright` costs nothing and loads no torch.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+from edgewright.lazy import lazy
+
+if TYPE_CHECKING:
+    from edgewright.distillation.language import LanguageDistillation as LanguageDistillation
+    from edgewright.distillation.self_generation import self_generate as self_generate
+    from edgewright.errors import EdgewrightError as EdgewrightError
+    from edgewright.evaluation.language import evaluate_language as evaluate_language
+    from edgewright.export.executorch.exporter import export_executorch as export_executorch
+    from edgewright.export.gguf.exporter import export_gguf as export_gguf
+    from edgewright.export.onnx.exporter import export_onnx as export_onnx
+    from edgewright.io.models import load as load
+    from edgewright.io.text import load_texts as load_texts, token_blocks as token_blocks
+    from edgewright.measure.report import Report as Report
+    from edgewright.quantization.api import convert_ as convert_, dequantize_ as dequantize_, quantize_ as quantize_
+    from edgewright.quantization.config import (
+        ActivationConfig as ActivationConfig,
+        KVConfig as KVConfig,
+        QuantConfig as QuantConfig,
+        Rule as Rule,
+        WeightConfig as WeightConfig,
+    )
+    from edgewright.quantization.gptq import gptq_ as gptq_
+    from edgewright.runtime.engine import open_engine as open_engine
+    from edgewright.runtime.program import open_program as open_program
+    from edgewright.systems.recipe import load_recipe as load_recipe, run_recipe as run_recipe
+    from edgewright.training.batches import BlockBatches as BlockBatches
+    from edgewright.training.loop import TrainConfig as TrainConfig, TrainResult as TrainResult, fit as fit
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "load": "edgewright.io.models",
-    "fit": "edgewright.training.loop",
-    "TrainConfig": "edgewright.training.loop",
-    "quantize_": "edgewright.quantization.api",
-    "convert_": "edgewright.quantization.api",
-    "dequantize_": "edgewright.quantization.api",
-    "WeightConfig": "edgewright.quantization.config",
-    "ActivationConfig": "edgewright.quantization.config",
-    "KVConfig": "edgewright.quantization.config",
-    "QuantConfig": "edgewright.quantization.config",
-    "export_gguf": "edgewright.export.gguf",
-    "export_executorch": "edgewright.export.executorch",
-    "export_onnx": "edgewright.export.onnx",
-    "open_engine": "edgewright.runtime.engine",
-    "open_program": "edgewright.runtime.program",
-    "evaluate_language": "edgewright.evaluation.language",
-    "Report": "edgewright.measure.report",
-    "EdgewrightError": "edgewright.errors",
-    "run_recipe": "edgewright.recipes.recipe",
-}
-
-__all__ = ["__version__", *_HOME]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'edgewright' has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(_HOME[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "ActivationConfig": "edgewright.quantization.config",
+        "BlockBatches": "edgewright.training.batches",
+        "EdgewrightError": "edgewright.errors",
+        "KVConfig": "edgewright.quantization.config",
+        "LanguageDistillation": "edgewright.distillation.language",
+        "QuantConfig": "edgewright.quantization.config",
+        "Report": "edgewright.measure.report",
+        "Rule": "edgewright.quantization.config",
+        "TrainConfig": "edgewright.training.loop",
+        "TrainResult": "edgewright.training.loop",
+        "WeightConfig": "edgewright.quantization.config",
+        "convert_": "edgewright.quantization.api",
+        "dequantize_": "edgewright.quantization.api",
+        "evaluate_language": "edgewright.evaluation.language",
+        "export_executorch": "edgewright.export.executorch.exporter",
+        "export_gguf": "edgewright.export.gguf.exporter",
+        "export_onnx": "edgewright.export.onnx.exporter",
+        "fit": "edgewright.training.loop",
+        "gptq_": "edgewright.quantization.gptq",
+        "load": "edgewright.io.models",
+        "load_recipe": "edgewright.systems.recipe",
+        "load_texts": "edgewright.io.text",
+        "open_engine": "edgewright.runtime.engine",
+        "open_program": "edgewright.runtime.program",
+        "quantize_": "edgewright.quantization.api",
+        "run_recipe": "edgewright.systems.recipe",
+        "self_generate": "edgewright.distillation.self_generation",
+        "token_blocks": "edgewright.io.text",
+    },
+)
+__all__.append("__version__")

@@ -1,4 +1,4 @@
-"""The command line: a table of verbs, each one module that is imported only when its verb is used.
+"""The command line: a table of commands, each one module that is imported only when it is used.
 
 Exit codes: 0 done, 1 a check, a claim or the output failed, 2 wrong usage, 130 interrupted.
 """
@@ -18,25 +18,22 @@ from typing import Any
 from edgewright import __version__
 from edgewright.errors import EdgewrightError, UsageError
 
-# verb -> (module with add_arguments(parser) and run(args) -> exit code, one line of help)
-VERBS = {
-    "compress": ("edgewright.verbs.compress", "quantise a model, export it, verify the file and report"),
-    "bench": ("edgewright.verbs.bench", "size, speed and memory of exported files on this machine"),
-    "compare": ("edgewright.verbs.compare", "quality of two models or files, each figure with its standard error"),
-    "prune": ("edgewright.verbs.prune", "cut blocks and MLP neurons by importance; the result is a plain checkpoint"),
-    "sparsify": ("edgewright.verbs.sparsify", "skip the weights of small inputs while a model decodes (R-Sparse)"),
-    "pretrain": ("edgewright.verbs.pretrain", "train a language model from scratch on text"),
-    "train": ("edgewright.verbs.train", "train a model of clicks (DLRM) on your own log"),
-    "checkpoint": (
-        "edgewright.verbs.checkpoint",
-        "checkpoints of table rows: list, verify, restore, updates for devices",
-    ),
-    "stem": ("edgewright.verbs.stem", "tables in place of up-projections (STEM): convert a dense model, edit facts"),
-    "design": ("edgewright.verbs.design", "shapes of a decoder for a number of weights, with predicted size and speed"),
-    "export": ("edgewright.verbs.export", "write a model for a runtime, then run what was written and compare"),
-    "chat": ("edgewright.verbs.chat", "talk to an exported file"),
-    "systems": ("edgewright.verbs.systems", "the catalogue of published systems and what we measured"),
-    "run": ("edgewright.verbs.run", "the recipe of one published system, with its claims checked"),
+# command -> (module with add_arguments(parser) and run(args) -> exit code, one line of help)
+COMMANDS = {
+    "compress": ("edgewright.commands.compress", "quantise a model, export it, verify the file and report"),
+    "bench": ("edgewright.commands.bench", "size, speed and memory of exported files on this machine"),
+    "compare": ("edgewright.commands.compare", "quality of two models or files, each figure with its standard error"),
+    "prune": ("edgewright.commands.prune", "cut blocks and neurons by importance; the result is a plain checkpoint"),
+    "sparsify": ("edgewright.systems.r_sparse.command", "skip weights of small inputs while decoding (R-Sparse)"),
+    "pretrain": ("edgewright.commands.pretrain", "train a language model from scratch on text"),
+    "train": ("edgewright.systems.dlrm.command", "train a model of clicks (DLRM) on your own log"),
+    "checkpoint": ("edgewright.systems.check_n_run.command", "list, verify, restore checkpoints of tables; updates"),
+    "stem": ("edgewright.systems.stem.command", "tables in place of up-projections (STEM): convert, edit facts"),
+    "design": ("edgewright.commands.design", "shapes of a decoder for a number of weights, with size and speed"),
+    "export": ("edgewright.commands.export", "write a model for a runtime, then run what was written and compare"),
+    "chat": ("edgewright.commands.chat", "talk to an exported file"),
+    "systems": ("edgewright.commands.systems", "the catalogue of published systems and what we measured"),
+    "run": ("edgewright.commands.run", "the recipe of one published system, with its claims checked"),
 }
 
 
@@ -95,28 +92,29 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0].startswith("-"):
         parser.parse_args(arguments)  # --help and --version end here; any other option is refused
         return 2
-    verb = arguments[0]
-    if verb not in VERBS:
-        from edgewright.systems import did_you_mean
+    name = arguments[0]
+    if name not in COMMANDS:
+        from edgewright.systems.catalogue import did_you_mean
 
-        raise UsageError(f"no command is called {verb!r}{did_you_mean(verb, VERBS)}; commands: {', '.join(VERBS)}")
-    module = import_module(VERBS[verb][0])
-    parser = argparse.ArgumentParser(prog=f"edgewright {verb}", description=module.__doc__)
+        known = ", ".join(COMMANDS)
+        raise UsageError(f"no command is called {name!r}{did_you_mean(name, COMMANDS)}; commands: {known}")
+    module = import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"edgewright {name}", description=module.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
     args = parser.parse_args(arguments[1:])
     try:
         code: int = module.run(args)
     except EdgewrightError as error:
-        from edgewright.verbs.words import in_command_words
+        from edgewright.commands.words import in_command_words
 
         return _complain(in_command_words(str(error), parser, getattr(module, "WORDS", ())), error.exit_code)
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    width = max(map(len, VERBS))
-    commands = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="edgewright",
         usage="edgewright COMMAND [OPTION...]",

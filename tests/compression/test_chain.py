@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_llama import make_tiny_llama
 
 import edgewright
 from edgewright.compression.chain import Stage, run_chain, waterfall
@@ -23,15 +22,16 @@ from edgewright.compression.stages import (
     train_stage,
 )
 from edgewright.errors import FormatError, UsageError
-from edgewright.language.answers import AnswerLoss, teacher_answers
 from edgewright.measure.size import parameter_counts
+from edgewright.pruning.importance import collect
+from edgewright.pruning.unembedding import PrunedHead
 from edgewright.quantization.config import ActivationConfig
 from edgewright.quantization.grids import grid_named
 from edgewright.quantization.scales import full_range_alpha, grouped
-from edgewright.sparsity.importance import collect
-from edgewright.sparsity.unembedding import PrunedHead
+from edgewright.systems.llama_guard_int4.answers import AnswerLoss, teacher_answers
 from edgewright.training.batches import BlockBatches
 from edgewright.training.config import TrainConfig
+from tests.toy_llama import make_tiny_llama
 
 TOKENS = torch.randint(3, 250, (8, 12), generator=torch.Generator().manual_seed(0))
 KEPT = (2, 5, 17, 100)
@@ -184,8 +184,7 @@ def test_the_forward_is_torchaos() -> None:
     torchao multiplies by 1/scale where we divide by the scale, so the two may part at ties, and absmax/7.5 puts the
     largest weight of a group on one (7.5 steps). A positive one is clipped to 7 either way: here all are.
     """
-    from torchao.quantization import qat
-    from torchao.quantization import quantize_ as torchao_quantize_
+    from torchao.quantization import qat, quantize_ as torchao_quantize_
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 128, generator=generator)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_gguf import write_toy
 
 from edgewright import cli
 from edgewright.compression import methods
@@ -16,10 +15,11 @@ from edgewright.compression.pipeline import compress
 from edgewright.compression.settings import Budget, CompressSettings
 from edgewright.compression.sweep import sweep
 from edgewright.errors import CheckFailed, UsageError
-from edgewright.export.gguf import export_gguf
-from edgewright.io.gguf import GGUFFile
+from edgewright.export.gguf.exporter import export_gguf
+from edgewright.io.gguf.reader import GGUFFile
 from edgewright.io.models import load
 from edgewright.quantization.api import convert_, quantize_
+from tests.toy_gguf import write_toy
 
 TEXT = "\n\n".join(f"Paragraph {i}: the quick brown fox jumps over {i * 7} lazy dogs." for i in range(120))
 
@@ -98,7 +98,7 @@ def test_other_widths_export_and_decode(toy, text, tmp_path, bits, grid):
     model, _ = load(toy)
     packed = methods.round_to_nearest(model, bits)
     assert packed.model.layers[0].self_attn.q_proj.grid == grid
-    from edgewright.io.gguf import GGUFFile
+    from edgewright.io.gguf.reader import GGUFFile
 
     decoded = torch.from_numpy(GGUFFile(tmp_path / "rtn.gguf").dequantize("blk.0.ffn_down.weight").copy())
     assert torch.equal(decoded, packed.model.layers[0].mlp.down_proj.weight)

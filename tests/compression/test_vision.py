@@ -11,11 +11,12 @@ import torch
 from edgewright import cli
 from edgewright.compression.vision import VisionSettings, compress_vision
 from edgewright.compression.vision_files import is_vision, load_vision, write_description
+from edgewright.data.digits import digits_network, train_digits
 from edgewright.errors import UsageError
 from edgewright.io.images import digits
-from edgewright.quantization.static import StaticConfig, calibrate_, convert_static, quantize_static
-from edgewright.quantization.static_file import load_static, save_static
-from edgewright.vision.digits import digits_network, train_digits
+from edgewright.quantization.static.config import StaticConfig
+from edgewright.quantization.static.file import load_static, save_static
+from edgewright.quantization.static.network import calibrate_, convert_static, quantize_static
 
 
 def test_a_network_becomes_files_that_agree_with_it(tmp_path: Path) -> None:

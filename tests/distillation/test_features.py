@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgewright.distillation.encoder import EncoderDistillation, class_soft_cross_entropy
 from edgewright.distillation.features import attention_loss, even_layer_map, hidden_loss, layer_errors
 from edgewright.errors import UsageError
+from edgewright.systems.bit.distillation import EncoderDistillation, class_soft_cross_entropy
 
 
 def tensors(count: int, *shape: int, seed: int = 0) -> list[torch.Tensor]:

@@ -54,7 +54,7 @@ def make_tokenizer(pre: str = "smollm"):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from edgewright.io.gguf_tokenizer import SPLITTERS
+    from edgewright.io.gguf.tokenizer import SPLITTERS
 
     splitter = SPLITTERS[pre]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

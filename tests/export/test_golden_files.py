@@ -7,18 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import golden
 import pytest
 import torch
-from executorch_models import TinyNet, byte_tokenizer, packed_llama
-from export_models import make_llama, make_tokenizer, pack_layers
-from onnx_models import images, mlp, small_cnn
 
 from edgewright import QuantConfig, WeightConfig, convert_, quantize_
-from edgewright.export.executorch import export_executorch
-from edgewright.export.gguf import export_gguf
-from edgewright.export.onnx import export_onnx
+from edgewright.export.executorch.exporter import export_executorch
+from edgewright.export.gguf.exporter import export_gguf
+from edgewright.export.onnx.exporter import export_onnx
 from edgewright.quantization.config import Rule
+from tests import golden
+from tests.export.executorch.executorch_models import TinyNet, byte_tokenizer, packed_llama
+from tests.export.export_models import make_llama, make_tokenizer, pack_layers
+from tests.export.onnx.onnx_models import images, mlp, small_cnn
 
 GGUF_FORMS = {  # name -> (grid, group, grid of the table) of the packed layers, options of the exporter
     "float16": (None, {}),

@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from export_models import make_llama, make_qwen, make_tokenizer, pack_layers, random_packed
 from torch import nn
 
 import edgewright
 from edgewright.errors import OutputError, Unsupported, UsageError
 from edgewright.export.huggingface import save_dequantized, save_quantized
 from edgewright.io.packed import PackedEmbedding, PackedLinear
+from tests.export.export_models import make_llama, make_qwen, make_tokenizer, pack_layers, random_packed
 
 GRIDS = ("binary", "ternary", "seq2", "int2", "int3", "int4", "int8")
 IDS = torch.arange(3, 35).reshape(2, 16)

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import make_tokenizer, pack_layers
 from torch import Tensor, nn
-from toy_llama import make_tiny_llama
 
 from edgewright.errors import CheckFailed
 from edgewright.evaluation.language import model_logits
-from edgewright.export.executorch import export_executorch
-from edgewright.export.gguf import export_gguf
-from edgewright.export.onnx import export_onnx
+from edgewright.export.executorch.exporter import export_executorch
+from edgewright.export.gguf.exporter import export_gguf
+from edgewright.export.onnx.exporter import export_onnx
 from edgewright.export.original import comparison, language_distance, output_distance
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig
+from tests.export.export_models import make_tokenizer, pack_layers
+from tests.toy_llama import make_tiny_llama
 
 
 def model(seed: int = 0) -> Any:

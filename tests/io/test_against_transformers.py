@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 
-from edgewright.io.gguf_model import load_gguf
+from edgewright.io.gguf.model import load_gguf
 
 
 # Not qwen3: transformers ignores the head width in the file. llama.cpp is the judge of that family.

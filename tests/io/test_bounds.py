@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from toy_llama import make_byte_tokenizer, make_tiny_llama
 
 import edgewright
 from edgewright.errors import EdgewrightError, FormatError
 from edgewright.io.foreign import check_json_files, load_tokenizer, reading
 from edgewright.measure.memory import peak_rss
+from tests.toy_llama import make_byte_tokenizer, make_tiny_llama
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
@@ -131,10 +131,9 @@ def test_errors_of_others_are_ours_and_our_own_faults_are_not() -> None:
 
 @pytest.mark.parametrize("kind", ["su", "x" * 1000])
 def test_a_header_that_ends_llama_cpp_is_one_sentence(kind: str, tmp_path: Path) -> None:
-    from toy_gguf import write_toy
-
     from edgewright.runtime import child_check
     from edgewright.runtime.llamacpp import LlamaCppEngine
+    from tests.toy_gguf import write_toy
 
     path = write_toy(tmp_path / "toy.gguf", llama__rope__scaling__type=kind, llama__rope__scaling__factor=2.0)
     child_check._passed.clear()  # a file of somebody else
@@ -143,10 +142,9 @@ def test_a_header_that_ends_llama_cpp_is_one_sentence(kind: str, tmp_path: Path)
 
 
 def test_a_foreign_file_that_is_sound_runs(tmp_path: Path) -> None:
-    from toy_gguf import write_toy
-
     from edgewright.runtime import child_check
     from edgewright.runtime.llamacpp import LlamaCppEngine
+    from tests.toy_gguf import write_toy
 
     path = write_toy(tmp_path / "toy.gguf")
     child_check._passed.clear()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.row_codes import PackedRows, pack_rows, row_bytes, unpackable_rows

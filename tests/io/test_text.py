@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from edgewright.errors import UsageError
 from edgewright.io.text import SPLITS, _cut_text, load_texts, token_blocks

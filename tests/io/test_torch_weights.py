@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz_runs import hostile_pickles, write_pickle
-from pickle_guard import guard
 from safetensors.torch import load_file
-from toy_llama import make_byte_tokenizer, make_tiny_llama
 
 import edgewright
 from edgewright.errors import EdgewrightError, FormatError, UsageError
-from edgewright.sparsity.cut_folder import save_checkpoint
+from edgewright.pruning.cut_folder import save_checkpoint
+from tests.fuzz_runs import hostile_pickles, write_pickle
+from tests.pickle_guard import guard
+from tests.toy_llama import make_byte_tokenizer, make_tiny_llama
 
 NAMES = sorted(hostile_pickles(Path("mark")))
 

@@ -8,11 +8,11 @@ import time
 
 import numpy as np
 import pytest
-from toy_calls import allocate, die, fail, unpicklable
 
 from edgewright.errors import EdgewrightError, UsageError
 from edgewright.measure import memory
 from edgewright.measure.memory import current_rss, peak_memory, peak_rss
+from tests.toy_calls import allocate, die, fail, unpicklable
 
 MB = 2**20
 

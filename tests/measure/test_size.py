@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy_gguf import HIDDEN, LAYERS, WIDTH, write_toy
 
-from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf.reader import GGUFFile
 from edgewright.measure.size import (
     bits_per_weight,
     bytes_by_part,
@@ -15,6 +14,7 @@ from edgewright.measure.size import (
     parameter_counts,
     part_of,
 )
+from tests.toy_gguf import HIDDEN, LAYERS, WIDTH, write_toy
 
 
 def test_tied_weights_count_once(tiny_llama):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy_encoder_decoders import FAMILIES, tiny_batch, tiny_encoder_decoder
 
 from edgewright.errors import UsageError
 from edgewright.io.transformers_names import CACHE_NAMES
@@ -20,6 +19,7 @@ from edgewright.quantization.attention import (
     quantize_attention_,
     quantized_attention,
 )
+from tests.toy_encoder_decoders import FAMILIES, tiny_batch, tiny_encoder_decoder
 
 
 def flat(output: Any) -> list[torch.Tensor]:

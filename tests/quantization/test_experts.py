@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from toy_llama import make_byte_tokenizer
 
 from edgewright.errors import Unsupported
 from edgewright.export.huggingface import save_dequantized, save_quantized
@@ -21,6 +20,7 @@ from edgewright.quantization.api import convert_, dequantize_, quantizable_layer
 from edgewright.quantization.config import ActivationConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.coverage import coverage, summary
 from edgewright.quantization.layers import WeightStack
+from tests.toy_llama import make_byte_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 1,

@@ -125,8 +125,8 @@ FAMILIES = {
 def family(name):
     import transformers
 
-    from edgewright.language.decoder import new_decoder
-    from edgewright.language.decoder_config import EdgeDecoderConfig
+    from edgewright.models.decoder.config import EdgeDecoderConfig
+    from edgewright.models.decoder.model import new_decoder
 
     sizes = {
         "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,

@@ -20,7 +20,7 @@ from edgewright.quantization.kv_cache import (
     hadamard,
     row_quantizer,
 )
-from edgewright.quantization.quant_cache import QuantCache
+from edgewright.systems.llm_qat.quant_cache import QuantCache
 
 # tiny_llama: 2 layers, 2 key heads of 16.
 CONFIGS = [

@@ -34,7 +34,7 @@ def one_layer(family: str, vocabulary: int):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
 def test_logits_are_those_of_llama_cpp(family, smollm2, tmp_path):
-    from edgewright.export.gguf import export_gguf
+    from edgewright.export.gguf.exporter import export_gguf
     from edgewright.runtime.engine import open_engine
 
     _, tokenizer = smollm2

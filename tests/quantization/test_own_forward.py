@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from toy_llama import make_byte_tokenizer
 
 from edgewright.errors import Unsupported
-from edgewright.export.executorch import export_executorch
+from edgewright.export.executorch.exporter import export_executorch
 from edgewright.export.huggingface import save_quantized
-from edgewright.export.onnx import export_onnx
+from edgewright.export.onnx.exporter import export_onnx
 from edgewright.io.own_forward import KeptForward, refuse_own_forwards
 from edgewright.io.quantized_folder import load_quantized
 from edgewright.quantization.api import convert_, dequantize_, quantize_, quantized_modules
 from edgewright.quantization.config import ActivationConfig, QuantConfig, Rule, WeightConfig
+from tests.toy_llama import make_byte_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,8 +11,8 @@ import torch
 from edgewright.errors import FormatError, UsageError
 from edgewright.quantization.api import quantize_, quantized_modules
 from edgewright.quantization.config import QuantConfig
-from edgewright.quantization.paretoq_checkpoint import load_paretoq_state
 from edgewright.quantization.report import layer_rows, save_report, snapshot
+from edgewright.systems.paretoq.checkpoint import load_paretoq_state
 
 TOKENS = torch.arange(24).reshape(2, 12)
 

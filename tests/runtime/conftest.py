@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def toy_file(tmp_path_factory):
-    from toy_gguf import write_toy
+    from tests.toy_gguf import write_toy
 
     return write_toy(tmp_path_factory.mktemp("toy") / "toy.gguf")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from toy_chat_templates import CHATS, TEMPLATES, TOOLS
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.runtime.chat_template import render_chat
+from tests.toy_chat_templates import CHATS, TEMPLATES, TOOLS
 
 USER = [{"role": "user", "content": "Hi {{ 1 }}"}]
 

@@ -15,12 +15,11 @@ from edgewright.errors import FormatError, Unsupported
 from edgewright.runtime import child_check
 from edgewright.runtime.child_check import first_run_in_child
 
-CASES = "child_cases"
+CASES = "tests.runtime.child_cases"
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
     path = tmp_path / "file.bin"
     path.write_bytes(b"abc")
     return path
@@ -93,7 +92,7 @@ def test_a_child_ends_with_its_parent(function, file):
 
 def test_a_measured_child_ends_with_its_parent(file):
     code = (
-        "import child_cases; from edgewright.measure.memory import peak_memory as p; "
+        "from tests.runtime import child_cases; from edgewright.measure.memory import peak_memory as p; "
         f"p(child_cases.spin, {str(file)!r})"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ USER = [{"role": "user", "content": "Hi"}]
 def paths() -> Any:
     """One process for all tests, but for those that end it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
         patch.setattr(confined, "TIMEOUT", 1.0)
         confined._process.close()
         yield
@@ -30,7 +27,7 @@ def paths() -> Any:
 
 
 def call(function: str, *args: Any) -> Any:
-    return confined.call_confined("child_cases", function, "the test", *args)
+    return confined.call_confined("tests.runtime.child_cases", function, "the test", *args)
 
 
 def test_one_process_answers_many_calls_from_many_threads() -> None:

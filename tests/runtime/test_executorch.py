@@ -8,10 +8,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from executorch_models import byte_tokenizer, language_export
 
 from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
-from edgewright.export.executorch import export_executorch
+from edgewright.export.executorch.exporter import export_executorch
 from edgewright.io.packed import PackedLinear
 from edgewright.io.pte import read_layout
 from edgewright.runtime.benchmark import FILE_METRICS, benchmark_files, report_columns
@@ -20,6 +19,7 @@ from edgewright.runtime.executorch import ExecuTorchEngine
 from edgewright.runtime.executorch_program import ExecuTorchProgram, weights_of
 from edgewright.runtime.program import open_program
 from edgewright.runtime.pte_metadata import pack, unpack, weights_in
+from tests.export.executorch.executorch_models import byte_tokenizer, language_export
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_cache_types_belong_to_llama_cpp(language_file):
 
 
 def test_chat_answers_from_the_path_alone(language_file, capsys):
-    from edgewright.verbs import chat
+    from edgewright.commands import chat
 
     parser = argparse.ArgumentParser()
     chat.add_arguments(parser)
@@ -155,7 +155,7 @@ def test_bench_shows_the_rows_of_a_gguf(language_file, program_file):
 
 
 def test_weights_of_a_table_that_is_no_head():
-    from edgewright.export.executorch_sizes import stored_weights
+    from edgewright.export.executorch.sizes import stored_weights
 
     net = torch.nn.Sequential(torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100, bias=False))
     assert stored_weights(net) == {"count": 1600, "bytes": 6400, "token_bytes": 3200 + 32}

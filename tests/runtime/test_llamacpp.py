@@ -7,16 +7,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-import toy_gguf
-from toy_gguf import write_toy, write_toy_gpt2
 
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, UsageError
-from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf.reader import GGUFFile
 from edgewright.runtime import generation, llamacpp, llamacpp_library, open_engine
 from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.generation import sample
 from edgewright.runtime.llamacpp import LlamaCppEngine
 from edgewright.runtime.llamacpp_library import library
+from tests import toy_gguf
+from tests.toy_gguf import write_toy, write_toy_gpt2
 
 TEXT = "The tides are caused by the gravity of the Moon and, to a lesser degree, of the Sun."
 

@@ -16,7 +16,8 @@ from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsu
 from edgewright.runtime import child_check
 from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.onnx import OnnxProgram, check_model_file, first_run
-from edgewright.runtime.program import TensorSpec, checked_inputs, open_program, stand_in_inputs
+from edgewright.runtime.program import open_program
+from edgewright.runtime.program_inputs import TensorSpec, checked_inputs, stand_in_inputs
 
 onnx = importlib.import_module("onnx")
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from processes import run_group
 from safetensors.torch import save_file
 from torch import nn
 
 from edgewright.errors import UsageError
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit
 from edgewright.training.sharded import shard_, whole_state
+from tests.processes import run_group
 
 BEFORE, STEPS = 2, 4
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import OutputError
-from edgewright.training import BlockBatches, TrainConfig, fit
-from edgewright.training import checkpoint as files
+from edgewright.training import BlockBatches, TrainConfig, checkpoint as files, fit
 
 
 def make(seed: int = 0) -> nn.Module:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import training_toy as toy
-from processes import run_script
 from safetensors.torch import load_file
-from training_toy import STEPS, Plain, cross_entropy, data, seeded
 
 from edgewright.training import TrainConfig, fit
+from tests.processes import run_script
+from tests.training import training_toy as toy
+from tests.training.training_toy import STEPS, Plain, cross_entropy, data, seeded
 
 
 def test_two_processes_equal_one_that_accumulates_and_resume(tmp_path: Path) -> None:

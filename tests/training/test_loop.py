@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_toy import Plain, Toy, cross_entropy, data, seeded, toy_run
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.training import BlockBatches, TrainConfig, fit, learning_rate_scale
+from tests.training.training_toy import Plain, Toy, cross_entropy, data, seeded, toy_run
 
 
 def run(model: nn.Module, loss_function=cross_entropy, batches=None, **changes):

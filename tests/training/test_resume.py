@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_toy as toy
-from processes import run_script
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
 
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, checkpoint, fit
+from tests.processes import run_script
+from tests.training import training_toy as toy
+from tests.training.training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
 
 MICRO_STEPS = STEPS * ACCUMULATION
 

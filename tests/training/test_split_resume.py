@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from processes import run_script
 from safetensors.torch import load_file
+
+from tests.processes import run_script
 
 
 def test_a_whole_model_gets_the_weights_that_split_ones_had(tmp_path: Path) -> None:

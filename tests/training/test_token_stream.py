@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import given, settings, strategies as some
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.shards import TokenShards, open_shards, write_shards

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from processes import run_group
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, TrainResult, fit
 from edgewright.training.metrics import write_loss_plot
+from tests.processes import run_group
 
 STEPS, ACCUMULATION = 5, 2
 

@@ -21,6 +21,7 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
 from edgewright.io.run_folder import holds_something
+from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 
 Figures = Mapping[str, float]
@@ -111,8 +112,6 @@ def run_chain(
 
 def waterfall(result: ChainResult, size: str, quality: str, path: str | Path, *, scale: float = 1e6) -> Path:
     """A picture: bars of `size` (in units of `scale`) falling from stage to stage, `quality` as a line above them."""
-    from edgewright.measure.plot import plot
-
     names = list(result.figures)
     sizes = [result.figures[name][size] / scale for name in names]
     values = [result.figures[name][quality] for name in names]

@@ -45,7 +45,7 @@ from edgewright.evaluation.language import (
     model_logits,
     trained_positions,
 )
-from edgewright.export.gguf import check_exportable, export_gguf, llama_cpp_quantize
+from edgewright.export.gguf.exporter import check_exportable, export_gguf, llama_cpp_quantize
 from edgewright.export.huggingface import save_quantized
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_json, read_object

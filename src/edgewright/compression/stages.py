@@ -14,14 +14,14 @@ from typing import Any
 from edgewright.compression.chain import Stage
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.models import load
+from edgewright.pruning.cut_folder import load_cut, save_checkpoint, save_cut
+from edgewright.pruning.depth import lowest_blocks, prune_depth_
+from edgewright.pruning.importance import Importance
+from edgewright.pruning.unembedding import prune_unembedding_
+from edgewright.pruning.width import prune_mlp_
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import ActivationConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.packed_inputs import attach_input_quantizers_
-from edgewright.sparsity.cut_folder import load_cut, save_checkpoint, save_cut
-from edgewright.sparsity.depth import lowest_blocks, prune_depth_
-from edgewright.sparsity.importance import Importance
-from edgewright.sparsity.unembedding import prune_unembedding_
-from edgewright.sparsity.width import prune_mlp_
 from edgewright.training.config import TrainConfig
 from edgewright.training.loop import fit
 

@@ -16,12 +16,16 @@ from edgewright.compression.settings import VISION_MODELS
 from edgewright.compression.vision_files import latencies, program_logits, write_description, write_onnx, write_pte
 from edgewright.errors import UsageError
 from edgewright.evaluation.classification import add_agreement, logits_of
+from edgewright.io.images import image_crops, normalise
+from edgewright.io.run_folder import claim_folder
 from edgewright.measure.report import Report
-from edgewright.quantization.freezing import freeze_
-from edgewright.quantization.sqnr import feature_sqnr, plot_channel_ranges, plot_sqnr, save_rows, sqnr_report
-from edgewright.quantization.static import StaticConfig, calibrate_, convert_static, quantize_static, static_report
-from edgewright.quantization.static_file import save_static
-from edgewright.quantization.static_training import StaticTraining, train_static
+from edgewright.models.efficientnet_lite import INPUT_SIZE, MEAN, STD, load_efficientnet_lite0
+from edgewright.quantization.static.config import StaticConfig
+from edgewright.quantization.static.file import save_static
+from edgewright.quantization.static.freezing import freeze_
+from edgewright.quantization.static.network import calibrate_, convert_static, quantize_static, static_report
+from edgewright.quantization.static.sqnr import feature_sqnr, plot_channel_ranges, plot_sqnr, save_rows, sqnr_report
+from edgewright.quantization.static.training import StaticTraining, train_static
 
 FLOAT, SHIPPED, IN_RUNTIME = "float32", "quantised", "quantised, in ONNX Runtime"
 IN_EXECUTORCH = "quantised, in ExecuTorch"
@@ -135,10 +139,6 @@ def compress_bundled(
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Report:
     """Compress a classifier that an installed package carries, on crops of photographs that packages carry too."""
-    from edgewright.io.images import image_crops, normalise
-    from edgewright.io.run_folder import claim_folder
-    from edgewright.vision.efficientnet_lite import INPUT_SIZE, MEAN, STD, load_efficientnet_lite0
-
     if name not in VISION_MODELS:
         raise UsageError(f"unknown image classifier {name!r}; known: {', '.join(VISION_MODELS)}")
     claim_folder(output, "compress")

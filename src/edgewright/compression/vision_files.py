@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from edgewright.compression.settings import VISION_MODELS
 from edgewright.errors import FormatError, MissingPackage, UsageError
+from edgewright.export.executorch.exporter import export_executorch
+from edgewright.export.onnx.exporter import export_onnx
 from edgewright.io.atomic import atomic_file, write_text
+from edgewright.io.images import image_crops, normalise
 from edgewright.io.json_file import read_object
+from edgewright.measure.timing import alternate
+from edgewright.models.efficientnet_lite import INPUT_SIZE, MEAN, STD, load_efficientnet_lite0
+from edgewright.quantization.static.file import load_static
+from edgewright.runtime.program import Program, open_program
 
 if TYPE_CHECKING:
-    from edgewright.export.executorch import ExecuTorchExport
-    from edgewright.export.onnx import OnnxExport
+    from edgewright.export.executorch.exporter import ExecuTorchExport
+    from edgewright.export.onnx.exporter import OnnxExport
 
 ONNX_TOLERANCE = 0.25  # of an int8 network's proof: a code next door in each of many layers adds up
 SMALL_BATCH = 16
@@ -29,16 +36,12 @@ def write_onnx(
     model: nn.Module, path: Path, example: Tensor, integers: bool, original: nn.Module | None = None
 ) -> OnnxExport:
     """Export through `export_onnx`, which runs the file and compares it, with the float network `original` too."""
-    from edgewright.export.onnx import export_onnx
-
     tolerance = ONNX_TOLERANCE if integers else None
     return export_onnx(model, path, example_inputs=example, tolerance=tolerance, original=original)
 
 
 def write_pte(model: nn.Module, path: Path, image: Tensor, original: nn.Module | None = None) -> ExecuTorchExport:
     """The same through `export_executorch`, for one image [1, C, H, W] a call."""
-    from edgewright.export.executorch import export_executorch
-
     return export_executorch(model, None, path, example_inputs=[image], original=original)
 
 
@@ -57,10 +60,6 @@ def load_vision(model: str) -> tuple[nn.Module, Tensor]:
 
     Raises FormatError for a folder whose files are broken.
     """
-    from edgewright.io.images import image_crops, normalise
-    from edgewright.quantization.static_file import load_static
-    from edgewright.vision.efficientnet_lite import INPUT_SIZE, MEAN, STD, load_efficientnet_lite0
-
     image = normalise(image_crops(1, INPUT_SIZE, 0), MEAN, STD)
     if model in VISION_MODELS:
         return load_efficientnet_lite0(), image
@@ -76,8 +75,6 @@ def load_vision(model: str) -> tuple[nn.Module, Tensor]:
 
 def program_logits(path: Path, images: Tensor, threads: int | None = None) -> Tensor:
     """Logits [N, classes] of a file of ours (.onnx or .pte) in its runtime, in batches where it takes them."""
-    from edgewright.runtime.program import open_program
-
     with open_program(path, threads, check=False) as program:
         batch = SMALL_BATCH if program.inputs[0].shape[0] is None else int(program.inputs[0].shape[0])
         return torch.cat([torch.from_numpy(program.run([part.numpy()])[0]) for part in images.split(batch)])
@@ -85,9 +82,6 @@ def program_logits(path: Path, images: Tensor, threads: int | None = None) -> Te
 
 def latencies(files: Mapping[str, Path], image: Tensor, repeats: int, threads: int = 1) -> dict[str, Any]:
     """Milliseconds for one image [1, 3, H, W], the files in turn: subject -> Measurement."""
-    from edgewright.measure.timing import alternate
-    from edgewright.runtime.program import Program, open_program
-
     array = image.numpy()
     programs = {name: open_program(path, threads, check=False) for name, path in files.items()}
 

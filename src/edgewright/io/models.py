@@ -50,13 +50,13 @@ def load(
     if model == "efficientnet-lite0":
         raise UsageError(
             "efficientnet-lite0 is an image classifier without a tokenizer; load it with "
-            "edgewright.vision.efficientnet_lite.load_efficientnet_lite0()"
+            "edgewright.models.efficientnet_lite.load_efficientnet_lite0()"
         )
     path = find_model(model)
     if path.is_dir():
         loaded, tokenizer = _load_folder(path, dtype, device)
     else:
-        from edgewright.io.gguf_model import load_gguf
+        from edgewright.io.gguf.model import load_gguf
 
         loaded, tokenizer = load_gguf(path, dtype, device)
     check_finite(loaded, str(path))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from edgewright.io.gguf import GGUFFile
+    from edgewright.io.gguf.reader import GGUFFile
 
 PARTS = ("embedding", "attention", "mlp", "norm", "head", "other", "metadata")
 
@@ -120,7 +120,7 @@ def _unique_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def _gguf(source: Any) -> GGUFFile:
-    from edgewright.io.gguf import GGUFFile
+    from edgewright.io.gguf.reader import GGUFFile
 
     return source if isinstance(source, GGUFFile) else GGUFFile(source)
 

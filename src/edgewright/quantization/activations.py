@@ -8,16 +8,41 @@ Asymmetric: 2^b codes over [min(x, 0), max(x, 0)] with an integer zero point, as
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError
-from edgewright.quantization.config import ActivationConfig
+from edgewright.errors import FormatError, UsageError
 
 SMALLEST_PEAK = 1e-30  # guards a token of zeros (padding); small enough that no real activation reaches it
 UNTOUCHED_BITS = 16  # a width of 16 means: not quantised, the tensor passes bit for bit
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """Quantisation of a layer's input: min-max over each token (or the tensor), recomputed at every forward (LLM-QAT).
+
+    official_clip_grad: 2.0 zeroes the gradient where |x| >= 2, as the official code does; None is the plain identity.
+    check_finite: refuse NaN and infinity by the layer's name, at the price of one more pass over the input.
+    """
+
+    bits: int = 8
+    granularity: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
+    official_clip_grad: float | None = None
+    check_finite: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise UsageError(f"activation bits={self.bits}; choose an integer from 2 to 16 (16 switches it off)")
+        if self.granularity not in ("token", "tensor"):
+            raise UsageError(f"activation granularity={self.granularity!r}; choose 'token' or 'tensor'")
+
+    def build(self, layer: str, features: int) -> nn.Module:
+        """A module without state; see `InputConfig`."""
+        return DynamicActivation(self, layer)
 
 
 def _symmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:

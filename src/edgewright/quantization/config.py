@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edgewright.errors import UsageError
+from edgewright.quantization.activations import ActivationConfig as ActivationConfig
 from edgewright.quantization.grids import Grid, grid_for_bits, grid_named
 from edgewright.quantization.scales import DYNAMIC_RULES, SCALE_RULES
 
@@ -80,33 +81,6 @@ class InputConfig(Protocol):
 
     def build(self, layer: str, features: int) -> nn.Module:
         """A module from [..., features] to the same shape, for the layer of that name."""
-
-
-@dataclass(frozen=True)
-class ActivationConfig:
-    """Quantisation of a layer's input: min-max over each token (or the tensor), recomputed at every forward (LLM-QAT).
-
-    official_clip_grad: 2.0 zeroes the gradient where |x| >= 2, as the official code does; None is the plain identity.
-    check_finite: refuse NaN and infinity by the layer's name, at the price of one more pass over the input.
-    """
-
-    bits: int = 8
-    granularity: Literal["token", "tensor"] = "token"
-    symmetric: bool = True
-    official_clip_grad: float | None = None
-    check_finite: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise UsageError(f"activation bits={self.bits}; choose an integer from 2 to 16 (16 switches it off)")
-        if self.granularity not in ("token", "tensor"):
-            raise UsageError(f"activation granularity={self.granularity!r}; choose 'token' or 'tensor'")
-
-    def build(self, layer: str, features: int) -> nn.Module:
-        """A module without state; see `InputConfig`."""
-        from edgewright.quantization.activations import DynamicActivation
-
-        return DynamicActivation(self, layer)
 
 
 @dataclass(frozen=True)

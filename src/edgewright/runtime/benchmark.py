@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from edgewright.errors import Unsupported, UsageError
-from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf.reader import GGUFFile
 from edgewright.measure.machine import BandwidthProbe, usable_cores
 from edgewright.measure.memory import PeakMemory, peak_memory
 from edgewright.measure.progress import ProgressBar
 from edgewright.measure.report import Report
 from edgewright.measure.size import bits_per_weight, bytes_per_decoded_token
 from edgewright.measure.timing import Measurement, alternate
-from edgewright.runtime.engine import SUFFIXES, Generation, open_engine
+from edgewright.runtime.engine import SUFFIXES, open_engine
+from edgewright.runtime.interfaces import Generation
 from edgewright.runtime.llamacpp import LlamaCppEngine
 from edgewright.runtime.program import PROGRAM_SUFFIXES
 from edgewright.runtime.program_benchmark import PROGRAM_METRICS, add_programs

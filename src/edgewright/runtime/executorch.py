@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,27 +14,11 @@ from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsu
 from edgewright.io.pte import read_layout
 from edgewright.runtime.chat_template import render_chat
 from edgewright.runtime.child_check import first_run_in_child
-from edgewright.runtime.engine import Generation
 from edgewright.runtime.executorch_library import set_threads, silent
 from edgewright.runtime.executorch_program import FORWARD, open_file
 from edgewright.runtime.generation import common_prefix, write_on
-
-MAX_VOCABULARY, MAX_CONTEXT = 1 << 22, 1 << 20
-
-
-@dataclass(frozen=True)
-class LanguageSettings:
-    """What the file says about itself. kept_ids: token of each output where the head was cut, else None."""
-
-    vocabulary: int
-    context: int
-    kept_ids: tuple[int, ...] | None
-    ends: frozenset[int]
-    specials: frozenset[int]
-    start: int | None
-    template: str | None
-    start_text: str
-    end_text: str
+from edgewright.runtime.interfaces import Generation
+from edgewright.runtime.pte_metadata import language_settings
 
 
 class ExecuTorchEngine:
@@ -261,32 +244,6 @@ class _Writer:
         new, self.text = whole[len(self.text) :], whole
         if new and self.on_token is not None:
             self.on_token(new)
-
-
-def language_settings(metadata: Mapping[str, Any], path: Path) -> LanguageSettings:
-    """The settings in a file's metadata. Raises FormatError where they are missing or out of reason."""
-    try:
-        vocabulary, context = int(metadata["vocabulary"]), int(metadata["context"])
-        kept = metadata.get("kept_ids")
-        kept_ids = None if kept is None else tuple(int(token) for token in kept)
-        if not (1 <= vocabulary <= MAX_VOCABULARY and 2 <= context <= MAX_CONTEXT):
-            raise ValueError(f"vocabulary {vocabulary}, context {context}")
-        if kept_ids is not None and not all(0 <= token < vocabulary for token in kept_ids):
-            raise ValueError("kept tokens outside the vocabulary")
-        template, start = metadata.get("chat_template"), metadata.get("start")
-        return LanguageSettings(
-            vocabulary=vocabulary,
-            context=context,
-            kept_ids=kept_ids,
-            ends=frozenset(int(token) for token in metadata.get("ends", ())),
-            specials=frozenset(int(token) for token in metadata.get("special_ids", ())),
-            start=None if start is None else int(start),
-            template=None if template is None else str(template),
-            start_text=str(metadata.get("start_text", "")),
-            end_text=str(metadata.get("end_text", "")),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise FormatError(f"{path}: the description of its language model is damaged: {error}") from error
 
 
 def _tokenizer(text: Any, path: Path) -> Any:

@@ -15,8 +15,8 @@ from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageEr
 from edgewright.io.pte import read_layout
 from edgewright.runtime.child_check import first_run_in_child
 from edgewright.runtime.executorch_library import load, set_threads, silent
-from edgewright.runtime.program import TensorSpec, checked_inputs, stand_in_inputs
-from edgewright.runtime.pte_metadata import METHOD, StoredWeights, unpack, weights_in
+from edgewright.runtime.program_inputs import TensorSpec, checked_inputs, stand_in_inputs
+from edgewright.runtime.pte_metadata import METHOD, StoredWeights, language_settings, unpack, weights_in
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,8 +119,6 @@ def first_run(path: str) -> str:
     module, metadata = open_file(file)
     inputs: list[Any]
     if metadata.get("kind") == "language":
-        from edgewright.runtime.executorch import language_settings
-
         language_settings(metadata, file)
         inputs = [
             torch.zeros(1, 1, dtype=torch.long),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewright.errors import UsageError
-from edgewright.runtime.engine import Generation
+from edgewright.runtime.interfaces import Generation
 
 Row = NDArray[np.float32]  # logits [vocabulary]
 

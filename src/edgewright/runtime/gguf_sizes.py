@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgewright.errors import FormatError
-from edgewright.io.gguf import GGUFFile
+from edgewright.io.gguf.reader import GGUFFile
 
 # Largest value that any published model comes near, by key under the architecture's name. All must be at least 1.
 LIMITS = {

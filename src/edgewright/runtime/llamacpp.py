@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from edgewright.errors import EdgewrightError, FormatError, Unsupported, UsageError
 from edgewright.io.end_tokens import gguf_end_tokens
-from edgewright.io.gguf import GGUFFile
-from edgewright.io.gguf_tokenizer import TEMPLATE_MARKS
+from edgewright.io.gguf.reader import GGUFFile
+from edgewright.io.gguf.tokenizer import TEMPLATE_MARKS
 from edgewright.measure.machine import usable_cores
 from edgewright.runtime import llamacpp_library as lib
 from edgewright.runtime.chat_template import render_chat
 from edgewright.runtime.child_check import GGUF_RUN, MEMORY_FLOOR, first_run_in_child
-from edgewright.runtime.engine import Generation
 from edgewright.runtime.generation import common_prefix, write_on
 from edgewright.runtime.gguf_sizes import cache_bytes, check_sizes, learned_positions
+from edgewright.runtime.interfaces import Generation
 
 BATCH = 512  # tokens per llama_decode call when only the last logits are wanted
 LOGIT_ROWS = 128  # and when all are: float32 [128, vocabulary] is what is in memory at once

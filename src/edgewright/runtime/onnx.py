@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import EdgewrightError, FormatError, MissingPackage, Unsupported, UsageError, in_one_line
 from edgewright.runtime.child_check import first_run_in_child
-from edgewright.runtime.program import TensorSpec, checked_inputs, stand_in_inputs
+from edgewright.runtime.program_inputs import TensorSpec, checked_inputs, stand_in_inputs
 
 if TYPE_CHECKING:
     import numpy as np

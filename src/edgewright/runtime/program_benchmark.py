@@ -11,7 +11,8 @@ from pathlib import Path
 from edgewright.measure.memory import PeakMemory, peak_memory
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate
-from edgewright.runtime.program import open_program, stand_in_inputs
+from edgewright.runtime.program import open_program
+from edgewright.runtime.program_inputs import stand_in_inputs
 
 PROGRAM_METRICS = ("file_size", "latency", "inferences", "peak_memory")
 SAMPLE_SECONDS = 0.05  # a sample repeats a short program until it lasts so long: the clock and the switch cost nothing

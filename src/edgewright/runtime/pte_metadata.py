@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import FormatError, UsageError
@@ -45,6 +46,9 @@ def unpack(data: bytes, path: object) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise FormatError(f"{path}: the description inside the file is none of format {FORMAT}")
     return value
+
+
+MAX_VOCABULARY, MAX_CONTEXT = 1 << 22, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,44 @@ def program_metadata(inputs: Sequence[Tensor], dynamic_batch: bool) -> dict[str,
         for i, value in enumerate(inputs)
     ]
     return {"format": FORMAT, "kind": "program", "inputs": specs}
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """What the file says about itself. kept_ids: token of each output where the head was cut, else None."""
+
+    vocabulary: int
+    context: int
+    kept_ids: tuple[int, ...] | None
+    ends: frozenset[int]
+    specials: frozenset[int]
+    start: int | None
+    template: str | None
+    start_text: str
+    end_text: str
+
+
+def language_settings(metadata: Mapping[str, Any], path: Path) -> LanguageSettings:
+    """The settings in a file's metadata. Raises FormatError where they are missing or out of reason."""
+    try:
+        vocabulary, context = int(metadata["vocabulary"]), int(metadata["context"])
+        kept = metadata.get("kept_ids")
+        kept_ids = None if kept is None else tuple(int(token) for token in kept)
+        if not (1 <= vocabulary <= MAX_VOCABULARY and 2 <= context <= MAX_CONTEXT):
+            raise ValueError(f"vocabulary {vocabulary}, context {context}")
+        if kept_ids is not None and not all(0 <= token < vocabulary for token in kept_ids):
+            raise ValueError("kept tokens outside the vocabulary")
+        template, start = metadata.get("chat_template"), metadata.get("start")
+        return LanguageSettings(
+            vocabulary=vocabulary,
+            context=context,
+            kept_ids=kept_ids,
+            ends=frozenset(int(token) for token in metadata.get("ends", ())),
+            specials=frozenset(int(token) for token in metadata.get("special_ids", ())),
+            start=None if start is None else int(start),
+            template=None if template is None else str(template),
+            start_text=str(metadata.get("start_text", "")),
+            end_text=str(metadata.get("end_text", "")),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"{path}: the description of its language model is damaged: {error}") from error

@@ -1,0 +1,1 @@
+"""Small real data sets and generators that several systems use."""

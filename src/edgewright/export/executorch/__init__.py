@@ -1,0 +1,1 @@
+"""Models as ExecuTorch files (.pte): lowering to XNNPACK, writing, running, comparing."""

@@ -1,0 +1,1 @@
+"""Models as GGUF files: types and layout of tensors, metadata, writing, reading back, running, comparing."""

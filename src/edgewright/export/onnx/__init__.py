@@ -1,0 +1,1 @@
+"""Models as ONNX files: tracing, packed layers, writing, running, comparing."""

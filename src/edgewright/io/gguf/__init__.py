@@ -1,0 +1,1 @@
+"""GGUF files as models: headers, tensor types, families of names, tokenizers."""

@@ -1,1 +1,0 @@
-"""Language: tasks and model families of text, and what only they need."""

@@ -1,0 +1,1 @@
+"""The one decoder of all language models here: configuration, layers, pretraining, shapes by budget."""

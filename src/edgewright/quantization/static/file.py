@@ -1,0 +1,121 @@
+"""Converted int8 networks on disk: codes of 2 to 8 bits packed without gaps, everything else as it is.
+
+Packing is for size only. Runtimes multiply int8: no convolution kernel of XNNPACK or ONNX Runtime reads fewer bits, so
+loading widens the codes, and a 4-bit network runs as fast as an 8-bit one.
+
+The file is safetensors. Of each layer NAME: `NAME.codes` uint8, the codes minus the lowest one, as one string of bits,
+least significant first; `NAME.step` and `NAME.zero` [out]; `NAME.bias` float32. What is not a quantised layer keeps its
+name in the state dict. The metadata entry "static" holds shapes, widths, activation scales and the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from edgewright.errors import EdgewrightError, FormatError, UsageError
+from edgewright.io.tensors import read_tensors, save_tensors
+from edgewright.io.typed import from_json
+from edgewright.quantization.affine import BITS
+from edgewright.quantization.static.batchnorm import ConvBNQuant2d, StaticLayer
+from edgewright.quantization.static.config import StaticConfig, set_submodule
+from edgewright.quantization.static.network import quantize_static
+from edgewright.quantization.static.observers import ActivationQuantizer, FixedActivation
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes 0 .. 2^bits - 1 of any shape to ceil(n * bits / 8) bytes, uint8, least significant bit first."""
+    flat = codes.reshape(-1).cpu().numpy().astype(np.uint8)
+    planes = (flat[:, None] >> np.arange(bits, dtype=np.uint8)) & 1
+    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack_bits`: int32 [count]. Raises FormatError when the number of bytes does not fit."""
+    if packed.dtype != torch.uint8 or packed.numel() != -(-count * bits // 8):
+        raise FormatError(f"{count} codes of {bits} bits need {-(-count * bits // 8)} bytes, found {packed.numel()}")
+    planes = np.unpackbits(packed.cpu().numpy(), bitorder="little")[: count * bits].reshape(count, bits)
+    weights = (1 << np.arange(bits)).astype(np.int32)
+    return torch.from_numpy(planes.astype(np.int32) @ weights)
+
+
+def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) -> int:
+    """Write the result of `convert_static` and return the bytes of the file. `config` is what it was prepared with."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    activations: dict[str, Any] = {}
+    for name, module in converted.named_modules():
+        if isinstance(module, FixedActivation):
+            activations[name] = [module.step, module.zero]
+        elif isinstance(module, StaticLayer):
+            if module.scheme is not None:
+                tensors[f"{name}.codes"] = pack_bits(module.codes - module.lowest, module.scheme.bits)
+                tensors |= {f"{name}.step": module.step, f"{name}.zero": module.zero}
+                layers[name] = list(module.weight.shape)
+            else:
+                tensors[f"{name}.weight"] = module.weight.data
+            if module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias.data
+    if not layers:
+        raise UsageError("the model has no integer weights; save_static takes the result of convert_static")
+    inside = tuple(f"{name}." for name, m in converted.named_modules() if isinstance(m, StaticLayer))
+    tensors |= {key: value for key, value in converted.state_dict().items() if not key.startswith(inside)}
+    record = {"version": 1, "config": asdict(config), "layers": layers, "activations": activations}
+    save_tensors(path, tensors, {"static": json.dumps(record)})
+    return Path(path).stat().st_size
+
+
+def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
+    """The converted network of a file from `save_static`, built from a float model of the same architecture.
+
+    The weights of `model` do not matter. Raises FormatError when the file is broken or of another architecture.
+    """
+    tensors, texts = read_tensors(path)
+    try:
+        record = json.loads(texts["static"])
+        config = from_json(StaticConfig, record["config"], path)
+        shapes, activations = record["layers"], record["activations"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise (
+            error
+            if isinstance(error, FormatError)
+            else FormatError(f"{path} is no network written by save_static: {error}")
+        ) from error
+    if config.weight_bits not in BITS:
+        raise FormatError(f"{path} is no network written by save_static: weight_bits is {config.weight_bits}")
+    loaded = quantize_static(model, example, config).eval()
+    try:
+        for name, module in list(loaded.named_modules()):
+            if isinstance(module, ConvBNQuant2d):
+                set_submodule(loaded, name, _layer(name, module, shapes[name], tensors))
+            elif isinstance(module, ActivationQuantizer):
+                step, zero = activations[name]
+                set_submodule(loaded, name, FixedActivation(module.name, module.scheme, float(step), int(zero)))
+        inside = tuple(f"{name}." for name in shapes)
+        loaded.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(inside)}, strict=False)
+    except EdgewrightError:
+        raise
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FormatError(f"{path} does not fit this model: {error}") from error
+    if isinstance(loaded, fx.GraphModule):
+        loaded.recompile()
+    return loaded
+
+
+def _layer(name: str, module: ConvBNQuant2d, shape: list[int], tensors: dict[str, Tensor]) -> StaticLayer:
+    scheme = module.scheme
+    assert scheme is not None  # weight_bits was checked
+    if tuple(shape) != tuple(module.weight.shape):
+        raise FormatError(f"layer {name} has the shape {tuple(module.weight.shape)}, the file's is {tuple(shape)}")
+    lowest = scheme.code_range[0]
+    codes = unpack_bits(tensors[f"{name}.codes"], scheme.bits, module.weight.numel()).reshape(shape) + lowest
+    step, zero = tensors[f"{name}.step"], tensors[f"{name}.zero"]
+    wide = (-1, *(1,) * (codes.ndim - 1))
+    weight = (codes - zero.reshape(wide)).float() * step.reshape(wide)
+    return StaticLayer(module.operation, weight, tensors.get(f"{name}.bias"), scheme, step, zero, name)

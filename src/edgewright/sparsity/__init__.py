@@ -1,1 +1,0 @@
-"""Smaller models by leaving parts out: importance statistics, depth, width and output-vocabulary pruning."""

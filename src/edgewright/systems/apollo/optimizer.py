@@ -1,0 +1,292 @@
+"""APOLLO: AdamW's step sizes from a random low-rank sketch of the gradient (arXiv 2412.05270, MLSys 2025).
+
+Adam gives every weight its own learning rate; one for each channel, or one for a whole matrix, is enough. APOLLO runs
+Adam on a sketch R = P G of r rows instead of the gradient G, takes from it how Adam would scale each channel, and
+scales the raw gradient by that. The state is 2 r n numbers instead of 2 m n; P is drawn again from a seed.
+
+groups = apollo_param_groups(model, rank=64)          # systems/apollo/groups.py; other parameters: plain AdamW
+optimizer = APOLLO(groups, lr=1e-3, scale="auto")     # or APOLLOMini(apollo_param_groups(model, rank=1))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.errors import CheckFailed, Unsupported, UsageError
+from edgewright.systems.apollo import sharded, state as kept
+from edgewright.systems.apollo.options import check_group, check_parameter
+from edgewright.systems.apollo.sketch import Sketch, column_norms, mixed_seed, projection, sketch_of, svd_projection
+from edgewright.systems.apollo.step import Facts, Work, adamw_step, advance, apply, chunks, share_norms
+
+
+class APOLLO(torch.optim.Optimizer):
+    """AdamW where a group's `rank` is None, APOLLO for its tensors of two and more dimensions where it is a number.
+
+    params: parameters, (name, parameter) pairs or groups; every option below may differ by group. scale_type "channel"
+    gives each channel its factor, "tensor" one to the matrix (the choice at rank 1). scale: alpha, whose square root
+    multiplies the update; "auto" is m / r of each weight, which makes the learning rate that of AdamW. update_proj_gap:
+    steps between two projections. norm_growth: bound on the growth of an update's norm, None for no limiter;
+    scale_front puts sqrt(alpha) before it. proj "svd" takes singular vectors of the gradient and stores them. seed:
+    of all projections, which use no global generator. side "local": always contract the columns. state_dtype:
+    "float32", "bfloat16" or "8bit". foreach: batched sketches and list operations, None: on accelerators.
+    cache_projection: keep the projections in memory (not in the state). nan_policy: "raise" CheckFailed before anything
+    changed, "skip" the whole step, or "ignore", which looks at no gradient and so never waits for the device.
+
+    Raises UsageError for settings that cannot work, Unsupported for complex or sparse parameters.
+    deviation: arithmetic and state of bfloat16 weights are float32; the official code stays in bfloat16.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        rank: int | None = None,
+        scale_type: str = "channel",
+        scale: float | str = 1.0,
+        update_proj_gap: int = 200,
+        norm_growth: float | None = 1.01,
+        scale_front: bool = False,
+        proj: str = "random",
+        seed: int = 0,
+        foreach: bool | None = None,
+        state_dtype: Any = None,
+        side: str = "smaller",
+        maximize: bool = False,
+        cache_projection: bool = False,
+        nan_policy: str = "raise",
+        fused: bool | None = None,
+    ) -> None:
+        if fused:
+            raise UsageError("fused=True: APOLLO has no fused kernel; leave it out (plain AdamW groups use torch's)")
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "fused")}
+        defaults = {name: value for name, value in defaults.items() if not name.startswith("__")}
+        self._forget()
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            for p in group["params"]:
+                check_parameter(p, group, self._name(p, group))
+        except Exception:
+            del self.param_groups[-1]
+            raise
+        wide = [p for p in group["params"] if self._sketch(p, group, clamp=False)]
+        if wide:
+            warnings.warn(
+                f"rank={group['rank']} is more than the smaller side of {len(wide)} parameters, such as "
+                f"{self._name(wide[0], group)} {list(wide[0].shape)}: there the rank is that side",
+                stacklevel=3,
+            )
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns the closure's loss, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.hooked is None:
+            self.update(p for group in self.param_groups for p in group["params"])
+        else:
+            self.hooked.clear()  # the update happened inside backward: systems/apollo/layerwise.py
+        return loss
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update these parameters of the optimizer from their gradients."""
+        chosen = {p for p in parameters if p.grad is not None}
+        works: list[Work] = []
+        plain: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        for group in self.param_groups:
+            mine = [p for p in group["params"] if p in chosen]
+            for p in mine:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise Unsupported(f"the gradient of parameter {self._name(p, group)} is sparse; APOLLO needs dense")
+            sketched = {p: sketch for p in mine if (sketch := self._sketch(p, group))}
+            works += [self._work(p, group, sketch) for p, sketch in sketched.items()]
+            plain.append((group, [p for p in mine if p not in sketched]))
+        if not self._usable(works, plain):
+            return
+        for chunk in chunks(works):
+            for work in chunk:
+                work.state = self.state[work.weight]
+                if not work.state:
+                    self._begin(work)
+                work.state["step"] += 1
+            advance(chunk, self._projection)
+        share_norms(works)
+        for work in works:
+            self.facts[work.weight] = apply(work)
+        for group, rest in plain:
+            self._adamw(group, rest)
+
+    def _work(self, p: nn.Parameter, group: dict[str, Any], sketch: Sketch) -> Work:
+        assert p.grad is not None
+        gradient, dtype = sketch.view(sharded.local(p.grad)), torch.promote_types(p.dtype, torch.float32)
+        needed = group["norm_growth"] is not None or group["nan_policy"] != "ignore"
+        norms = column_norms(gradient, dtype) if needed else None
+        return Work(p, group, sketch, sharded.rows_here(p, self._name(p, group)), gradient, dtype, norms)
+
+    def _usable(self, works: list[Work], plain: list[tuple[dict[str, Any], list[nn.Parameter]]]) -> bool:
+        """Whether to go on; every gradient is finite, or nobody asked. Nothing has changed yet."""
+        found: list[tuple[nn.Parameter, dict[str, Any], Tensor]] = []
+        for work in works:
+            if work.group["nan_policy"] != "ignore" and work.norms is not None:
+                found.append((work.weight, work.group, work.norms.sum()))
+        for group, parameters in plain:
+            parts = [(p, sharded.local(p.grad)) for p in parameters if p.grad is not None]
+            if group["nan_policy"] != "ignore":
+                found += [(p, group, torch.linalg.vector_norm(g, torch.inf)) for p, g in parts if g.numel()]
+        if not found:
+            return True
+        good = bool(torch.stack([value.float().to(found[0][2].device) for *_, value in found]).isfinite().all())
+        good = sharded.all_agree(good, [p for p, *_ in found], found[0][2].device)
+        if good:
+            return True
+        bad = [(p, group) for p, group, value in found if not bool(value.isfinite())]
+        if any(group["nan_policy"] == "raise" for group in self.param_groups):
+            name = self._name(*bad[0]) if bad else "of another process"
+            raise CheckFailed(
+                f"the gradient of parameter {name} is not finite; nothing was updated. Lower the learning rate, look "
+                "for such values in the data, or pass nan_policy='skip' to leave such steps out"
+            )
+        return False
+
+    def _begin(self, work: Work) -> None:
+        """Zero moments, no norm yet, and the seed of this weight's projections."""
+        state, like = work.state, work.gradient.new_empty((work.sketch.rank, work.gradient.shape[1]), dtype=work.dtype)
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        kept.add_moments(state, like, work.group["state_dtype"])
+        if work.channels_split:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = sharded.columns_like(state[name], work.weight, work.sketch.channels)
+        state["last_norm"] = torch.zeros((), dtype=work.dtype, device=like.device)
+        numbered = (p for group in self.param_groups for p in group["params"])
+        number = next(i for i, p in enumerate(numbered) if p is work.weight)
+        state["proj_seed"] = torch.tensor(mixed_seed(work.group["seed"], number), dtype=torch.int64)
+
+    def _projection(self, work: Work) -> Tensor:
+        """P of the present window, as wide as the rows that lie here."""
+        steps, gap = int(work.state["step"]) - 1, work.group["update_proj_gap"]
+        if work.group["proj"] == "svd":
+            if steps % gap == 0 or "projection" not in work.state:
+                work.state["projection"] = svd_projection(work.gradient.to(work.dtype), work.sketch)
+            return work.state["projection"].to(work.dtype)
+        key = int(work.state["proj_seed"]), steps // gap
+        known = self._projections.get(work.weight)
+        if known is not None and known[0] == key:
+            return known[1]
+        whole = projection(*key, work.sketch)
+        if work.contraction_split:
+            whole = whole[:, work.rows.start : work.rows.stop]
+        made = whole.to(work.gradient.device, work.dtype)
+        if work.group["cache_projection"]:
+            self._projections[work.weight] = key, made
+        return made
+
+    def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """torch's AdamW, for whole lists where state and parameters share a dtype, otherwise one by one in float32."""
+        alike = []
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                kept.add_moments(state, p.detach(), group["state_dtype"])
+            if state["exp_avg"].dtype == p.dtype:
+                alike.append(p)
+                continue
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            average, square = (kept.read(state, name, dtype) for name in ("exp_avg", "exp_avg_sq"))
+            weight = sharded.local(p).to(dtype, copy=True)
+            assert p.grad is not None
+            gradient = sharded.local(p.grad).to(dtype)
+            adamw_step(group, [weight], [gradient], [average], [square], [state["step"]])
+            sharded.local(p).copy_(weight)
+            kept.write(state, "exp_avg", average)
+            kept.write(state, "exp_avg_sq", square)
+        if alike:
+            columns = [[self.state[p][name] for p in alike] for name in ("exp_avg", "exp_avg_sq", "step")]
+            adamw_step(group, [*alike], [p.grad for p in alike], *columns)
+
+    # -- what it can be asked ------------------------------------------------------------------------------------------
+
+    def summary(self) -> dict[str, float]:
+        """Of the last step over the sketched weights: mean factor, share cut by the limiter, norm of all updates."""
+        if not self.facts:
+            return {}
+        columns = zip(*self.facts.values(), strict=True)
+        scale, cut, norm = (torch.stack([value.float() for value in column]) for column in columns)
+        total = torch.linalg.vector_norm(norm)
+        return {"mean_scale": float(scale.mean()), "limited": float(cut.mean()), "update_norm": float(total)}
+
+    def layer_facts(self) -> dict[str, Facts]:
+        """The facts of the last step by name (names need (name, parameter) pairs, as apollo_param_groups makes)."""
+        owner = {p: group for group in self.param_groups for p in group["params"]}
+        return {self._name(p, owner[p]): facts for p, facts in self.facts.items()}
+
+    # -- saving and loading --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state_dict() with its group options. Raises UsageError when it is of other parameters."""
+        numbered = [(p, group) for group in self.param_groups for p in group["params"]]
+        # Numbers in the order of the groups, or names where the state went through distributed checkpoints.
+        keyed = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
+        saved: list[tuple[nn.Parameter, Mapping[str, Any]]] = []
+        if len(keyed) == len(numbered):  # otherwise torch says what differs
+            for (p, group), (key, options) in zip(numbered, keyed, strict=True):
+                if "rank" not in options:
+                    raise UsageError("the saved optimizer is no APOLLO: its groups have no 'rank'; start without it")
+                if entry := state_dict["state"].get(key):
+                    sketch = self._sketch(p, options)
+                    shape = tuple(p.shape) if sketch is None else sketch.shape
+                    kept.check_entry(self._name(p, group), entry, shape, sketch is not None)
+                    saved.append((p, entry))
+        super().load_state_dict(state_dict)
+        kept.restore_dtypes(self, saved)
+        self._forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()  # torch pickles and copies groups and state alone
+
+    # -- small parts ---------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """What is no state: facts of the last step, cached projections."""
+        self.facts: dict[nn.Parameter, Facts] = {}
+        self._projections: dict[nn.Parameter, tuple[tuple[int, int], Tensor]] = {}
+        self.hooked: set[nn.Parameter] | None = getattr(self, "hooked", None)
+
+    def _sketch(self, p: Tensor, group: Mapping[str, Any], clamp: bool = True) -> Sketch | None:
+        """The sketch of a parameter, None where it is AdamW's. `clamp` False: only where the rank is too large."""
+        if group["rank"] is None or p.ndim < 2 or not p.numel():
+            return None
+        sketch = sketch_of(p.shape, group["rank"], group["side"])
+        return sketch if clamp or sketch.rank < group["rank"] else None
+
+    def _name(self, p: Tensor, group: Mapping[str, Any]) -> str:
+        names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+        return names.get(id(p), f"of shape {list(p.shape)}")
+
+
+def APOLLOMini(params: Any, lr: float | Tensor = 1e-2, **options: Any) -> APOLLO:
+    """APOLLO at rank 1: one factor for a matrix, alpha 128; a state of 2 n + 2 numbers for an m x n weight, m <= n.
+
+    Without groups every tensor of two and more dimensions is sketched, embeddings too: make groups with
+    `apollo_param_groups(model, rank=1)` to leave them to AdamW as the paper does.
+    """
+    return APOLLO(params, lr, **{"rank": 1, "scale_type": "tensor", "scale": 128.0, **options})

@@ -1,0 +1,212 @@
+"""From a folder of checkpoints to the state of one: candidates newest first, proofs, and the replay of a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from edgewright.errors import FormatError
+from edgewright.systems.check_n_run.checks import check_manifest
+from edgewright.systems.check_n_run.files import Files
+from edgewright.systems.check_n_run.manifest import ID, Manifest, OtherVersion, dtype_of, read
+from edgewright.systems.check_n_run.records import decode_ids, decode_state, decode_values
+from edgewright.systems.check_n_run.shards import Place, digest, header, read_file
+
+
+@dataclass
+class Catalogue:
+    """The checkpoints of a root: manifests newest first, digests, and why a folder is none."""
+
+    found: list[Manifest] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    other_version: FormatError | None = None
+
+    def get(self, identity: str) -> Manifest | None:
+        return next((manifest for manifest in self.found if manifest.id == identity), None)
+
+
+@dataclass
+class TableRows:
+    """A table, or rows first .. first + len(values) of it, with the optimizer's state of those rows."""
+
+    first: int
+    values: Tensor
+    state: dict[str, Tensor]
+
+
+def catalogue(files: Files) -> Catalogue:
+    """Read every manifest."""
+    result = Catalogue()
+    for name in files.names(""):
+        if not ID.fullmatch(name):
+            continue
+        try:
+            manifest, result.digests[name] = read(files, name)
+            result.found.append(manifest)
+        except OtherVersion as error:
+            result.broken[name], result.other_version = str(error), error
+        except FormatError as error:
+            result.broken[name] = str(error)
+    result.found.sort(key=lambda manifest: (manifest.sequence, manifest.step, manifest.id), reverse=True)
+    return result
+
+
+def chain_of(known: Catalogue, manifest: Manifest) -> list[Manifest]:
+    """The full checkpoint, what follows it, and `manifest` last. Raises FormatError naming what is missing."""
+    chain = []
+    for identity, wanted in manifest.chain:
+        ancestor = known.get(identity)
+        if ancestor is None:
+            reason = known.broken.get(identity, "it is not there")
+            raise FormatError(f"{manifest.id} builds upon {identity}, which cannot be used: {reason}")
+        if known.digests[identity] != wanted:
+            raise FormatError(f"{manifest.id} builds upon another {identity} than the one that lies there")
+        chain.append(ancestor)
+    if chain and chain[0].kind != "full":
+        raise FormatError(f"{manifest.id} builds upon {chain[0].id}, which is no full checkpoint")
+    return [*chain, manifest]
+
+
+def check_files(files: Files, manifest: Manifest, content: bool = True) -> None:
+    """Size and (`content`) sha256 of every file of one checkpoint. Raises FormatError naming the first that differs."""
+    for name, (sha256, size) in manifest.files.items():
+        path = f"{manifest.id}/{name}"
+        try:
+            now = files.size(path)
+            if now != size:
+                raise FormatError(f"{path} has {now} bytes instead of {size}")
+            if content and digest(files, path).sha256 != sha256:
+                raise FormatError(f"{path} has other bytes than were written (sha256)")
+        except OSError as error:
+            raise FormatError(f"{path} cannot be read ({error.strerror or 'missing'})") from error
+
+
+def check_chain(
+    files: Files, known: Catalogue, manifest: Manifest, proved: set[str] | None = None, content: bool = True
+) -> list[Manifest]:
+    """The chain of a checkpoint, every file proved but those of checkpoints in `proved`, to which it adds."""
+    proved = set() if proved is None else proved
+    chain = chain_of(known, manifest)
+    for link in chain:
+        if link.id not in proved:
+            check_files(files, link, content)
+            try:
+                check_manifest(files, link)
+            except OSError as error:
+                raise FormatError(f"{link.id} cannot be read ({error.strerror or error})") from error
+            proved.add(link.id)
+    return chain
+
+
+def newest(files: Files, known: Catalogue) -> tuple[list[Manifest] | None, dict[str, str]]:
+    """(chain of the newest checkpoint that can be used, or None; why the newer ones cannot)."""
+    skipped, proved = dict(known.broken), set[str]()
+    for manifest in known.found:
+        try:
+            return check_chain(files, known, manifest, proved), skipped
+        except FormatError as error:
+            skipped[manifest.id] = str(error)
+    return None, skipped
+
+
+def replay(
+    files: Files, chain: list[Manifest], parts: dict[str, tuple[int, int]] | None = None
+) -> dict[str, TableRows]:
+    """The tables after a chain, in memory of their own: of each, every row is that of the last record that has it.
+
+    parts: table -> (first row, rows) where less than the whole is wanted; tables that are not named are left out.
+    Raises FormatError for records that cannot be, or rows that no record has.
+    """
+    tip = chain[-1]
+    wanted = {name: (0, table.rows) for name, table in tip.tables.items()} if parts is None else parts
+    result: dict[str, TableRows] = {}
+    covered: dict[str, Tensor] = {}
+    for link in chain:
+        seen: dict[str, Tensor] = {}  # rows that this checkpoint has
+        for file, records in _by_file(link).items():
+            tensors = None
+            for fields in records:
+                name = fields["table"]
+                if name not in wanted or not wanted[name][1]:
+                    continue
+                tensors = read_file(files, link.id, file) if tensors is None else tensors
+                table, (first, count) = link.tables[name], wanted[name]
+                if table != tip.tables.get(name):
+                    raise FormatError(f"table {name!r} is another in {link.id} than in {tip.id}")
+                ids = decode_ids(fields, tensors, table.rows)
+                values = decode_values(fields, tensors, tuple(table.shape), dtype_of(table.dtype))
+                states = {
+                    label: decode_state(fields, tensors, label, tuple(shape), dtype_of(dtype))
+                    for label, (dtype, shape) in table.state.items()
+                }
+                if name not in result:  # once a record was decoded, so that lies about sizes reserve no memory
+                    if _rows_of(chain, name) < count:
+                        raise FormatError(f"{tip.id}: its records do not have all {count} rows of table {name!r}")
+                    result[name] = _empty(table.shape, table.dtype, table.state, first, count)
+                    covered[name] = torch.zeros(count, dtype=torch.bool)
+                once = seen.setdefault(name, torch.zeros(count, dtype=torch.bool))
+                mine = ids[(ids >= first) & (ids < first + count)] - first
+                if bool(once[mine].any()):
+                    raise FormatError(f"{link.id} has a row of table {name!r} twice")
+                once[mine] = covered[name][mine] = True
+                _put(result[name].values, first, ids, values)
+                for label, entries in states.items():
+                    _put(result[name].state[label], first, ids, entries)
+    for name, (first, count) in wanted.items():
+        if count and (name not in covered or not bool(covered[name].all())):
+            raise FormatError(f"{tip.id}: no record has all of the rows {first}..{first + count - 1} of table {name!r}")
+        if not count:
+            table = tip.tables[name]
+            result[name] = _empty(table.shape, table.dtype, table.state, first, 0)
+    return result
+
+
+def dense_places(files: Files, manifest: Manifest, names: Iterable[str]) -> dict[str, list[Place]]:
+    """Where the parts of dense tensors lie. Raises FormatError."""
+    headers = {}
+    places: dict[str, list[Place]] = {}
+    for name in names:
+        if name not in manifest.dense:
+            raise FormatError(f"{manifest.id} lacks the tensor {name!r}")
+        for file, offsets in manifest.dense[name]:
+            if file not in headers:
+                headers[file] = header(files, f"{manifest.id}/{file}")
+            entry = headers[file].get(name)
+            if entry is None or len(entry.shape) != len(offsets):
+                raise FormatError(f"{manifest.id}/{file} lacks the tensor {name!r}, or has it in another shape")
+            places.setdefault(name, []).append(Place(file, entry, tuple(offsets)))
+    return places
+
+
+def _put(target: Tensor, first: int, ids: Tensor, source: Tensor) -> None:
+    """source[i] to row ids[i] of a table of which `target` has the rows from `first` on; rows outside are left out."""
+    start, stop = int(ids[0]) - first, int(ids[-1]) - first + 1
+    if start < 0 or stop > len(target):
+        inside = (ids >= first) & (ids < first + len(target))
+        ids, source = ids[inside], source[inside]
+        if len(ids):
+            _put(target, first, ids, source)
+    elif stop - start == len(ids):  # a range is copied as one
+        target[start:stop] = source
+    else:
+        target.index_copy_(0, ids - first, source)
+
+
+def _rows_of(chain: list[Manifest], table: str) -> int:
+    return sum(record["rows"] for link in chain for record in link.records if record["table"] == table)
+
+
+def _by_file(manifest: Manifest) -> dict[str, list[dict]]:
+    result: dict[str, list[dict]] = {}
+    for record in manifest.records:
+        result.setdefault(record["file"], []).append(record)
+    return result
+
+
+def _empty(shape: list[int], dtype: str, state: dict[str, list], first: int, count: int) -> TableRows:
+    values = torch.zeros(count, *shape, dtype=dtype_of(dtype))
+    return TableRows(first, values, {n: torch.zeros(count, *s, dtype=dtype_of(d)) for n, (d, s) in state.items()})

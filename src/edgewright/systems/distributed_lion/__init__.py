@@ -1,0 +1,27 @@
+"""Distributed Lion (arXiv 2404.00438): workers exchange the signs of their updates, one bit a parameter."""
+
+from typing import TYPE_CHECKING
+
+from edgewright.lazy import lazy
+
+if TYPE_CHECKING:
+    from edgewright.systems.distributed_lion.distributed import (
+        DistributedLion as DistributedLion,
+        lion_groups as lion_groups,
+    )
+    from edgewright.systems.distributed_lion.hook import (
+        disable_gradient_allreduce as disable_gradient_allreduce,
+        register_distributed_lion_hook as register_distributed_lion_hook,
+    )
+    from edgewright.systems.distributed_lion.lion import Lion as Lion
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "DistributedLion": "edgewright.systems.distributed_lion.distributed",
+        "Lion": "edgewright.systems.distributed_lion.lion",
+        "disable_gradient_allreduce": "edgewright.systems.distributed_lion.hook",
+        "lion_groups": "edgewright.systems.distributed_lion.distributed",
+        "register_distributed_lion_hook": "edgewright.systems.distributed_lion.hook",
+    },
+)

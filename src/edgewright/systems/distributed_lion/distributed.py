@@ -1,0 +1,393 @@
+"""Distributed Lion (arXiv 2404.00438): data-parallel training in which each process sends one bit per parameter.
+
+Process i of N keeps its own momentum m_i and sees only its own gradient g_i; all hold the same parameters x:
+
+    d_i = sign(b1 * m_i + (1 - b1) * g_i)       its vote, sent at one bit
+    m_i = b2 * m_i + (1 - b2) * g_i
+    D   = sign(sum d_i)  or  sum d_i / N        majority vote ("mavo") or average ("avg")
+    x   = x - e * (D + w * x)
+
+D is the same everywhere, so the copies of x stay equal to the last bit. With one process this is Lion. Everything is
+exchanged before anything changes: a process that loses another leaves parameters and momentum as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from edgewright.errors import UsageError
+from edgewright.systems.distributed_lion.exchange import AGGREGATES, REPLIES, TOPOLOGIES, Bucket, Exchange
+from edgewright.systems.distributed_lion.lion import (
+    advance_,
+    apply_,
+    check_gradient,
+    check_parameter,
+    check_settings,
+    direction,
+)
+from edgewright.systems.distributed_lion.replicas import check_gradients_differ, check_replicas, check_shards, local
+
+ZEROS = ("auto", "alternate", "ternary")
+EMBEDDING_NAMES = ("embed", "wte", "wpe")  # parts of names of tables, most rows of which have no gradient
+SHARED = "all processes"  # whose momentum a state dict holds, right after momenta were averaged
+
+
+class DistributedLion(torch.optim.Optimizer):
+    """Lion over the processes of `process_group` (None: all); every process makes one over the same parameters.
+
+    aggregate: "mavo" (the majority's sign; the paper's choice for language models and small batches) or "avg" (for
+    large batches). zero, also per group: what becomes of a vote of 0, as in embedding rows that no token touched:
+    "ternary" sends it (1.6 bits an element), "alternate" replaces it by +1 or -1 by a hash of place and step; "auto" is
+    ternary for parameters whose names say embedding (give named_parameters(), or use `lion_groups`), else alternate.
+    topology: see lion_exchange. reply: sums under "avg" as few "bits" or as "int8". bucket_mb: elements sent together,
+    counted as float32. momentum_sync_every: average the momenta every so many steps (0: never). clip_local: largest
+    norm of a process's own gradient. checksum_every: compare the copies every so many steps (the first always).
+    check_gradients: refuse a first step in which all processes have the same gradient. timeout: seconds to wait for
+    another process.
+
+    Gradients must be those of the process alone: see lion_hook. A gradient that is not finite, on any process, skips
+    the step on all. Parameters without a gradient on all processes are left alone; where only some lack it, those vote
+    0. Raises UsageError, CheckFailed (copies differ), EdgewrightError (a process was lost).
+    """
+
+    # torch's GradScaler then calls step() always, so that no process skips one that the others make.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        aggregate: str = "mavo",
+        zero: str = "auto",
+        process_group: Any = None,
+        topology: str = "auto",
+        reply: str = "bits",
+        bucket_mb: float = 25.0,
+        momentum_sync_every: int = 0,
+        clip_local: float | None = None,
+        checksum_every: int = 0,
+        check_gradients: bool = True,
+        timeout: float = 300.0,
+    ) -> None:
+        check_settings(lr, betas, weight_decay)
+        _one_of("aggregate", aggregate, AGGREGATES)
+        _one_of("topology", topology, TOPOLOGIES)
+        _one_of("reply", reply, REPLIES)
+        rules = {
+            "bucket_mb": (bucket_mb, 0 < bucket_mb < math.inf, "positive, as 25"),
+            "momentum_sync_every": (momentum_sync_every, momentum_sync_every >= 0, "0 (never) or more steps"),
+            "clip_local": (clip_local, clip_local is None or clip_local > 0, "positive, or None for no clipping"),
+            "checksum_every": (checksum_every, checksum_every >= 0, "0 (first step only) or more steps"),
+            "timeout": (timeout, 0 < timeout < math.inf, "positive seconds, as 300"),
+        }
+        for name, (value, holds, allowed) in rules.items():
+            if not holds:
+                raise UsageError(f"{name}={value!r}: it must be {allowed}")
+        self.aggregate, self.clip_local, self.check_gradients = aggregate, clip_local, check_gradients
+        self.momentum_sync_every, self.checksum_every = momentum_sync_every, checksum_every
+        self.skipped_steps = 0
+        self.hooked = False  # set by register_distributed_lion_hook: gradients then hold D already
+        self.broken = False  # the hook met a gradient that is not finite
+        self.failure: Exception | None = None  # what stopped the hook, raised by the next step
+        self._elements = int(bucket_mb * 2**20 / 4)
+        self._buckets: list[Bucket] = []
+        self._checked = False
+        distributed = dist.is_available() and dist.is_initialized()
+        world = dist.get_world_size(process_group) if distributed else 1
+        self.exchange = Exchange(process_group, aggregate, topology, reply, timeout) if world > 1 else None
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "zero": zero, "step": 0}
+        super().__init__(params, defaults)
+
+    @property
+    def world(self) -> int:
+        """Processes that vote."""
+        return self.exchange.world if self.exchange else 1
+
+    @property
+    def rank(self) -> int:
+        """This process among them."""
+        return self.exchange.rank if self.exchange else 0
+
+    @property
+    def steps(self) -> int:
+        """Updates made so far."""
+        return int(self.param_groups[0]["step"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, after a look at every parameter."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["step"] = self.param_groups[0]["step"]
+        check_settings(group["lr"], group["betas"], group["weight_decay"])
+        _one_of("zero", group["zero"], ZEROS)
+        self._buckets = []
+        for (_, parameter), name in zip(self.members(), self.names(), strict=True):
+            check_parameter(local(parameter), name)
+            check_shards(parameter, self.exchange)
+
+    def members(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """(group, parameter) of all parameters in their order, which is that of `names`."""
+        return [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+
+    def names(self) -> list[str]:
+        """The parameters' names where they were given, else their place."""
+        return [
+            name
+            for g, group in enumerate(self.param_groups)
+            for name in group.get("param_names", [f"group {g} parameter {i}" for i in range(len(group["params"]))])
+        ]
+
+    def momentum(self, parameter: Tensor) -> Tensor:
+        """m_i of a parameter, made of zeros when it is first asked for."""
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(local(parameter))
+        found: Tensor = state["exp_avg"]
+        return found
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update on all processes: exchange the votes, then apply them. The closure's value, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.failure is not None:
+            raise self.failure
+        members = self.members()
+        gradients = self._gradients(members)
+        if not self.hooked:
+            self._clip(gradients)
+        active, skip = self._agree(members, gradients)
+        self.begin(gradients)
+        if skip:
+            self.skipped_steps += 1
+        else:
+            deltas = self._deltas(members, gradients, active)
+            for number, ((group, parameter), gradient) in enumerate(zip(members, gradients, strict=True)):
+                if not active[number]:
+                    continue
+                if not self.hooked and gradient is not None:
+                    advance_(self.momentum(parameter), gradient, group["betas"][1])
+                apply_(local(parameter), deltas[number], float(group["lr"]), float(group["weight_decay"]))
+        for group in self.param_groups:
+            group["step"] += 1
+        if self.exchange:
+            self.exchange.traffic.steps += 1
+            self.exchange.traffic.elements += sum(
+                local(p).numel() for (_, p), on in zip(members, active, strict=True) if on
+            )
+            if self.momentum_sync_every and self.steps % self.momentum_sync_every == 0:
+                self.sync_momentum()
+            if self.checksum_every and self.steps % self.checksum_every == 0:
+                self.replica_checksum()
+        return loss
+
+    def begin(self, gradients: Sequence[Tensor | None]) -> None:
+        """Before the first exchange: are the copies equal, and the gradients each process's own?"""
+        if self._checked or self.exchange is None:
+            return
+        self._checked = True
+        check_replicas(self.exchange, [p for _, p in self.members()], self.names())
+        if self.check_gradients and not self.hooked:
+            check_gradients_differ(self.exchange, gradients)
+
+    def replica_checksum(self) -> list[int]:
+        """64-bit checksums of this process's parameters; CheckFailed (naming the first) when another has others."""
+        return check_replicas(self.exchange, [p for _, p in self.members()], self.names())
+
+    def sync_momentum(self) -> None:
+        """Give every process the mean of all momenta (a float32 all-reduce: 32 times the bytes of a step)."""
+        if self.exchange is None:
+            return
+        for _, parameter in self.members():
+            momentum = self.momentum(parameter)
+            mean = self.exchange.all_reduce(momentum.float().contiguous(), dist.ReduceOp.SUM) / self.world
+            momentum.copy_(mean)
+
+    def comm_stats(self) -> dict[str, float]:
+        """`Traffic` of this process so far, and the ratio to a ring all-reduce of float32 gradients."""
+        return self.exchange.traffic.as_dict(self.world) if self.exchange else {}
+
+    @property
+    def differs_by_process(self) -> bool:
+        """Whether every process has momentum of its own now: not in one process, and not right after averaging."""
+        synced = self.momentum_sync_every and self.steps and self.steps % self.momentum_sync_every == 0
+        return self.exchange is not None and not synced
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and whose momentum it is: of this process alone, or of all right after they were averaged."""
+        holder = f"process {self.rank} of {self.world}" if self.differs_by_process else SHARED
+        for group in self.param_groups:
+            group["momentum_of"] = holder
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; every process calls. UsageError on all when any got another's momentum, or of other numbers."""
+        holder = state_dict["param_groups"][0].get("momentum_of", SHARED)
+        wrong = holder not in (SHARED, f"process {self.rank} of {self.world}")
+        if self.exchange is not None:
+            flag = torch.tensor([wrong], dtype=torch.uint8, device=local(self.members()[0][1]).device)
+            wrong = bool(self.exchange.all_reduce(flag).item())
+        if wrong:
+            raise UsageError(
+                f"this state holds the momentum of {holder} and was given to others too, here to process {self.rank} "
+                f"of {self.world}: use load_replicas(folder, model, optimizer, strategy='mean'), or save right after "
+                "momenta were averaged (momentum_sync_every)"
+            )
+        super().load_state_dict(state_dict)
+
+    def votes(self, bucket: Bucket, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> Tensor:
+        """sign(b1 * m + (1 - b1) * g) of a bucket's parameters, int8 [numel]; `gradients` by number of the member."""
+        members = self.members()
+        parts = []
+        for number, size in zip(bucket.members, bucket.sizes, strict=True):
+            (group, parameter), gradient = members[number], gradients[number]
+            if gradient is None:
+                parts.append(torch.zeros(size, dtype=torch.int8, device=local(parameter).device))
+            else:
+                raw = direction(self.momentum(parameter), gradient, group["betas"][0])
+                parts.append(raw.sign_().to(torch.int8).flatten())
+        return torch.cat(parts)
+
+    def bucket(self, numbers: Sequence[int], ternary: bool) -> Bucket:
+        """The members of those numbers as one bucket."""
+        sizes = [local(parameter).numel() for _, parameter in self.members()]
+        starts = [0, *accumulate(sizes)]
+        return Bucket(tuple(numbers), tuple(sizes[n] for n in numbers), tuple(starts[n] for n in numbers), ternary)
+
+    def is_ternary(self) -> list[bool]:
+        """For each member, whether its votes of 0 are sent."""
+        return [sends_zeros(group["zero"], name) for (group, _), name in zip(self.members(), self.names(), strict=True)]
+
+    def delta(self, outcome: Tensor, parameter: Tensor) -> Tensor:
+        """D in the shape and dtype of a parameter, from integers of the exchange."""
+        values = outcome.view(local(parameter).shape).to(local(parameter).dtype)
+        return values / self.world if self.aggregate == "avg" else values
+
+    def _deltas(
+        self, members: list[tuple[dict[str, Any], Tensor]], gradients: list[Tensor | None], active: list[bool]
+    ) -> list[Tensor]:
+        """D of every active member; nothing has changed yet."""
+        if self.hooked or self.exchange is None:
+            return [
+                torch.empty(0)
+                if gradient is None
+                else gradient
+                if self.hooked
+                else direction(self.momentum(parameter), gradient, group["betas"][0]).sign_()
+                for (group, parameter), gradient in zip(members, gradients, strict=True)
+            ]
+        began, waited = time.monotonic(), self.exchange.traffic.seconds
+        deltas = [torch.empty(0)] * len(members)
+        rounds = [
+            self.exchange.start(self.votes(bucket, gradients), bucket, self.steps) for bucket in self._plan(active)
+        ]
+        for round_ in rounds:
+            self.exchange.reply(round_)
+        for round_ in rounds:
+            outcome = self.exchange.finish(round_)
+            for number, part in zip(round_.bucket.members, outcome.split(round_.bucket.sizes), strict=True):
+                deltas[number] = self.delta(part, members[number][1])
+        self.exchange.traffic.seconds = waited + time.monotonic() - began
+        return deltas
+
+    def _plan(self, active: list[bool]) -> list[Bucket]:
+        """Buckets of the active members: one device and one kind of vote each, about as large as asked for."""
+        numbers = tuple(number for number, on in enumerate(active) if on)
+        if self._buckets and tuple(sorted(n for bucket in self._buckets for n in bucket.members)) == numbers:
+            return self._buckets
+        members, ternary = self.members(), self.is_ternary()
+        kinds: dict[tuple[str, bool], list[list[int]]] = {}
+        filled: dict[tuple[str, bool], int] = {}
+        for number in numbers:
+            parameter = local(members[number][1])
+            kind = str(parameter.device), ternary[number]
+            if kind not in kinds or filled[kind] + parameter.numel() > self._elements:
+                kinds.setdefault(kind, []).append([])
+                filled[kind] = 0
+            kinds[kind][-1].append(number)
+            filled[kind] += parameter.numel()
+        self._buckets = [
+            self.bucket(bucket, kind[1]) for kind, buckets in kinds.items() for bucket in buckets if bucket
+        ]
+        return self._buckets
+
+    def _gradients(self, members: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor | None]:
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # set by GradScaler for the time of a step
+        gradients: list[Tensor | None] = []
+        for (_, parameter), name in zip(members, self.names(), strict=True):
+            gradient = parameter.grad
+            if gradient is not None:
+                check_gradient(gradient, name)
+                gradient = local(gradient)
+                if scale is not None and not self.hooked:
+                    gradient.div_(scale.to(gradient.device))
+            gradients.append(gradient)
+        return gradients
+
+    def _clip(self, gradients: list[Tensor | None]) -> None:
+        present = [gradient for gradient in gradients if gradient is not None]
+        if self.clip_local is not None and present:
+            norm = torch.nn.utils.get_total_norm(present)
+            for gradient in present:
+                gradient.mul_((self.clip_local / (norm + 1e-6)).clamp(max=1.0).to(gradient.device, gradient.dtype))
+
+    def _agree(
+        self, members: list[tuple[dict[str, Any], Tensor]], gradients: list[Tensor | None]
+    ) -> tuple[list[bool], bool]:
+        """Which members have a gradient on any process, and whether any process has one that is not finite."""
+        present = [gradient for gradient in gradients if gradient is not None]
+        broken = self.broken or bool(getattr(self, "found_inf", 0))
+        if present and not broken:
+            broken = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(present, math.inf))
+        self.broken = False
+        if self.exchange is None:
+            return [gradient is not None for gradient in gradients], broken
+        device = local(members[0][1]).device
+        flags = torch.tensor([g is not None for g in gradients] + [broken], dtype=torch.uint8, device=device)
+        *active, skip = self.exchange.all_reduce(flags).tolist()
+        return [bool(on) for on in active], bool(skip)
+
+
+def sends_zeros(zero: str, name: str) -> bool:
+    """Whether votes of 0 of a parameter are sent as such, under the option `zero` of its group."""
+    return zero == "ternary" or (zero == "auto" and any(part in name.lower() for part in EMBEDDING_NAMES))
+
+
+def lion_groups(model: torch.nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Groups for DistributedLion: tables of nn.Embedding vote ternary, the rest alternates; only matrices decay."""
+    tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        for parameter in module.parameters(recurse=False)
+    }
+    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in tables, parameter.ndim > 1), []).append((name, parameter))
+    return [
+        {
+            "params": named,
+            "zero": "ternary" if table else "alternate",
+            "weight_decay": weight_decay if matrix else 0.0,
+        }
+        for (table, matrix), named in groups.items()
+    ]
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")

@@ -1,0 +1,246 @@
+"""Sparse mixture of experts for small models: sigmoid router with a selection bias, fine-grained and shared experts.
+
+Source: "MobileMoE: Scaling On-Device Mixture of Experts", arXiv 2605.27358. For u [N, d], with E experts and top-k:
+    z = u Wr^T in float32,  s = sigmoid(z),  K = the k largest of s + b (ties: the lower index),
+    r_e = route_scale * s_e / (sum over K of s + 1e-20),  y = sum over K of r_e FFN_e(u) + FFN_shared(u)
+b only selects; it is moved by `moe_training.LoadBalancer`, never by a gradient. Parameters have the names of
+transformers' Glm4MoeMoE, so that a conversion is a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+
+from edgewright.errors import CheckFailed, UsageError
+from edgewright.models.decoder.model import FeedForward
+from edgewright.systems.mobilemoe import backends
+
+BACKENDS = ("auto", "loop", "sorted", "grouped_mm", "padded", "gather", "dense")
+SCORES = ("sigmoid", "softmax")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One sparse layer; also the `moe` field of an `EdgeDecoderConfig`. Defaults: the routing of the published S model.
+
+    num_experts, top_k: routed experts and how many of them a token uses. expert_size, shared_size: widths of a routed
+    expert and of the one that every token uses (0: none). score: "sigmoid", or "softmax" over all experts.
+    norm_topk: the weights of the chosen experts add up to route_scale. capacity_factor: while training, an expert
+    takes at most ceil(factor * tokens * top_k / num_experts) tokens and drops later ones; None, and always in eval
+    mode: dropless. backend: one of BACKENDS, all with the same result; "auto" takes the fastest for device and mode.
+    group_axis: axis of the stored expert [out, in] along which quantisation groups run: "in", as trained; "out", as in
+    the released packed files.
+    """
+
+    num_experts: int = 60
+    top_k: int = 4
+    expert_size: int = 384
+    shared_size: int = 1536
+    score: str = "sigmoid"
+    norm_topk: bool = True
+    route_scale: float = 1.0
+    capacity_factor: float | None = None
+    backend: str = "auto"
+    hidden_act: str = "silu"
+    group_axis: Literal["in", "out"] = "in"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_experts", 1), ("top_k", 1), ("expert_size", 1), ("shared_size", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"moe {name}={value!r}; give a whole number from {least} up")
+        if self.top_k > self.num_experts:
+            raise UsageError(f"moe top_k={self.top_k} is more than num_experts={self.num_experts}")
+        for name, allowed in (("score", SCORES), ("backend", BACKENDS), ("group_axis", ("in", "out"))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"moe {name}={getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        if self.hidden_act not in ACT2FN:
+            raise UsageError(f"moe hidden_act={self.hidden_act!r} is no activation of transformers; use 'silu'")
+        if not 0 < self.route_scale < math.inf:
+            raise UsageError(f"moe route_scale={self.route_scale}; it must be positive and finite")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise UsageError(
+                f"moe capacity_factor={self.capacity_factor} leaves an expert no slots; use 1.5, or None for no limit"
+            )
+
+    @classmethod
+    def split(
+        cls, dense_size: int, experts: int = 8, granularity: int = 8, shared: bool = True, **settings: Any
+    ) -> MoEConfig:
+        """The paper's variables E, g, s around a dense width: neither g nor s changes active or total parameters.
+
+        Each of E experts of width dense_size is cut into g pieces, of which g are active; with `shared`, g/2 of both
+        become one piece that is always on: (d_ff 3072, 8, 8) gives 60 of 384, top 4, shared 1536.
+        deviation: the paper's shared piece is 4 at its g = 8; other g scale it, which keeps half the work shared.
+        """
+        for name, value in (("dense_size", dense_size), ("experts", experts), ("granularity", granularity)):
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name}={value!r}; give a whole number from 1 up")
+        if dense_size % granularity:
+            raise UsageError(f"granularity={granularity} does not divide the feed-forward width {dense_size}")
+        if shared and granularity < 2:
+            raise UsageError("granularity=1 leaves no routed piece beside a shared one; use 2 or more, or shared=False")
+        pieces, width = granularity // 2 if shared else 0, dense_size // granularity
+        return cls(experts * granularity - pieces, granularity - pieces, width, pieces * width, **settings)
+
+    def capacity(self, tokens: int) -> int | None:
+        """Slots of an expert for a batch of that many tokens, or None without a limit."""
+        if self.capacity_factor is None:
+            return None
+        return math.ceil(self.capacity_factor * tokens * self.top_k / self.num_experts)
+
+
+class Routing(NamedTuple):
+    """Where N tokens go: router logits z [N, E] float32, weights r [N, k] float32, expert indices [N, k] int64."""
+
+    logits: Tensor
+    weights: Tensor
+    indices: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """Tokens that chose each expert, int64 [E], dropped ones included."""
+        return torch.bincount(self.indices.reshape(-1), minlength=self.logits.shape[1])
+
+    def detach(self) -> Routing:
+        return Routing(self.logits.detach(), self.weights.detach(), self.indices)
+
+
+class Router(nn.Module):
+    """Scores and choice of experts, in float32 whatever the model's dtype: a rounded score would flip the choice."""
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, hidden, dtype=torch.float32))
+        self.e_score_correction_bias: Tensor
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    @torch.no_grad()
+    def init_weights(self, config: Any) -> None:
+        init.normal_(self.weight, mean=0.0, std=config.initializer_range)
+        init.zeros_(self.e_score_correction_bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Devices change as asked, dtypes do not: `model.to(torch.bfloat16)` leaves the router in float32."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return out if out.dtype == tensor.dtype else tensor.to(out.device)
+
+        return super()._apply(moved, recurse)
+
+    def forward(self, u: Tensor) -> Routing:
+        """u: [N, hidden]. Raises CheckFailed for logits that are no numbers."""
+        with torch.autocast(u.device.type, enabled=False):
+            logits = F.linear(u.float(), self.weight.float())
+        _check_finite(logits, u)
+        scores = logits.sigmoid() if self.config.score == "sigmoid" else logits.softmax(-1)
+        indices = _top_k(scores.detach() + self.e_score_correction_bias, self.config.top_k)
+        weights = scores.gather(1, indices)
+        if self.config.norm_topk:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(logits, weights * self.config.route_scale, indices)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.config.top_k} of {self.weight.shape[0]}"
+
+
+class Experts(nn.Module):
+    """E feed-forwards in two tensors: gate_up_proj [E, 2f, d] (gate rows first), down_proj [E, d, f].
+
+    Under `quantize_` and `convert_` a tensor's place is taken by a QuantStack or PackedStack; see `weight_stacks`.
+    """
+
+    weight_stacks = ("gate_up_proj", "down_proj")
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config, self.group_axis = config, config.group_axis
+        count, width = config.num_experts, config.expert_size
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    @torch.no_grad()
+    def init_weights(self, config: Any) -> None:
+        init.normal_(self.gate_up_proj, mean=0.0, std=config.initializer_range)
+        init.normal_(self.down_proj, mean=0.0, std=config.initializer_range)
+
+    @property
+    def weights(self) -> backends.Weights:
+        """The tensors as the back-ends take them."""
+        return backends.Weights(self.gate_up_proj, self.down_proj, self.act_fn)
+
+    def forward(self, u: Tensor, routing: Routing, capacity: int | None = None) -> Tensor:
+        """sum over the chosen experts of r_e FFN_e(u). u: [N, d] -> [N, d]."""
+        name = backends.choose(self.config.backend, u, routing.indices, self.config.num_experts, capacity)
+        return backends.run(name, u, routing.indices, routing.weights, self.weights, capacity)
+
+
+class SparseMoE(nn.Module):
+    """Router, routed experts and a shared one. u [B, T, d] -> [B, T, d], without the residual.
+
+    last_routing: the `Routing` of the latest call, without gradients. expert_parallel: set by
+    `moe_parallel.parallelize_experts`, which leaves this process a share of the experts.
+    """
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = Router(hidden, config)
+        self.experts = Experts(hidden, config)
+        if config.shared_size:
+            self.shared_experts = FeedForward(hidden, config.shared_size, config.hidden_act)
+        self.last_routing: Routing | None = None
+        self.expert_parallel: Any = None
+
+    def forward(self, u: Tensor) -> Tensor:
+        flat = u.reshape(-1, u.shape[-1])
+        routing = self.gate(flat)
+        if not torch.compiler.is_compiling():
+            self.last_routing = routing.detach()
+        capacity = self.config.capacity(len(flat)) if self.training else None
+        routed = self.experts if self.expert_parallel is None else self.expert_parallel
+        out = routed(flat, routing, capacity)
+        if self.config.shared_size:
+            out = out + self.shared_experts(flat)
+        return out.reshape(u.shape)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{c.num_experts} of width {c.expert_size}, top {c.top_k}, shared {c.shared_size}"
+
+
+def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
+    """Every sparse layer of a model by name. Raises UsageError where there is none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no SparseMoE layer; build it with ffn_types='moe'")
+    return found
+
+
+def _top_k(choice: Tensor, k: int) -> Tensor:
+    """Indices [N, k] of the largest entries, largest first, the lower index first among equals."""
+    if torch.compiler.is_compiling():
+        return choice.topk(k, dim=-1).indices  # exporters know this operator; equal scores do not occur in practice
+    bits = choice.view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # whole numbers in the order of the floats
+    experts = choice.shape[1]
+    keys = ordered * experts + torch.arange(experts - 1, -1, -1, device=choice.device)
+    return keys.topk(k, dim=-1).indices
+
+
+def _check_finite(logits: Tensor, u: Tensor) -> None:
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or torch.isfinite(logits).all():
+        return  # elsewhere asking costs a wait, and the loss shows it
+    where = "inputs" if not torch.isfinite(u).all() else "weights"
+    raise CheckFailed(f"the router's logits are not finite: its {where} hold NaN or infinity; lower the learning rate")

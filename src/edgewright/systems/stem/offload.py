@@ -1,0 +1,196 @@
+"""STEM tables taken out of a model, into host memory or files, with the same logits.
+
+When a forward begins, all its tokens are known: they are made distinct once for all layers, and rows of the first
+layers are asked for while the dense layers before them compute. A decoded token asks for the rows of all layers at
+once. A layer waits for its rows only where they enter the product, behind its own gate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgewright.errors import UsageError
+from edgewright.io.packed import PackedEmbedding
+from edgewright.systems.stem.layer import StemFeedForward, stem_blocks
+from edgewright.systems.stem.rows import FLOATS, FileRows, MemoryRows, RowFormat, Rows, slices, write_rows
+from edgewright.systems.stem.store import EmbeddingStore
+from edgewright.systems.stem.training import RowAdamW
+
+DEVICES = ("cpu", "disk")
+
+
+class _Decoded:
+    """The lookups of an offloaded model: plans a forward when it begins and serves its layers."""
+
+    def __init__(self, model: nn.Module, store: EmbeddingStore) -> None:
+        self.store = store
+        layers = stem_blocks(model)
+        share_map = model.config.share_map  # type: ignore[union-attr]
+        self.order = [block for block in share_map if block in layers]  # type: ignore[union-attr]
+        self.ids: Tensor | None = None
+        self.distinct = self.places = torch.empty(0)
+        self.ahead = 0
+        self.hook = model.model.register_forward_pre_hook(self._begin, with_kwargs=True)  # type: ignore[union-attr]
+        for block, layer in layers.items():
+            layer.lookup = lambda ids, block=block: self.rows(block, ids)  # type: ignore[misc]
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            return  # the decoder itself says what is missing
+        self._plan(ids)
+        depth = len(self.order) if ids.shape[-1] == 1 else self.store.prefetch
+        self.ahead = 0
+        self._request(depth if self.store.prefetch else 0)
+
+    def _plan(self, ids: Tensor) -> None:
+        self.ids = ids
+        self.distinct, self.places = torch.unique(ids.cpu(), return_inverse=True)
+        self.places = self.places.to(self.store.device)
+
+    def _request(self, count: int) -> None:
+        for block in self.order[self.ahead : self.ahead + count]:
+            self.store.request(block, self.distinct)
+        self.ahead += count
+
+    def rows(self, block: int, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, f]."""
+        planned = self.ids is not None and (ids is self.ids or torch.equal(ids, self.ids))
+        if planned:
+            distinct, places = self.distinct, self.places
+        else:  # an edit asks for other tokens
+            distinct, places = torch.unique(ids.cpu(), return_inverse=True)
+            places = places.to(self.store.device)
+        rows = self.store.fetch(block, distinct)
+        if planned and self.store.prefetch:
+            self._request(1)
+        if self.store.optimizer is not None and torch.is_grad_enabled():
+            rows = rows.detach().requires_grad_()
+            rows.register_hook(lambda gradient: self.store.scatter_grad(block, distinct, gradient))
+        return F.embedding(places, rows)
+
+
+@torch.no_grad()
+def offload_(
+    model: nn.Module,
+    device: str = "cpu",
+    path: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    group: int | None = None,
+    cache_rows: int = 0,
+    prefetch: int = 2,
+    threads: int = 1,
+    access: str = "pread",
+    trainable: bool | RowAdamW = False,
+) -> EmbeddingStore:
+    """Move the tables of an edge decoder into a store, in place; logits stay the same bit for bit.
+
+    device: "cpu", or "disk" with a folder `path` for the files (see `table_file`); files that are there and fit are
+    used as they are when the model has no tables of its own, else they are written. dtype: of DTYPES, that of the
+    tables where None; anything narrower rounds, to what the same rounding in the model would give. group: values that
+    share a step of int8 and int4. access: "pread" leaves what was read to the system's page cache alone, "mmap" maps
+    the files. trainable: gradients go to the store (a `RowAdamW` says how); files are then written in place.
+    Raises UsageError for a model that is offloaded already.
+    """
+    layers = stem_blocks(model)
+    if device not in DEVICES or (device == "disk") != (path is not None):
+        raise UsageError(f"device={device!r}, path={path}; give device='cpu', or device='disk' with path=FOLDER")
+    if any(layer.lookup is not None for layer in layers.values()):
+        raise UsageError("the tables of this model are elsewhere already; call restore_(model) first")
+    optimizer = RowAdamW() if trainable is True else trainable or None
+    read_only = optimizer is None
+    tables: dict[int, Rows] = {}
+    for block, layer in layers.items():
+        if device == "cpu":
+            tables[block] = _in_memory(layer, dtype, group, read_only)
+        else:
+            file = table_file(Path(path or ""), block)
+            if layer.table is not None:
+                _write(layer, file, block, dtype, group)
+            tables[block] = FileRows(file, table_name(block), access=access, read_only=read_only)
+            if tables[block].count != layer.vocabulary or tables[block].format.width != layer.intermediate:
+                raise UsageError(
+                    f"{file} holds {tables[block].count} rows of {tables[block].format.width}; layer {block} has "
+                    f"{layer.vocabulary} of {layer.intermediate}"
+                )
+    first: Any = next(iter(layers.values())).down_proj
+    store = EmbeddingStore(
+        tables, cache_rows=cache_rows, prefetch=prefetch, threads=threads,
+        device=first.weight.device, dtype=_value_type(first.weight), optimizer=optimizer,
+    )  # fmt: skip
+    _Decoded(model, store)
+    for layer in layers.values():
+        layer.table = None
+    return store
+
+
+@torch.no_grad()
+def restore_(model: nn.Module, store: EmbeddingStore) -> nn.Module:
+    """Put the tables of a store back into its model, overlays included, and close the store."""
+    for hook_id, hook in list(model.model._forward_pre_hooks.items()):  # type: ignore[union-attr,operator]
+        if isinstance(getattr(hook, "__self__", None), _Decoded):
+            model.model._forward_pre_hooks.pop(hook_id)  # type: ignore[union-attr,operator]
+            model.model._forward_pre_hooks_with_kwargs.pop(hook_id, None)  # type: ignore[union-attr,operator]
+    for block, layer in stem_blocks(model).items():
+        rows = store.tables[block].read(torch.arange(layer.vocabulary))
+        for key, row in store.overlays[block].items():
+            rows[key] = row.to("cpu", rows.dtype)
+        layer.table = nn.Embedding.from_pretrained(rows.to(store.device), freeze=False, sparse=layer.config.sparse_grad)
+        layer.lookup = None
+    store.close()
+    return model
+
+
+def table_file(folder: Path, block: int) -> Path:
+    """Where the table of a stored block lies in a folder."""
+    return folder / f"stem-layer-{block}.safetensors"
+
+
+def table_name(block: int) -> str:
+    """The name of its tensors, which is that of the module in the decoder."""
+    return f"model.layers.{block}.mlp.table"
+
+
+def _value_type(weight: Tensor) -> torch.dtype:
+    """Rows are handed over in the type of the matrices, unless that is wider than any table."""
+    return weight.dtype if weight.dtype in FLOATS.values() else torch.float32
+
+
+def _own_format(layer: StemFeedForward, dtype: str | None, group: int | None) -> tuple[RowFormat, Any]:
+    """(format, what is stored: a float tensor [V, f] or a PackedTensor)."""
+    table: Any = layer.table
+    if table is None:
+        raise UsageError("the model was loaded without its tables; offload it with device='disk' and their folder")
+    if isinstance(table, PackedEmbedding):
+        packed = table.packed
+        if packed.grid not in ("int8", "int4") or dtype not in (None, packed.grid):
+            raise UsageError(f"the table is packed as {packed.grid}; tables in a store are int8, int4 or floats")
+        size = None if packed.group == packed.codes.shape[1] else packed.group
+        return RowFormat(packed.grid, packed.codes.shape[1], size), packed
+    weight = table.weight
+    names = {value: name for name, value in FLOATS.items()}
+    return RowFormat(dtype or names.get(weight.dtype, "fp32"), weight.shape[1], group), weight
+
+
+def _in_memory(layer: StemFeedForward, dtype: str | None, group: int | None, read_only: bool) -> MemoryRows:
+    format, source = _own_format(layer, dtype, group)
+    if not isinstance(source, Tensor):
+        return MemoryRows(format.of_codes(source.codes, source.step), format, read_only)
+    if format.dtype in FLOATS:
+        return MemoryRows({"weight": source.detach().cpu().to(FLOATS[format.dtype])}, format, read_only)
+    pieces = [format.encode(part) for part in slices(source)]
+    return MemoryRows({name: torch.cat([p[name] for p in pieces]) for name in format.parts}, format, read_only)
+
+
+def _write(layer: StemFeedForward, file: Path, block: int, dtype: str | None, group: int | None) -> None:
+    format, source = _own_format(layer, dtype, group)
+    if isinstance(source, Tensor):
+        write_rows(file, table_name(block), len(source), format, slices(source))
+    else:
+        write_rows(file, table_name(block), len(source.codes), format, [format.of_codes(source.codes, source.step)])

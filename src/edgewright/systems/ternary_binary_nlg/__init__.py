@@ -1,0 +1,21 @@
+"""TBT (arXiv 2306.01841): ternary and binary encoder-decoders that still generate text."""
+
+from typing import TYPE_CHECKING
+
+from edgewright.lazy import lazy
+
+if TYPE_CHECKING:
+    from edgewright.systems.ternary_binary_nlg.distillation import (
+        SequenceLossConfig as SequenceLossConfig,
+        SequenceToSequenceDistillation as SequenceToSequenceDistillation,
+    )
+    from edgewright.systems.ternary_binary_nlg.model import tbt_ as tbt_
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "SequenceLossConfig": "edgewright.systems.ternary_binary_nlg.distillation",
+        "SequenceToSequenceDistillation": "edgewright.systems.ternary_binary_nlg.distillation",
+        "tbt_": "edgewright.systems.ternary_binary_nlg.model",
+    },
+)

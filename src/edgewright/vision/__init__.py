@@ -1,1 +1,0 @@
-"""Vision model families and what only they need."""

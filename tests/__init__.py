@@ -1,0 +1,1 @@
+"""Tests: core mirrors the package, systems/<slug>/ holds everything of one system."""
