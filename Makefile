@@ -12,17 +12,19 @@ DEMO := .venv
 TEST := .venv-test
 LATEST := .venv-latest
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 comma := ,
 INPUTS := pyproject.toml constraints/files-demo.txt constraints/files-test.txt
 
-.PHONY: help demo test lint bench fuzz lock test-latest test-oldest clean
+.PHONY: help demo test lint docs bench fuzz lock test-latest test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         compress a real language model to 4 bits and show the table (12 minutes on 2 cores, all in)"
 	@echo "make test         run the tests"
 	@echo "make lint         ruff, its formatter, mypy"
-	@echo "make bench        measure the figures in results/"
+	@echo "make docs         the documentation site, in site/"
+	@echo "make bench        measure the figures in results/ (make bench SYSTEM=slug: of one system)"
 	@echo "make fuzz         20,000 damaged files for every reader (the tests try as many as fit into a minute)"
 	@echo "make test-latest  run the tests on the newest versions of all dependencies"
 	@echo "make test-oldest  run the tests on the oldest versions that pyproject.toml allows"
@@ -40,8 +42,11 @@ lint: $(TEST)/.ready
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
 
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/mkdocs build --strict
+
 bench: $(TEST)/.ready
-	$(TEST)/bin/python benchmarks/run_all.py
+	$(TEST)/bin/python benchmarks/$(if $(SYSTEM),recipes.py $(SYSTEM),run_all.py)
 
 test-latest: $(LATEST)/.ready
 	$(LATEST)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -80,9 +85,18 @@ $(DEMO)/.ready: $(INPUTS) $(LOCKED)
 $(TEST)/.ready: $(INPUTS) $(LOCKED)
 	$(call environment,-c $(LOCKED),llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)lint$(comma)peers,constraints/files-test.txt)
 
-# torch stays at its pin unless told otherwise (make test-latest TORCH=2.14.1): ExecuTorch names no version of it.
-$(LATEST)/.ready: $(INPUTS) constraints/pins.txt
-	$(call environment,$(if $(TORCH),,-c constraints/pins.txt),llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)peers,constraints/files-test.txt)
+# Newest versions, resolved anew after `make clean`; torch stays at the pin that ExecuTorch was built against.
+.newest.txt: $(INPUTS) constraints/pins.txt
+	$(PYTHON) constraints/lock.py --newest $@
+
+$(LATEST)/.ready: .newest.txt
+	$(call environment,-c .newest.txt,llamacpp$(comma)executorch$(comma)onnx$(comma)vision$(comma)test$(comma)peers,constraints/files-test.txt)
+
+# The site is made from the source as text: neither torch nor the package itself is installed.
+$(DOCS)/.ready: $(INPUTS) $(LOCKED)
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c $(LOCKED) mkdocs-material mkdocstrings-python ruff
+	@touch $@
 
 # Every dependency exactly at its lower bound.
 $(OLDEST)/.ready: $(INPUTS) constraints/oldest.txt
@@ -92,5 +106,5 @@ fuzz: $(TEST)/.ready
 	$(TEST)/bin/python benchmarks/fuzz.py --jobs 2 --table results/fuzz.csv
 
 clean:
-	rm -rf $(DEMO) $(TEST) $(LATEST) $(OLDEST) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(DEMO) $(TEST) $(LATEST) $(OLDEST) $(DOCS) .newest.txt site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests benchmarks constraints -name __pycache__ -type d -prune -exec rm -rf {} +

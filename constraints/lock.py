@@ -1,6 +1,7 @@
 """Write the exact versions that `make demo`, `make test`, `make test-oldest` and CI install.
 
-python constraints/lock.py    (`make lock`; Python 3.11 or newer)
+python constraints/lock.py                  (`make lock`; Python 3.11 or newer)
+python constraints/lock.py --newest FILE    newest versions for the running Python alone, into FILE (`make test-latest`)
 
 py3X.txt   newest versions for each supported Python, torch at its pin; the running Python is added where it is another
 oldest.txt every dependency that users install at its lower bound in pyproject.toml, the rest as new as fits
@@ -25,7 +26,7 @@ PROJECT = HERE.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 OLDEST_PYTHON = "3.11"
 USED = ("llamacpp", "executorch", "onnx", "vision", "recsys")  # extras that users install
-TOOLS = ("peers", "test", "lint")  # extras of this repository's own tests
+TOOLS = ("peers", "test", "lint", "docs")  # extras of this repository's own tests
 BUILD = ("pip", "setuptools", "wheel")  # pinned too: an environment is built by them
 # Parts of CUDA that some builds of torch ask for; torch names their exact versions itself.
 IGNORED = re.compile(r"nvidia-|cuda-|triton$")
@@ -66,13 +67,14 @@ def resolve(uv: Path, python: str, constraints: list[str], build: str) -> dict[s
 
 
 def write(name: str, found: dict[str, str], what: str) -> None:
-    lines = [f"# {what} Written by `make lock`; do not edit."]
+    lines = [f"# {what} Written by constraints/lock.py; do not edit."]
     lines += [f"{package}=={version}" for package, version in sorted(found.items())]
     (HERE / name).write_text("\n".join(lines) + "\n", "utf-8")
     print(f"{name}: {len(found)} packages", flush=True)
 
 
 def main() -> None:
+    newest = sys.argv[2] if sys.argv[1:2] == ["--newest"] else None
     bounds = lower_bounds(tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -83,6 +85,9 @@ def main() -> None:
         build.write_text("\n".join(BUILD) + "\n", "utf-8")
         oldest.write_text("\n".join(bounds) + "\n", "utf-8")
         running = f"{sys.version_info.major}.{sys.version_info.minor}"
+        if newest is not None:
+            found = resolve(uv, running, [str(HERE / "pins.txt")], str(build))
+            return write(str(Path(newest).resolve()), found, f"Newest versions for Python {running}.")
         for python in dict.fromkeys((*PYTHONS, running)):
             found = resolve(uv, python, [str(HERE / "pins.txt")], str(build))
             write(f"py{python.replace('.', '')}.txt", found, f"Python {python}.")

@@ -17,7 +17,7 @@ def test_tables_come_from_results():
 
 
 def test_every_quoted_result_and_picture_exists():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "src").rglob("README.md"))]:
         text = page.read_text(encoding="utf-8")
         for link in (part.split(")")[0] for part in text.split("](")[1:]):
             if "://" not in link and not link.startswith("#"):
