@@ -63,7 +63,11 @@ def render(match: re.Match[str]) -> str:
 
 def main() -> int:
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "src").rglob("README.md"))]:
+    for path in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted((ROOT / "src").rglob("README.md")),
+    ]:
         text = path.read_text(encoding="utf-8")
         filled = WIDTHS.sub(render_widths, CLAIMS.sub(render_claims, MARKER.sub(render, text)))
         if filled != text:

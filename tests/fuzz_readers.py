@@ -83,7 +83,7 @@ def build_quantized(folder: Path) -> None:
 
 
 def build_decoder(folder: Path) -> None:
-    from language.stem_toys import stem
+    from tests.systems.stem.toys import stem
 
     _save(stem(vocab_size=256), folder)
 
@@ -135,10 +135,9 @@ def read_cut(folder: Path) -> None:
 
 
 def build_stem(folder: Path) -> None:
-    from language.stem_toys import stem
-
     from edgewright.systems.stem.edit import edit_rows
     from edgewright.systems.stem.files import save_stem
+    from tests.systems.stem.toys import stem
 
     model = stem(vocab_size=256)
     save_stem(model, folder / "model", tokenizer())
@@ -148,10 +147,9 @@ def build_stem(folder: Path) -> None:
 
 
 def read_stem(folder: Path) -> None:
-    from language.stem_toys import stem
-
     from edgewright.systems.stem.edit import load_edit
     from edgewright.systems.stem.files import load_offloaded
+    from tests.systems.stem.toys import stem
 
     load_edit(stem(vocab_size=256), folder / "edit.safetensors")
     model, store = load_offloaded(folder / "model")
@@ -187,9 +185,8 @@ def run_gguf(folder: Path) -> None:
 
 
 def build_checkpoints(folder: Path) -> None:
-    from training.checkpointing.checkpoint_toy import Run
-
     from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer
+    from tests.systems.check_n_run.toy import Run
 
     run = Run()
     config = CheckpointConfig(bits=4, nbins=25, ratio=0.6)
@@ -212,12 +209,11 @@ def seal_checkpoints(folder: Path) -> None:
 
 
 def read_checkpoints(folder: Path) -> None:
-    from training.checkpointing.checkpoint_toy import Run, same
-
     from edgewright.errors import EdgewrightError
     from edgewright.systems.check_n_run import restore
     from edgewright.systems.check_n_run.files import LocalFiles
     from edgewright.systems.check_n_run.listing import inspect_dir, load_model
+    from tests.systems.check_n_run.toy import Run, same
 
     inspect_dir(folder / "ck", content=True)
     run = Run(seed=5)

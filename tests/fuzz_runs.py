@@ -117,11 +117,10 @@ def read_guard(folder: Path) -> None:
 
 
 def build_store(folder: Path) -> None:
-    from language.stem_toys import stem
-
     from edgewright.systems.stem.files import save_stem
     from edgewright.systems.stem.offload import offload_
     from tests.fuzz_readers import tokenizer
+    from tests.systems.stem.toys import stem
 
     model = stem(vocab_size=256)
     save_stem(model, folder / "model", tokenizer())
@@ -274,10 +273,9 @@ CHECKED = (
 
 
 def build_runs(folder: Path) -> None:
-    from language.stem_toys import config
-
     from edgewright.io.tensors import save_tensors
     from edgewright.measure.report import Report
+    from tests.systems.stem.toys import config
 
     _chain(folder / "chain")
     for name, content in {

@@ -9,6 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "src").rglob("README.md")]
+
+
 def test_tables_come_from_results():
     done = subprocess.run(
         [sys.executable, "benchmarks/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -17,7 +21,11 @@ def test_tables_come_from_results():
 
 
 def test_every_quoted_result_and_picture_exists():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "src").rglob("README.md"))]:
+    for page in [
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted((ROOT / "src").rglob("README.md")),
+    ]:
         text = page.read_text(encoding="utf-8")
         for link in (part.split(")")[0] for part in text.split("](")[1:]):
             if "://" not in link and not link.startswith("#"):

@@ -137,8 +137,6 @@ class StubEngine:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch, tiny_llama: Any, tmp_path: Path) -> StubEngine:
-    from edgewright.runtime import engine
-
     stub = StubEngine(tiny_llama, byte_tokenizer())
     opened: list[dict[str, Any]] = []
 
@@ -146,7 +144,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tiny_llama: Any, tmp_path: Path) -> St
         opened.append(options)
         return stub
 
-    monkeypatch.setattr(engine, "open_engine", open_engine)
+    monkeypatch.setattr(verb, "open_engine", open_engine)
     stub.opened = opened  # type: ignore[attr-defined]
     (tmp_path / "model.gguf").write_bytes(b"")
     return stub

@@ -133,7 +133,7 @@ def commands() -> Iterator[tuple[str, str]]:
     for path in SOURCES:
         where = path.relative_to(PACKAGE).as_posix()
         texts = list(messages(path))
-        if where.startswith("verbs/"):
+        if where.startswith("commands/") or where.endswith("/command.py"):
             texts.append((1, ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""))
         for line, text in texts:
             for match in COMMAND.finditer(text):

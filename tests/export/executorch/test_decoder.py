@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_gguf_families import decoder
 
 from edgewright.errors import Unsupported
 from edgewright.export.executorch.exporter import export_executorch
 from edgewright.export.executorch.verify import FLOAT, relative_error
 from edgewright.runtime.executorch import ExecuTorchEngine
+from tests.export.gguf.test_families import decoder
 
 UNEVEN: dict[str, Any] = {
     "intermediate_size": [192, 64, 128],

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from language.stem_toys import stem
 
 import edgewright
 from edgewright.errors import EdgewrightError, UsageError
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import new_decoder
 from edgewright.systems.stem.files import load_offloaded, save_stem
+from tests.systems.stem.toys import stem
 
 WRONG: dict[str, tuple[Any, ...]] = {  # by the declared type, without "| None"
     "int": ("7", 1.5, True, [1]),

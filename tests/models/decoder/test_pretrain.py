@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from edgewright.models.decoder.pretrain import PretrainSettings, pretrain
 from edgewright.models.decoder.pretrain_evaluation import sample
 from edgewright.training.resume import steps_lost
 from tests import toy_pretrain as toy
+from tests.processes import run_script
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def one(tmp_path_factory: pytest.TempPathFactory):
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of toy_pretrain.py, in processes of their own."""
     folder = tmp_path_factory.mktemp("others")
-    subprocess.run([sys.executable, toy.__file__, str(folder), "2"], check=True, timeout=300)
+    run_script(toy.__file__, folder, 2, timeout=300)
     return folder
 
 

@@ -90,6 +90,6 @@ def test_bad_settings(settings: dict) -> None:
 
 def test_two_processes_share_ranges_and_statistics(tmp_path: Path) -> None:
     """Ranges and synchronised batch-norm statistics of two halves are those of the whole batch."""
-    script = Path(__file__).with_name("static_pair.py")
+    script = Path(__file__).with_name("pair.py")
     run_script(script, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("equal-*")) == ["equal-0", "equal-1"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from training.checkpointing.checkpoint_toy import Run, same
 
 from edgewright import cli
 from edgewright.errors import EdgewrightError, FormatError, UsageError
@@ -20,6 +19,7 @@ from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, r
 from edgewright.systems.check_n_run.files import LocalFiles
 from edgewright.systems.check_n_run.manifest import NAME, _digest
 from tests.fuzz_readers import build_checkpoints, seal_checkpoints
+from tests.systems.check_n_run.toy import Run, same
 
 
 def saved(root: Path, steps: int = 1) -> Run:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from training.checkpointing.checkpoint_toy import Clicks, Run, same
 
 from edgewright.errors import CheckFailed, EdgewrightError, FormatError, Unsupported, UsageError
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, RestoreInfo, RowShard, restore
@@ -19,6 +18,7 @@ from edgewright.systems.check_n_run.faults import MemoryFiles
 from edgewright.systems.check_n_run.manifest import _digest
 from edgewright.systems.check_n_run.policies import full_is_due, next_kind
 from edgewright.systems.check_n_run.row_bits import RowBits
+from tests.systems.check_n_run.toy import Clicks, Run, same
 
 
 def test_the_predictor_resets_after_the_seventh_difference() -> None:

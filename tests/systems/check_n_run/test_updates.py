@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training.checkpointing.checkpoint_toy import Run, same
 
 from edgewright import cli
 from edgewright.errors import CheckFailed, FormatError, UsageError
@@ -25,6 +24,7 @@ from edgewright.systems.check_n_run import (
 )
 from edgewright.systems.check_n_run.files import LOCK
 from edgewright.systems.check_n_run.url_files import open_files
+from tests.systems.check_n_run.toy import Run, same
 
 
 def trained(root: object, saves: int = 3, bits: object = 4, **changes: object) -> DiffCheckpointer:

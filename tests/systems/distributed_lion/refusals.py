@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from optim.lion_network import LR, STEPS, gradient, parameters, refusal
 from torch import nn
 
 from edgewright.systems.distributed_lion.distributed import DistributedLion
 from edgewright.systems.distributed_lion.lion import Lion
+from tests.systems.distributed_lion.network import LR, STEPS, gradient, parameters, refusal
 
 
 def refusals(rank: int, group: Any) -> dict[str, Any]:

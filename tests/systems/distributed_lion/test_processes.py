@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from optim import lion_toy as toy
 from safetensors.torch import load_file
 
 from edgewright.errors import FormatError, UsageError
@@ -18,6 +17,7 @@ from edgewright.systems.distributed_lion.distributed import DistributedLion, lio
 from edgewright.systems.distributed_lion.exchange import wire_bytes
 from edgewright.systems.distributed_lion.simulated import SimulatedLion
 from tests.processes import run_script
+from tests.systems.distributed_lion import toy
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from optim.lion_network import CASES, DECAY, LR, STEPS, backward, gradient, model, parameters, refusal, rows
-from optim.lion_refusals import refusals
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -36,6 +34,19 @@ from edgewright.systems.distributed_lion.lion import Lion
 from edgewright.training import BlockBatches, TrainConfig, fit
 from edgewright.training.checkpoint import latest_checkpoint, read_state
 from tests.processes import fork
+from tests.systems.distributed_lion.network import (
+    CASES,
+    DECAY,
+    LR,
+    STEPS,
+    backward,
+    gradient,
+    model,
+    parameters,
+    refusal,
+    rows,
+)
+from tests.systems.distributed_lion.refusals import refusals
 
 # -- four processes ----------------------------------------------------------------------------------------------------
 

@@ -124,6 +124,6 @@ def test_any_module_with_ids_in_a_square(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(portable(low.module)(*inputs), low(*inputs), rtol=1e-5, atol=1e-6)
     with pytest.raises(UsageError, match="no DLRM: give example arguments"):
-        export_quantized(low, tmp_path / "m.onnx")
-    with pytest.raises(UsageError, "onnx", match="with format 'onnx'"):
+        export_quantized(low, tmp_path / "m.onnx", "onnx")
+    with pytest.raises(UsageError, match="with format 'onnx'"):
         export_quantized(low, tmp_path / "m.pte", "onnx", inputs=inputs)
