@@ -19,7 +19,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages to those of docs/."""
     pages = {target: _linked((ROOT / source).read_text("utf-8"), ROOT) for source, target in ELSEWHERE.items()}
     rows = _catalogue()
-    for slug, row in rows.items():
+    for slug in rows:
         page = _folder(slug) / "README.md"
         if page.is_file():
             pages[f"systems/{slug}.md"] = _linked(page.read_text("utf-8"), page.parent, "../")
