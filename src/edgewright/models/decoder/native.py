@@ -113,7 +113,7 @@ def unroll(model: Any) -> Any:
     return wide.train(model.training)
 
 
-def share_blocks(model: Any, every: int = 2) -> Any:
+def share_blocks(model: PreTrainedModel, every: int = 2) -> PreTrainedModel:
     """A model whose stored blocks run `every` times in a row: each keeps the weights it had. It needs training again.
 
     MobileLLM (arXiv 2402.14905) trains such models from scratch; starting from a trained one is our addition.

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
-from edgewright.export.executorch.exporter import export_executorch
-from edgewright.export.onnx.exporter import export_onnx
+from edgewright.export.executorch.exporter import ExecuTorchExport, export_executorch
+from edgewright.export.onnx.exporter import OnnxExport, export_onnx
 from edgewright.systems.dlrm.bags import JaggedBatch, padded
 from edgewright.systems.dlrm.model import DLRM
 from edgewright.systems.dlrm.tables import table_vectors
@@ -53,7 +52,7 @@ class DLRMProgram(nn.Module):
 
 def export_dlrm(
     model: DLRM, path: str | Path, format: str | None = None, *, slots: Sequence[int] | None = None, max_bag: int = 1
-) -> Any:
+) -> OnnxExport | ExecuTorchExport:
     """Write the model for a runtime; the exporter runs the file and compares it before it gets its name.
 
     format: "onnx" or "executorch", by default that of the suffix (.onnx, .pte). slots: the longest bag of each table,

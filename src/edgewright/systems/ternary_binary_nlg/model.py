@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from edgewright.errors import UsageError
 from edgewright.quantization.api import quantize_, quantized_modules
@@ -76,7 +77,7 @@ def tbt_(
     activation: ActivationSet | Literal["ternary", "binary"] | int | None = None,
     head: Head = "shared",
     embedding: Literal["low", "int8", "fp"] = "low",
-) -> Any:
+) -> PreTrainedModel:
     """Put a transformers model under TBT's quantisation, in place; returns it.
 
     weight: "ternary" or "binary" with statistics as scales, or a WeightConfig of your own (other rules); None, 16 or 32
