@@ -8,33 +8,26 @@ away. Every figure is of the packed student, its linear layers multiplied as bit
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from edgewright.data.sentences import SentenceBench, SentenceSettings
 from edgewright.distillation.stages import Stage, distill_in_stages
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
-from edgewright.quantization.attention import AttentionQuantizers
 from edgewright.systems.bit.distillation import EncoderDistillation
-from edgewright.systems.bit.folder import load_binary, save_binary
-from edgewright.systems.bit.linear import pack_binary_, size_rows
+from edgewright.systems.bit.folder import save_binary
+from edgewright.systems.bit.linear import pack_binary_
+from edgewright.systems.bit.measures import agreement, byte_rows, embedding_distance, probability_zeros
 from edgewright.systems.bit.model import BitConfig, bit_, parameter_groups
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import over_seeds
+from edgewright.systems.run import Run
 from edgewright.training.batches import BlockBatches
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 DIRECT, STEPWISE, SIGNS = "W1A1, direct", "W1A1, via W1A2", "W1A1, sign everywhere"
 
@@ -158,35 +151,22 @@ def plan(settings: BiT) -> Plan:
 
 
 def run(settings: BiT, output: Path) -> Report:
-    """Every student's figures are kept in points.json when it is done; a second call goes on after the last one."""
-    store = output / "points.json"
-    points: dict[str, dict[str, float]] = read_object(store) if store.exists() else {}
+    run = Run(output, "BiT: MiniLM-L6 in binary, distilled to itself")
     bench = _Bench(settings, output)
+    runs: dict[str, list[dict[str, float]]] = {}
     for name, arm in _arms(settings).items():
-        for seed in range(settings.seeds if arm.repeated else 1):
-            key = f"{name}/{seed}"
-            if key not in points:
-                points[key] = bench.measure(arm, seed, keep=name == STEPWISE and seed == 0)
-                write_text(store, json.dumps(points, indent=1) + "\n")
-                shutil.rmtree(output / "training", ignore_errors=True)
-    report = Report("BiT: MiniLM-L6 in binary, distilled to itself")
-    for name, arm in _arms(settings).items():
-        runs = [points[f"{name}/{seed}"] for seed in range(settings.seeds if arm.repeated else 1)]
-        for metric in runs[0]:
-            report.add(metric, subject=name, **over_seeds([run[metric] for run in runs]))
-    gains = [
-        points[f"{STEPWISE}/{seed}"]["spearman"] - points[f"{DIRECT}/{seed}"]["spearman"]
-        for seed in range(settings.seeds)
-    ]
-    report.add("spearman_gain", subject="via W1A2 over direct", **over_seeds(gains))
-    for row in bench.size_rows():
-        report.add(**row)
-    report.notes.append(
+        runs[name] = run.over_seeds(name, settings.seeds if arm.repeated else 1, partial(bench.measure, name, arm))
+        for metric in runs[name][0]:
+            run.add(metric, [figures[metric] for figures in runs[name]], name)
+    gains = [a["spearman"] - b["spearman"] for a, b in zip(runs[STEPWISE], runs[DIRECT], strict=True)]
+    run.add("spearman_gain", gains, "via W1A2 over direct")
+    run.add_rows(byte_rows(output / "student"))
+    run.note(
         "standard errors are over seeds of the training order, differences paired by seed; arms without one ran once. "
         f"{settings.layers or 'all'} of the six layers"
     )
-    _plot(report, output / "spearman.png")
-    return report
+    run.bars("spearman.png", "spearman", "Spearman correlation with full-precision similarities, held out")
+    return run.report
 
 
 class _Bench:
@@ -213,17 +193,20 @@ class _Bench:
         self.model.config.vocab_size = len(used)
         self.model.config.pad_token_id = None
 
-    def measure(self, arm: Arm, seed: int, keep: bool) -> dict[str, float]:
+    def measure(self, name: str, arm: Arm, seed: int) -> dict[str, float]:
         """Train one student, pack it, and compare it with the full encoder on held-out sentences."""
         student = self._distil(arm, self.settings.seed + seed)
-        sparsity = self._sparsity(student) if arm.activations[-1] == 1 else None
+        sparsity = {}
+        if arm.activations[-1] == 1:
+            batch = {name: self.held_out[name][:64] for name in ("input_ids", "attention_mask")}
+            sparsity = {"probability_zeros": probability_zeros(student, batch)}
         pack_binary_(student)
         with torch.no_grad():
-            found = self.bench.embeddings(student, self.held_out)
-        if keep:
+            embeddings = self.bench.embeddings(student, self.held_out)
+        if name == STEPWISE and seed == 0:
             save_binary(student, self._config(arm, arm.activations[-1]), self.output / "student")
-        figures = agreement(found, self.held_out["target"])
-        return figures if sparsity is None else figures | {"probability_zeros": sparsity}
+        shutil.rmtree(self.output / "training", ignore_errors=True)
+        return agreement(embeddings, self.held_out["target"]) | sparsity
 
     def _config(self, arm: Arm, activation_bits: int) -> Any:
         return BitConfig(activation_bits=activation_bits, **dict(arm.changes))
@@ -239,7 +222,7 @@ class _Bench:
                 self.model,
                 stages,
                 lambda stage: BlockBatches(self.train, settings.batch, seed=1000 * seed + stage),
-                EncoderDistillation(term=_embedding_distance),
+                EncoderDistillation(term=embedding_distance),
                 prepare=lambda model, stage: bit_(model, self._config(arm, int(stage.bits[1]))),
                 groups=lambda model, stage: parameter_groups(
                     model, stage.learning_rate, scale_rate=settings.scale_rate
@@ -250,74 +233,3 @@ class _Bench:
                 seed=seed,
                 progress=False,
             ).student
-
-    def _sparsity(self, student: Any) -> float:
-        """Share of attention probabilities between real tokens that became 0."""
-        seen: list[tuple[Tensor, Tensor]] = []
-        batch = {name: self.held_out[name][:64] for name in ("input_ids", "attention_mask")}
-        mask = batch["attention_mask"].bool()
-        real = mask[:, None, :, None] & mask[:, None, None, :]  # [B, 1, T, S]
-        hooks = [
-            module.probabilities.register_forward_hook(lambda _, __, out: seen.append((out, real)))
-            for module in student.modules()
-            if isinstance(module, AttentionQuantizers) and module.probabilities is not None
-        ]
-        with torch.no_grad():
-            student(**batch)
-        for hook in hooks:
-            hook.remove()
-        zeros = [(out == 0)[pairs.expand_as(out)].float().mean() for out, pairs in seen]
-        return float(torch.stack(zeros).mean())
-
-    def size_rows(self) -> list[dict[str, Any]]:
-        """Bytes of the binary linear layers and of the whole saved file, beside float32."""
-        student = load_binary(self.output / "student")
-        rows = size_rows(student)
-        layers = [row for row in rows if row.kind == "bits" and "embeddings" not in row.name]
-        whole = sum(row.float_bytes for row in rows)
-        stored = (self.output / "student" / "model.safetensors").stat().st_size
-        figures = {
-            ("layer_bytes", "float32"): sum(row.float_bytes for row in layers),
-            ("layer_bytes", "packed"): sum(row.bytes for row in layers),
-            ("model_bytes", "float32"): whole,
-            ("model_bytes", "packed"): stored,
-        }
-        return [{"metric": m, "value": float(v), "subject": s, "unit": "bytes"} for (m, s), v in figures.items()]
-
-
-def _embedding_distance(student: Any, teacher: Any, batch: Any) -> Tensor:
-    """Mean of 1 - cosine between the sentence embeddings, which are what this encoder is for."""
-    mask = batch["attention_mask"].unsqueeze(-1).float()  # [B, T, 1]
-    found, wanted = ((out.last_hidden_state * mask).sum(1) for out in (student, teacher))
-    return (1 - F.cosine_similarity(found, wanted, dim=-1)).mean()
-
-
-def agreement(found: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Spearman correlation over all pairs of rows of the two similarity matrices, and overlap of the 5 nearest rows.
-
-    found, wanted: unit embeddings [N, hidden] of the same N sentences.
-    """
-    similar = [x @ x.t() for x in (found, wanted)]  # [N, N]
-    above = torch.triu_indices(len(found), len(found), 1)
-    ranks = [_ranks(s[above[0], above[1]]) for s in similar]
-    spearman = float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num())
-    nearest = [s.fill_diagonal_(-2).topk(min(5, len(s) - 1)).indices for s in similar]
-    overlap = (nearest[0].unsqueeze(2) == nearest[1].unsqueeze(1)).any(2).double().mean()
-    return {"spearman": spearman, "top5_overlap": float(overlap)}
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, equal values at the mean of their places, float64."""
-    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count.double() + 1) / 2)[place]
-
-
-def _plot(report: Report, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "spearman"]
-    with plot(path, (6.5, 3.5)) as axes:
-        errors = [row.se or 0 for row in rows]
-        axes.barh([row.subject for row in rows], [row.value for row in rows], xerr=errors, capsize=3)
-        axes.invert_yaxis()
-        axes.set_xlabel("Spearman correlation with full-precision similarities, held out")
-        axes.grid(axis="x", alpha=0.25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgewright.systems.bit.recipe import _ranks, agreement
+from edgewright.systems.bit.measures import agreement, ranks
 
 
 def unit(seed: int, rows: int = 12) -> torch.Tensor:
@@ -15,8 +15,8 @@ def unit(seed: int, rows: int = 12) -> torch.Tensor:
 
 def test_ranks_share_ties():
     values = torch.tensor([0.3, 0.1, 0.3, 0.5, 0.1, 0.1])
-    wanted = [sum(v < w for v in values) + (sum(v == w for v in values) - 1) / 2 for w in values]
-    assert _ranks(values).tolist() == [float(w) for w in wanted]
+    expected = [sum(v < w for v in values) + (sum(v == w for v in values) - 1) / 2 for w in values]
+    assert ranks(values).tolist() == [float(w) for w in expected]
 
 
 def test_agreement_equals_the_definitions():
@@ -24,8 +24,8 @@ def test_agreement_equals_the_definitions():
     figures = agreement(a, b)
     pairs = [(i, j) for i in range(12) for j in range(i + 1, 12)]
     similar = [[float(x[i] @ x[j]) for i, j in pairs] for x in (a, b)]
-    ranks = [np.argsort(np.argsort(s)) for s in similar]
-    np.testing.assert_allclose(figures["spearman"], np.corrcoef(*ranks)[0, 1], rtol=1e-9)
+    places = [np.argsort(np.argsort(s)) for s in similar]
+    np.testing.assert_allclose(figures["spearman"], np.corrcoef(*places)[0, 1], rtol=1e-9)
 
     def nearest(x: torch.Tensor, i: int) -> set[int]:
         order = sorted((j for j in range(12) if j != i), key=lambda j: -float(x[i] @ x[j]))
