@@ -6,15 +6,12 @@ users are known, which is where tables can show what they hold. Four stars or mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.systems.dlrm.baselines import FactorizationMachine, Popularity, fit_logistic_regression
 from edgewright.systems.dlrm.metrics import evaluate
@@ -22,7 +19,7 @@ from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.movielens import CROSSES, TABLES, Split, movielens_100k
 from edgewright.systems.dlrm.training import ClickTraining, train_clicks
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import row_over_seeds
+from edgewright.systems.run import Run, row_over_seeds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -120,60 +117,46 @@ def plan(settings: DLRMSettings) -> Plan:
 
 
 def run(settings: DLRMSettings, output: Path) -> Report:
-    """Every figure is kept in points.json when it is measured; model/ is the first DLRM of the first split."""
-    store = output / "points.json"
-    points: dict[str, dict[str, Any]] = read_object(store) if store.exists() else {}
-    benches: dict[str, _Bench] = {}
-
-    def measured(name: str, split: str, seed: int, build: Callable[[_Bench, int], Any]) -> dict[str, Any]:
-        key = f"{name}/{split}/{seed}"
-        if key not in points:
-            if split not in benches:
-                benches[split] = _Bench(settings, split, output)
-            points[key] = build(benches[split], seed)
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[key]
-
-    report = Report("DLRM on MovieLens 100k, four stars or more as a click")
+    """model/ is the first DLRM of the first split."""
+    run = Run(output, "DLRM on MovieLens 100k, four stars or more as a click")
+    bench = cache(partial(_Bench, settings, output))
     for split in settings.splits:
-        cases: dict[str, tuple[int, Callable[[_Bench, int], Any]]] = {
-            "popularity": (1, lambda b, seed: b.popularity()),
-            "logistic regression": (1, lambda b, seed: b.regression(False)),
-            "matrix factorisation": (settings.seeds, lambda b, seed: b.factors(seed, ("user", "item"))),
-            "factorisation machine": (settings.seeds, lambda b, seed: b.factors(seed, None)),
-            "dlrm": (settings.seeds, lambda b, seed: b.dlrm(seed, "dot", False)),
-            "dlrm, cat": (settings.seeds, lambda b, seed: b.dlrm(seed, "cat", False)),
-        }
-        if True in settings.crosses:
-            cases["logistic regression, with crosses"] = (1, lambda b, seed: b.regression(True))
-            cases["dlrm, with crosses"] = (settings.seeds, lambda b, seed: b.dlrm(seed, "dot", True))
-        for name, (seeds, build) in cases.items():
-            found = [measured(name, split, settings.seed + i, build) for i in range(seeds)]
+        for name, (count, measure) in _cases(settings).items():
+            seeds = range(settings.seed, settings.seed + count)
+            points = run.over_seeds(f"{name}/{split}", seeds, lambda seed: measure(bench(split), seed))  # noqa: B023
             for metric in METRICS:
-                rows = [
-                    {
-                        "metric": metric,
-                        "value": one[metric],
-                        "subject": f"{name}, {split}",
-                        "se": one.get(f"{metric}_se"),
-                        "n": one["n"],
-                        "unit": "nats" if metric == "logloss" else "",
-                    }
-                    for one in found
-                ]
-                report.add(**row_over_seeds(rows))
-    report.notes.append(
+                row = {"metric": metric, "subject": f"{name}, {split}", "unit": "nats" if metric == "logloss" else ""}
+                rows = [{**row, "value": p[metric], "se": p.get(f"{metric}_se"), "n": p["n"]} for p in points]
+                run.add_rows([row_over_seeds(rows)])
+    run.note(
         "± is over seeds where there are several, otherwise over the samples of the test; ne: log-loss over the "
         "entropy of the base rate; calibration: mean prediction over mean label"
     )
-    _plot(report, settings, output / "auc.png")
-    return report
+    run.bars("auc.png", "auc", "area under the ROC curve, test part", xlim=(0.5, None))
+    return run.report
+
+
+def _cases(settings: DLRMSettings) -> dict[str, tuple[int, Callable[[_Bench, int], Any]]]:
+    """Name -> (seeds, what measures it on a split)."""
+    seeds = settings.seeds
+    cases: dict[str, tuple[int, Callable[[_Bench, int], Any]]] = {
+        "popularity": (1, lambda bench, seed: bench.popularity()),
+        "logistic regression": (1, lambda bench, seed: bench.regression(False)),
+        "matrix factorisation": (seeds, lambda bench, seed: bench.factors(seed, ("user", "item"))),
+        "factorisation machine": (seeds, lambda bench, seed: bench.factors(seed, None)),
+        "dlrm": (seeds, lambda bench, seed: bench.dlrm(seed, "dot", False)),
+        "dlrm, cat": (seeds, lambda bench, seed: bench.dlrm(seed, "cat", False)),
+    }
+    if True in settings.crosses:
+        cases["logistic regression, with crosses"] = (1, lambda bench, seed: bench.regression(True))
+        cases["dlrm, with crosses"] = (seeds, lambda bench, seed: bench.dlrm(seed, "dot", True))
+    return cases
 
 
 class _Bench:
     """One split of the data and what is trained on it."""
 
-    def __init__(self, settings: DLRMSettings, split: str, output: Path) -> None:
+    def __init__(self, settings: DLRMSettings, output: Path, split: str) -> None:
         self.settings, self.name, self.output = settings, split, output
         data = movielens_100k(split, seed=settings.seed)
         if settings.samples:
@@ -235,17 +218,3 @@ class _Bench:
 
     def figures(self, model: nn.Module, data: Split) -> dict[str, Any]:
         return asdict(evaluate(model, data.test))
-
-
-def _plot(report: Report, settings: DLRMSettings, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "auc"]
-    colours = dict(zip(settings.splits, ("tab:blue", "tab:orange"), strict=False))
-    with plot(path, (7, 0.35 * len(rows) + 1)) as axes:
-        for place, row in enumerate(rows):
-            axes.errorbar(
-                row.value, place, xerr=row.se or 0, fmt="o", capsize=3, color=colours[row.subject.rsplit(", ", 1)[1]]
-            )
-        axes.set_yticks(range(len(rows)), [row.subject for row in rows])
-        axes.invert_yaxis()
-        axes.set_xlabel("area under the ROC curve, test part")
-        axes.grid(axis="x", alpha=0.25)
