@@ -7,20 +7,14 @@ trained here on handwritten digits shows accuracy over seeds, and what correctin
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.systems.int8_whitepaper.study import digits_rows, photographs_parts, weight_rows
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import row_over_seeds
+from edgewright.systems.run import Run, row_over_seeds
 
 
 @dataclass(frozen=True)
@@ -111,54 +105,22 @@ def plan(settings: Int8Whitepaper) -> Plan:
 
 
 def run(settings: Int8Whitepaper, output: Path) -> Report:
-    """Every part's figures are kept in points.json when they are measured; training resumes in training-*/."""
-    store = output / "points.json"
-    points: dict[str, list[dict[str, Any]]] = read_object(store) if store.exists() else {}
-
-    def measured(name: str, measure: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        if name not in points:
-            points[name] = measure()
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[name]
-
-    report = Report("Int8 whitepaper: EfficientNet-Lite0 and a network for digits as integers")
-    for row in measured("weights", lambda: weight_rows(settings, output)):
-        report.add(**row)
+    """Training resumes in training-*/."""
+    run = Run(output, "Int8 whitepaper: EfficientNet-Lite0 and a network for digits as integers")
+    run.add_rows(run.memo("weights", partial(weight_rows, settings, output)))
     if settings.evaluation:
         for name, measure in photographs_parts(settings, output).items():
-            for row in measured(name, measure):
-                report.add(**row)
-        _plot_agreement(report, output / "agreement.png")
-    seeds = [measured(f"digits/{seed}", partial(digits_rows, settings, seed)) for seed in range(settings.seeds)]
-    for rows in zip(*(part for part in seeds), strict=True):
-        if rows[0]["metric"] != "curve":
-            report.add(**row_over_seeds(list(rows)))
-    _plot_jitter(seeds[0], output / "jitter.png")
-    report.notes.append("SQNR in dB; jitter: standard deviation of the last 20 validation losses of a training run")
+            run.add_rows(run.memo(name, measure))
+        label = "same first choice as the float network (% of crops)"
+        run.bars("agreement.png", "top1_agreement", label, xlim=(0, 100))
+    seeds = run.over_seeds("digits", settings.seeds, partial(digits_rows, settings))
+    run.add_rows(row_over_seeds(rows) for rows in zip(*seeds, strict=True) if rows[0]["metric"] != "curve")
+    curves = {row["subject"]: (row["steps"], row["value"]) for row in seeds[0] if row["metric"] == "curve"}
+    run.lines("jitter.png", curves, "step", "validation loss (nats)", style=".-", yscale="log")
+    run.note("SQNR in dB; jitter: standard deviation of the last 20 validation losses of a training run")
     if settings.evaluation:
-        report.notes.append(
+        run.note(
             f"agreement and KL against the float network, on {settings.evaluation} crops of pictures that nothing was "
             "calibrated or trained on; standard errors count pictures"
         )
-    return report
-
-
-def _plot_agreement(report: Report, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "top1_agreement"]
-    names, values, errors = zip(*((row.subject, row.value, row.se or 0) for row in rows), strict=True)
-    with plot(path, (8.0, 4.5)) as axes:
-        axes.barh(names, values, xerr=errors, capsize=3)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("same first choice as the float network (% of crops)")
-        axes.grid(axis="x", alpha=0.25)
-
-
-def _plot_jitter(rows: list[dict[str, Any]], path: Path) -> None:
-    with plot(path, (7.0, 4.0)) as axes:
-        for row in rows:
-            if row["metric"] == "curve":
-                axes.plot(row["steps"], row["value"], marker=".", linewidth=1, label=row["subject"])
-        axes.set(xlabel="step", ylabel="validation loss (nats)", yscale="log")
-        axes.grid(which="both", alpha=0.25)
-        axes.legend()
+    return run.report
