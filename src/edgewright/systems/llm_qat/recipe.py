@@ -7,9 +7,9 @@ its full-precision self, on text that it wrote and, for comparison, on documenta
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +19,16 @@ import edgewright
 from edgewright.distillation.language import LanguageDistillation
 from edgewright.distillation.self_generation import distinct_n, self_generate
 from edgewright.evaluation.language import add_rows, evaluate_language, model_logits
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.io.transformers_names import with_cache
 from edgewright.measure.machine import best_device
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import ActivationConfig, KVConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.grids import grid_for_bits
 from edgewright.systems.llm_qat.quant_cache import QuantCache
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import row_over_seeds
+from edgewright.systems.run import Run, row_over_seeds
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, fit
 
@@ -120,38 +117,22 @@ def plan(settings: LLMQAT) -> Plan:
 
 
 def run(settings: LLMQAT, output: Path) -> Report:
-    """Every figure is kept in points.json when it is measured; the texts stay in generated/."""
-    store = output / "points.json"
-    points: dict[str, list[dict[str, Any]]] = read_object(store) if store.exists() else {}
-    bench: list[_Bench] = []  # built when the first missing figure needs the model
-
-    def measured(name: str, measure: Any) -> list[dict[str, Any]]:
-        if name not in points:
-            if not bench:
-                bench.append(_Bench(settings, output))
-            points[name] = measure(bench[0])
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[name]
-
-    report = Report(f"LLM-QAT: SmolLM2-135M at W{settings.weight_bits}A{settings.activation_bits}KV{settings.kv_bits}")
-    for row in measured("text", lambda b: b.text_rows()) + measured("cache", lambda b: b.cache_rows()):
-        report.add(**row)
-    plain = {"rtn": settings.kv_bits, "rtn, 8-bit cache": 8, "rtn, 16-bit cache": 16}
-    for name, bits in plain.items():
-        for row in measured(name, lambda b, name=name, bits=bits: b.quality_rows(name, bits, None, 0)):
-            report.add(**row)
-    for name, source in (("qat, own text", "own"), ("qat, documentation", "documentation")):
-        runs = [
-            measured(f"{name}/{seed}", lambda b, n=name, s=source, k=seed: b.quality_rows(n, settings.kv_bits, s, k))
-            for seed in range(settings.seeds)
-        ]
-        for rows in zip(*runs, strict=True):
-            report.add(**row_over_seeds(list(rows)))
-    report.notes.append(
-        "KL in nats per token to the full-precision model, on documentation topics that no run trained on"
+    """The texts stay in generated/."""
+    run = Run(
+        output, f"LLM-QAT: SmolLM2-135M at W{settings.weight_bits}A{settings.activation_bits}KV{settings.kv_bits}"
     )
-    _plot(report, output / "kl.png")
-    return report
+    bench = cache(partial(_Bench, settings, output))  # loads the model when the first missing figure needs it
+    run.add_rows(run.memo("text", lambda: bench().text_rows()))
+    run.add_rows(run.memo("cache", lambda: bench().cache_rows()))
+    for name, bits in {"rtn": settings.kv_bits, "rtn, 8-bit cache": 8, "rtn, 16-bit cache": 16}.items():
+        run.add_rows(run.memo(name, lambda: bench().quality_rows(name, bits)))  # noqa: B023
+    for source, text in (("own", "own text"), ("documentation", "documentation")):
+        name = f"qat, {text}"
+        seeds = run.over_seeds(name, settings.seeds, lambda seed: bench().trained_rows(name, source, seed))  # noqa: B023
+        run.add_rows(row_over_seeds(rows) for rows in zip(*seeds, strict=True))
+    run.note("KL in nats per token to the full-precision model, on documentation topics that no run trained on")
+    run.bars("kl.png", "kl", "KL to the full-precision model (nats per token)")
+    return run.report
 
 
 class _Bench:
@@ -217,47 +198,31 @@ class _Bench:
         kv = KVConfig(kv_bits) if kv_bits < 16 else None
         return quantize_(copy.deepcopy(self.teacher), QuantConfig(rules=(rule,), kv=kv))
 
-    def quality_rows(self, subject: str, kv_bits: int, source: str | None, seed: int) -> list[dict[str, Any]]:
-        """KL, perplexity and agreement on held-out text, after training on `source` if there is one."""
-        student = self.student(kv_bits)
-        if source is not None:
-            self.train(student, source, seed)
-        student.eval()
-        result = evaluate_language(
-            {subject: model_logits(student)}, self.held_out, reference=model_logits(self.teacher), progress=False
-        )
-        part = Report("")
-        add_rows(part, result)
-        if source is not None:  # measured: the optimizer's state is no longer needed
-            shutil.rmtree(self.output / f"training-{source}-{seed}" / "checkpoints", ignore_errors=True)
-        wanted = ("kl", "perplexity", "top1_agreement")
-        return [
-            {"metric": r.metric, "value": r.value, "subject": r.subject, "se": r.se, "n": r.n, "unit": r.unit}
-            for r in part.rows
-            if r.metric in wanted
-        ]
+    def quality_rows(self, subject: str, kv_bits: int, student: nn.Module | None = None) -> list[dict[str, Any]]:
+        """KL, perplexity and agreement on held-out text of a student, one that was not trained unless it is given."""
+        student = (student or self.student(kv_bits)).eval()
+        logits = {subject: model_logits(student)}
+        result = evaluate_language(logits, self.held_out, reference=model_logits(self.teacher), progress=False)
+        report = Report("")
+        add_rows(report, result)
+        return [asdict(row) for row in report.rows if row.metric in ("kl", "perplexity", "top1_agreement")]
 
-    def train(self, student: nn.Module, source: str, seed: int) -> None:
-        settings = self.settings
+    def trained_rows(self, subject: str, source: str, seed: int) -> list[dict[str, Any]]:
+        """`quality_rows` after training on `source`."""
+        settings, student = self.settings, self.student(self.settings.kv_bits)
+        folder = self.output / f"training-{source}-{seed}"
         fit(
             student,
             LanguageDistillation(self.teacher),
             BlockBatches(self.blocks(source), settings.batch, seed=settings.seed + seed),
             TrainConfig(steps=settings.steps, learning_rate=settings.learning_rate, seed=seed, checkpoint_every=20),
-            output=self.output / f"training-{source}-{seed}",
+            output=folder,
             label=f"training on {source} text",
         )
+        rows = self.quality_rows(subject, settings.kv_bits, student)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # measured: its state is no longer needed
+        return rows
 
     def blocks(self, source: str) -> Tensor:
         own = self.generate("hybrid", self.settings.sequences).blocks(self.settings.tokens)
         return own if source == "own" else self.documentation[: len(own)]
-
-
-def _plot(report: Report, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "kl"]
-    names, values, errors = zip(*((row.subject, row.value, row.se or 0) for row in rows), strict=True)
-    with plot(path, (6.5, 3)) as axes:
-        axes.barh(names, values, xerr=errors, capsize=3)
-        axes.invert_yaxis()
-        axes.set_xlabel("KL to the full-precision model (nats per token)")
-        axes.grid(axis="x", alpha=0.25)
