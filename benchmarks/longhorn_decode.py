@@ -20,8 +20,8 @@ from edgewright.measure.timing import alternate, paired_ratio
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import new_decoder
 from edgewright.models.decoder.state_cache import StateCache, snapshot
-from edgewright.systems.longhorn.recipe import feed_forward_width
 from edgewright.systems.longhorn.scan import longhorn_scan, longhorn_step, step_size
+from edgewright.systems.longhorn.tasks import feed_forward_width
 from results import ROOT, save
 
 WIDTH, LAYERS, VOCABULARY = 512, 8, 4096
