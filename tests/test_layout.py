@@ -182,9 +182,9 @@ def test_no_machine_path_or_registry_is_named() -> None:
 
 def tracked_texts() -> Iterator[Path]:
     suffixes = {".py", ".md", ".toml", ".csv", ".json", ".txt", ".cpp", ".h", ".yml", ".yaml", ""}
-    folders = [ROOT / name for name in ("src", "tests", "docs", "benchmarks", "results", ".ci")]
+    folders = [ROOT / name for name in ("src", "tests", "docs", "benchmarks", "examples", "results", ".ci", ".github")]
     paths = [*ROOT.iterdir(), *(path for folder in folders for path in folder.rglob("*"))]
     for path in paths:
-        hidden = {"__pycache__", "edgewright.egg-info"} & set(path.parts)
-        if path.is_file() and path.suffix in suffixes and not hidden and path.name != ".DS_Store":
+        hidden = {"__pycache__", "edgewright.egg-info", ".DS_Store", ".git"} & set(path.parts)  # .git may be a file
+        if path.is_file() and path.suffix in suffixes and not hidden:
             yield path
