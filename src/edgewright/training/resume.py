@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, EdgewrightError, FormatError, UsageError
+from edgewright.protocols import DiffersByProcess, KeepsState
 from edgewright.training import checkpoint, sharded, snapshot
 from edgewright.training.background import Background
 from edgewright.training.metrics import MetricsLog
@@ -65,7 +66,7 @@ class Keeper:
         self._background = Background()
         self._writing: Path | None = None
         self._model, self._optimizer, self._batches = model, optimizer, batches
-        stateful = hasattr(loss_function, "load_state_dict") and not isinstance(loss_function, nn.Module)
+        stateful = isinstance(loss_function, KeepsState) and not isinstance(loss_function, nn.Module)
         self._loss_function = loss_function if stateful else None
         self._device, self._generator, self._scaler = device, generator, scaler
         self._accelerator, self._settings = accelerator, settings
@@ -230,7 +231,7 @@ class Keeper:
         """What this process has and the others do not; None, on all of them, where that is nothing."""
         own: dict[str, Any] = {}
         if self._accelerator.num_processes > 1:
-            if getattr(self._optimizer, "differs_by_process", False):
+            if isinstance(self._optimizer, DiffersByProcess) and self._optimizer.differs_by_process:
                 own["optimizer"] = self._optimizer.state_dict()
             if position.micro and not split:  # not yet averaged
                 own["gradients"] = snapshot.gradients(self._model)

@@ -29,6 +29,7 @@ from edgewright.export.original import Original, comparison, output_distance
 from edgewright.io.atomic import atomic_file
 from edgewright.io.packed import PackedEmbedding, PackedLinear
 from edgewright.io.pte import share_segments
+from edgewright.protocols import HasExecuTorchForm
 from edgewright.runtime.pte_metadata import language_metadata, program_metadata
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ def export_executorch(
     path = Path(path)
     check_arguments(path, embedding, min_delegated)
     import_executorch()
-    if hasattr(model, "for_executorch"):  # a model that knows a better form of itself for this exit
-        model = model.for_executorch()  # type: ignore[operator]
+    if isinstance(model, HasExecuTorchForm):
+        model = model.for_executorch()
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     exported, prepared, notes, metadata, inputs = _traced(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import Unsupported
 from edgewright.io.gguf.families import BY_MODEL_TYPE, Family
+from edgewright.protocols import HasGGUFForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,4 +36,4 @@ def writer(model: PreTrainedModel) -> Family:
 
 def native_form(model: Any) -> PreTrainedModel:
     """The model to write: a model that knows a better form of itself for GGUF (the edge decoder) is asked for it."""
-    return model.for_gguf() if hasattr(model, "for_gguf") else model
+    return model.for_gguf() if isinstance(model, HasGGUFForm) else model

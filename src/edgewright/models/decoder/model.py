@@ -37,6 +37,7 @@ from edgewright.models.decoder.config import ATTENTION, CACHE_TYPES, EdgeDecoder
 from edgewright.models.decoder.kinds import new_layer
 from edgewright.models.decoder.native import gguf_form, in_halves
 from edgewright.models.decoder.state_cache import HAS_STATES, StateCache
+from edgewright.protocols import InitializesWeights
 
 
 class FeedForward(nn.Module):
@@ -131,8 +132,8 @@ class EdgeDecoderPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, initializer_range) and ones, as in Llama; a layer with another rule brings `init_weights(config)`."""
-        if callable(own := getattr(module, "init_weights", None)) and not isinstance(module, PreTrainedModel):
-            own(self.config)
+        if isinstance(module, InitializesWeights) and not isinstance(module, PreTrainedModel):
+            module.init_weights(self.config)
         else:
             super()._init_weights(module)
 
