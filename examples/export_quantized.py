@@ -6,6 +6,7 @@ with the model before it gets its name.
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import edgewright
@@ -14,9 +15,11 @@ from edgewright import QuantConfig, gptq_, load_texts, token_blocks
 
 def main(source: str, target: str) -> None:
     model, tokenizer = edgewright.load(source)
+    original = copy.deepcopy(model)
     calibration = token_blocks(load_texts(None, "calibration"), tokenizer, block_length=64, max_blocks=8)
     gptq_(model, QuantConfig.weights("int4", granularity=32), calibration)
-    done = edgewright.export_gguf(model, tokenizer, target, original=source)
+    edgewright.convert_(model)
+    done = edgewright.export_gguf(model, tokenizer, target, original=original)
     print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB")
 
 

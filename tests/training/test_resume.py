@@ -303,7 +303,7 @@ def test_half_precision_state_keeps_its_bits(tmp_path: Path) -> None:
     whole = arguments()
     fit(**whole, output=tmp_path / "whole")
     first = arguments()
-    first["evaluate"], first["evaluate_every"] = lambda model: signal.raise_signal(signal.SIGINT) or {}, 3
+    first["evaluate"], first["evaluate_every"] = lambda model: signal.raise_signal(signal.SIGINT) or {}, 3  # type: ignore[func-returns-value]
     with pytest.raises(TrainingInterrupted):
         fit(**first, output=tmp_path / "cut")
     second = arguments() | {"evaluate": lambda model: {}, "evaluate_every": 3}

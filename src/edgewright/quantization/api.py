@@ -8,7 +8,7 @@ convert_(model)               # twins become packed layers: exactly the values t
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,10 @@ QUANTIZED = (QuantLinear, QuantEmbedding, QuantConv2d, QuantStack)
 PACKED = (PackedLinear, PackedEmbedding, PackedConv2d, PackedStack)
 
 
-def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def quantize_(model: M, config: QuantConfig) -> M:
     """Replace, in place, the modules that the rules select by their fake-quantised twins; returns the model.
 
     A layer whose class has a forward of its own keeps it (`io.own_forward`). Nothing is changed unless the whole
@@ -58,7 +61,7 @@ def quantize_(model: nn.Module, config: QuantConfig) -> nn.Module:
 
 
 @torch.no_grad()
-def convert_(model: nn.Module) -> nn.Module:
+def convert_(model: M) -> M:
     """Replace, in place, fake-quantised modules by packed ones holding integer codes; returns the model.
 
     The packed weights equal the fake-quantised ones bit for bit. Modules that shared a weight share its codes.
@@ -78,7 +81,7 @@ def convert_(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def dequantize_(model: nn.Module) -> nn.Module:
+def dequantize_(model: M) -> M:
     """Replace, in place, packed or fake-quantised modules by ordinary float ones with the same values."""
     shared: dict[int, nn.Parameter] = {}
     for name, module in _modules_of(model, QUANTIZED + PACKED, "there is nothing to dequantise"):

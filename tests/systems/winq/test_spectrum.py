@@ -167,7 +167,7 @@ def test_the_probe_sees_the_quantised_weights_as_plain_parameters_and_leaves_no_
     plain = Attention()
     plain.load_state_dict(
         {
-            name: model.get_submodule(name.rpartition(".")[0]).quantizer.values(value).detach()
+            name: model.get_submodule(name.rpartition(".")[0]).quantizer.values(value).detach()  # type: ignore[call-arg]
             if name.endswith("weight")
             else value
             for name, value in model.state_dict().items()
@@ -179,7 +179,7 @@ def test_the_probe_sees_the_quantised_weights_as_plain_parameters_and_leaves_no_
         weights = [plain.inputs.weight, plain.head.weight]
         direct = hessian_spectrum(lambda: loss_function(plain, batch), weights, 3, 15, generator())
     assert torch.equal(spectrum.ritz, direct.ritz) and spectrum.relative_gradient == direct.relative_gradient
-    gap = sum((m.weight - m.quantizer.values(m.weight)).square().sum() for m in (model.inputs, model.head))
+    gap = sum((m.weight - m.quantizer.values(m.weight)).square().sum() for m in (model.inputs, model.head))  # type: ignore[call-arg]
     size = sum(m.weight.square().sum() for m in (model.inputs, model.head))
     assert spectrum.error_ratio == pytest.approx(float((gap / size).detach().sqrt()), rel=1e-5)
 

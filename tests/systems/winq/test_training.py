@@ -77,11 +77,11 @@ def test_a_reset_shrinks_every_distance_by_the_pull_and_moves_no_code(grid: str,
     layer.weight = nn.Parameter(weight.clone())
     model = nn.Sequential(layer)
     quantize_(model, QuantConfig(rules=(Rule("*", WeightConfig(grid, granularity, initial="mse")),)))
-    quantized = model[0].quantizer.values(weight).detach()
+    quantized = model[0].quantizer.values(weight).detach()  # type: ignore[call-arg]
     codes, scale = codes_of(model)["0"], model[0].quantizer.weight_scale.clone()
     entry = WinQ(pull=pull, **STILL).attach(model, None, 100).reset(7)
     after = model[0].weight.detach()
-    assert torch.equal(model[0].quantizer.values(after), quantized) and torch.equal(codes_of(model)["0"], codes)
+    assert torch.equal(model[0].quantizer.values(after), quantized) and torch.equal(codes_of(model)["0"], codes)  # type: ignore[call-arg]
     assert torch.equal(model[0].quantizer.weight_scale, scale)
     gap = (after - quantized).abs() - (1 - pull) * (weight - quantized).abs()
     assert gap.abs().max() < 1e-6
