@@ -28,11 +28,11 @@ import torch
 from edgewright.errors import EdgewrightError, OutputError
 from edgewright.measure.report import Report
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.systems.check_n_run.faults import MemoryFiles, Operation, crashed
 from results import ROOT, save
 
 sys.path.insert(0, str(ROOT))
 
+from tests.systems.check_n_run.faults import MemoryFiles, Operation, crashed  # noqa: E402
 from tests.systems.check_n_run.toy import Run, same  # noqa: E402
 
 POLICIES = ("full", "one-shot", "consecutive", "intermittent")

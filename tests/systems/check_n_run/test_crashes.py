@@ -17,8 +17,8 @@ import torch
 
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.systems.check_n_run.faults import Killed, MemoryFiles, Operation, crashed
 from edgewright.systems.check_n_run.files import LocalFiles
+from tests.systems.check_n_run.faults import Killed, MemoryFiles, Operation, crashed
 from tests.systems.check_n_run.toy import Run, same
 
 CONFIG = CheckpointConfig(policy="one-shot", bits="none", keep=1, every_steps=0)

@@ -15,7 +15,7 @@ from edgewright.io.row_codes import unpackable_rows
 from edgewright.io.row_ranges import quantize_rows
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, Prefetched, RestoreInfo, restore
 from edgewright.systems.check_n_run.chain import catalogue, chain_of, replay
-from edgewright.systems.check_n_run.faults import MemoryFiles, Operation
+from tests.systems.check_n_run.faults import MemoryFiles, Operation
 from tests.systems.check_n_run.toy import DIM, Run, same
 
 POLICIES = ("full", "one-shot", "consecutive", "intermittent")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from edgewright.io.row_ranges import quantize_rows
 from edgewright.systems.check_n_run.checkpointer import DiffCheckpointer
 from edgewright.systems.check_n_run.config import CheckpointConfig
-from edgewright.systems.check_n_run.faults import MemoryFiles
 from edgewright.systems.check_n_run.files import LOCK
 from edgewright.systems.check_n_run.policies import POLICIES
 from edgewright.systems.check_n_run.records import RANGE
@@ -97,16 +97,17 @@ class Study:
         batches = train.batches(settings.quality_batch, seed)
         steps = max(1, round(settings.epochs * len(train) / settings.quality_batch))
         stops = {round(steps * (number + 1) / (restores + 1)) for number in range(restores)}
-        disk, info = MemoryFiles(), None
         config = CheckpointConfig(policy="one-shot", bits=bits or "none", expected_restores=1e9, nbins=25, ratio=0.6)  # type: ignore[arg-type]
-        for number in range(1, steps + 1):
-            step(next(batches))
-            if number in stops:
-                writer = DiffCheckpointer(disk, model, optimizer, reader=batches, config=config, restored=info)
-                writer.tracker.mark_all()  # rows changed before this writer came to be
-                writer.save(now=True)
-                writer.close()
-                info = restore(disk, model, optimizer, batches)
+        info = None
+        with tempfile.TemporaryDirectory() as root:
+            for number in range(1, steps + 1):
+                step(next(batches))
+                if number in stops:
+                    writer = DiffCheckpointer(root, model, optimizer, reader=batches, config=config, restored=info)
+                    writer.tracker.mark_all()  # rows changed before this writer came to be
+                    writer.save(now=True)
+                    writer.close()
+                    info = restore(root, model, optimizer, batches)
         figures = evaluate(model, test)
         return {"ne": figures.ne, "auc": figures.auc, "logloss": figures.logloss}
 
