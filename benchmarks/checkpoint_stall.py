@@ -25,8 +25,7 @@ from edgewright.io.row_ranges import quantize_rows
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.systems.check_n_run.tables import find_tables
-from edgewright.systems.check_n_run.tracking import Tracker
+from edgewright.systems.check_n_run.tables import Tracker, find_tables
 from edgewright.systems.dlrm.clicks import ClickLoss
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.optimizers import dlrm_optimizer

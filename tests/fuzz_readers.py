@@ -212,7 +212,7 @@ def read_checkpoints(folder: Path) -> None:
     from edgewright.errors import EdgewrightError
     from edgewright.systems.check_n_run import restore
     from edgewright.systems.check_n_run.files import LocalFiles
-    from edgewright.systems.check_n_run.listing import inspect_dir, load_model
+    from edgewright.systems.check_n_run.recovery import inspect_dir, load_model
     from tests.systems.check_n_run.toy import Run, same
 
     inspect_dir(folder / "ck", content=True)
@@ -232,7 +232,7 @@ def build_update(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from edgewright.systems.check_n_run.files import LocalFiles
-    from edgewright.systems.check_n_run.listing import load_model
+    from edgewright.systems.check_n_run.recovery import load_model
     from edgewright.systems.check_n_run.update import diff
 
     build_checkpoints(folder)

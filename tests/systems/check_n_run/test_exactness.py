@@ -252,15 +252,15 @@ def test_state_that_appears_later_makes_the_next_checkpoint_full() -> None:
 
 
 def test_many_chunks_and_the_child_process_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgewright.systems.check_n_run import publish, writer
+    from edgewright.systems.check_n_run import writer
 
     run = Run()
-    job = writer.Job
+    begin = writer.Job.__init__
 
-    def small(*arguments: Any) -> Any:
-        return job(*arguments, chunk=10 * DIM * 4)
+    def small(job: Any, *arguments: Any) -> None:
+        begin(job, *arguments, chunk=10 * DIM * 4)
 
-    monkeypatch.setattr(publish, "Job", small)
+    monkeypatch.setattr(writer.Job, "__init__", small)
     config = plain(bits=4, executor="process", policy="consecutive")
     checkpointer = checkpointed(run, tmp_path, config, 4, 2)
     assert len(list((tmp_path / checkpointer.history[0].id).glob("*.safetensors"))) == 8

@@ -183,7 +183,7 @@ def test_a_manifest_that_lies_changes_nothing(lie: str, tmp_path: Path) -> None:
     assert same(run.state(), before)
     if not lie.startswith(("random", "reader", "no group", "group", "rate")):
         with pytest.raises(FormatError):
-            from edgewright.systems.check_n_run.listing import load_model
+            from edgewright.systems.check_n_run.recovery import load_model
 
             load_model(LocalFiles(tmp_path))
 

@@ -13,10 +13,9 @@ from torch import nn
 
 from edgewright.errors import CheckFailed, EdgewrightError, FormatError, Unsupported, UsageError
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, RestoreInfo, RowShard, restore
-from edgewright.systems.check_n_run.bits import stored_bits
+from edgewright.systems.check_n_run.config import full_is_due, next_kind, stored_bits
 from edgewright.systems.check_n_run.manifest import _digest
-from edgewright.systems.check_n_run.policies import full_is_due, next_kind
-from edgewright.systems.check_n_run.row_bits import RowBits
+from edgewright.systems.check_n_run.tables import RowBits
 from tests.systems.check_n_run.faults import MemoryFiles
 from tests.systems.check_n_run.toy import Clicks, Run, same
 

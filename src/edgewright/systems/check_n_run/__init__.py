@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING
 from edgewright.lazy import lazy
 
 if TYPE_CHECKING:
-    from edgewright.systems.check_n_run.checkpointer import DiffCheckpointer as DiffCheckpointer
+    from edgewright.systems.check_n_run.checkpointer import (
+        DiffCheckpointer as DiffCheckpointer,
+        Prefetched as Prefetched,
+    )
     from edgewright.systems.check_n_run.config import (
         CheckpointConfig as CheckpointConfig,
         RestoreInfo as RestoreInfo,
         Saved as Saved,
     )
-    from edgewright.systems.check_n_run.listing import inspect_dir as inspect_dir
-    from edgewright.systems.check_n_run.prefetch import Prefetched as Prefetched
-    from edgewright.systems.check_n_run.recovery import restore as restore
+    from edgewright.systems.check_n_run.recovery import inspect_dir as inspect_dir, restore as restore
     from edgewright.systems.check_n_run.tables import RowShard as RowShard
     from edgewright.systems.check_n_run.update import apply_delta as apply_delta, diff as diff, merge as merge
 
@@ -22,13 +23,13 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "CheckpointConfig": "edgewright.systems.check_n_run.config",
         "DiffCheckpointer": "edgewright.systems.check_n_run.checkpointer",
-        "Prefetched": "edgewright.systems.check_n_run.prefetch",
+        "Prefetched": "edgewright.systems.check_n_run.checkpointer",
         "RestoreInfo": "edgewright.systems.check_n_run.config",
         "RowShard": "edgewright.systems.check_n_run.tables",
         "Saved": "edgewright.systems.check_n_run.config",
         "apply_delta": "edgewright.systems.check_n_run.update",
         "diff": "edgewright.systems.check_n_run.update",
-        "inspect_dir": "edgewright.systems.check_n_run.listing",
+        "inspect_dir": "edgewright.systems.check_n_run.recovery",
         "merge": "edgewright.systems.check_n_run.update",
         "restore": "edgewright.systems.check_n_run.recovery",
     },

@@ -6,8 +6,9 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,103 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, OutputError, UsageError
-from edgewright.systems.check_n_run import commit
-from edgewright.systems.check_n_run.bits import stored_bits
-from edgewright.systems.check_n_run.chain import catalogue, chain_of
-from edgewright.systems.check_n_run.config import CheckpointConfig, RestoreInfo, Saved
-from edgewright.systems.check_n_run.files import Files, output_error
-from edgewright.systems.check_n_run.lineage import Lineage, continued
-from edgewright.systems.check_n_run.manifest import Table
-from edgewright.systems.check_n_run.policies import next_kind
-from edgewright.systems.check_n_run.publish import Order, Published, publish
-from edgewright.systems.check_n_run.ranks import Ranks
+from edgewright.systems.check_n_run.chain import catalogue, chain_of, clean
+from edgewright.systems.check_n_run.config import CheckpointConfig, Policy, RestoreInfo, Saved, next_kind, stored_bits
+from edgewright.systems.check_n_run.files import Files, open_files, output_error
+from edgewright.systems.check_n_run.manifest import Manifest, Table
 from edgewright.systems.check_n_run.recovery import changed_rows
-from edgewright.systems.check_n_run.state import capture, check_optimizers, describe_tables
-from edgewright.systems.check_n_run.tables import RowShard, TouchedRows, find_tables, leaves, moves_untouched
-from edgewright.systems.check_n_run.tracking import Taken, Tracker
-from edgewright.systems.check_n_run.url_files import open_files
-from edgewright.systems.check_n_run.writer import InProcess, InThread
+from edgewright.systems.check_n_run.state import Ranks, capture, check_optimizers, describe_tables
+from edgewright.systems.check_n_run.tables import (
+    RowShard,
+    Taken,
+    TouchedRows,
+    Tracker,
+    find_tables,
+    leaves,
+    moves_untouched,
+)
+from edgewright.systems.check_n_run.writer import InProcess, InThread, Order, Published, publish
 from edgewright.training import snapshot
 from edgewright.training.background import Background
+from edgewright.training.batches import ResumableBatches
+
+
+@dataclass
+class Lineage:
+    """parent: [id, digest] of the last checkpoint; chain: of those that a difference needs, the full one first.
+
+    sizes: shares of the differences since the full one, of `base_bytes`; tables: as they were described in it.
+    """
+
+    parent: list[str] | None = None
+    chain: list[list[str]] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
+    base_bytes: int = 0
+    tables: dict[str, Table] | None = None
+
+    def adopt(self, saved: Saved, tables: dict[str, Table], policy: Policy) -> None:
+        """A checkpoint exists: what comes next builds upon it."""
+        self.parent = [saved.id, saved.digest]
+        if saved.kind == "full":
+            self.chain, self.sizes, self.tables, self.base_bytes = [self.parent], [], tables, saved.data_bytes
+            return
+        self.sizes.append(saved.ratio)
+        if policy == "consecutive":
+            self.chain.append(self.parent)
+
+
+def continued(
+    chain: list[Manifest], digests: Mapping[str, str], policy: Policy, tables: dict[str, Table]
+) -> Lineage | None:
+    """The lineage after a restore of `chain`; None where its differences are not of this policy: begin with a full one.
+
+    One-shot and intermittent need all rows since the full one in a single difference.
+    """
+    if policy == "full" or (policy != "consecutive" and len(chain) > 2):
+        return None
+    links = [[link.id, digests[link.id]] for link in chain]
+    base = chain[0].data_bytes
+    sizes = [link.data_bytes / max(base, 1) for link in chain[1:]]
+    if policy != "consecutive":
+        sizes = [*chain[-1].sizes, *sizes]
+    return Lineage(links[-1], links if policy == "consecutive" else links[:1], sizes, base, tables)
+
+
+class Prefetched:
+    """An iterator over `batches` that keeps `ahead` of them ready.
+
+    `batches` stands `ahead` batches further than the training; its position saved in a checkpoint would skip those.
+    Every batch therefore brings the position behind it along, and `state_dict` gives that of the last one handed out.
+    """
+
+    def __init__(self, batches: ResumableBatches, ahead: int = 2) -> None:
+        self.batches, self.ahead = batches, ahead
+        self._pool = ThreadPoolExecutor(1, "edgewright-batches")
+        self._ready: list[Future[tuple[Any, dict[str, Any]]]] = []
+        self._state = dict(batches.state_dict())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while len(self._ready) <= self.ahead:
+            self._ready.append(self._pool.submit(self._make))
+        batch, self._state = self._ready.pop(0).result()
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for made in self._ready:
+            made.result()
+        self._ready.clear()
+        self.batches.load_state_dict(state)
+        self._state = dict(self.batches.state_dict())
+
+    def _make(self) -> tuple[Any, dict[str, Any]]:
+        batch = next(self.batches)
+        return batch, dict(self.batches.state_dict())
 
 
 @dataclass
@@ -243,7 +323,7 @@ class DiffCheckpointer:
                 known = catalogue(self.files)
                 if known.other_version is not None:
                     raise known.other_version
-                commit.clean(self.files)
+                clean(self.files)
             except Exception as caught:
                 error = output_error(self.files, caught) if isinstance(caught, OSError) else caught
                 if isinstance(caught, UsageError):

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.systems.check_n_run.files import output_error
-from edgewright.systems.check_n_run.url_files import open_files
+from edgewright.systems.check_n_run.files import open_files, output_error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from edgewright.systems.check_n_run.listing import inspect_dir, need_checkpoints
+    from edgewright.systems.check_n_run.recovery import inspect_dir, need_checkpoints
 
     files = open_files(args.dir)
     listing = inspect_dir(files, content=args.part == "verify")
@@ -89,7 +88,7 @@ def _table(listing: Any) -> None:
 def _restore(args: argparse.Namespace) -> int:
     to = _new(args.to)
 
-    from edgewright.systems.check_n_run.listing import load_model
+    from edgewright.systems.check_n_run.recovery import load_model
 
     chain, tensors = load_model(open_files(args.dir), args.id)
     _save(tensors, to, {"checkpoint": chain[-1].id, "step": str(chain[-1].step)})
@@ -101,16 +100,15 @@ def _collect(args: argparse.Namespace) -> int:
     if args.keep < 1:
         raise UsageError(f"--keep {args.keep}; give 1 or more")
 
-    from edgewright.systems.check_n_run import commit
-    from edgewright.systems.check_n_run.keeping import collect
-    from edgewright.systems.check_n_run.listing import inspect_dir, need_checkpoints
+    from edgewright.systems.check_n_run.chain import clean, collect
+    from edgewright.systems.check_n_run.recovery import inspect_dir, need_checkpoints
 
     files = open_files(args.dir)
     need_checkpoints(files, inspect_dir(files))
     try:
         held = files.lock()
         try:
-            gone = [*collect(files, args.keep, broken=True), *commit.clean(files)]
+            gone = [*collect(files, args.keep, broken=True), *clean(files)]
         finally:
             files.unlock(held)
     except OSError as error:

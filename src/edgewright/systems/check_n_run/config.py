@@ -1,13 +1,77 @@
-"""Settings of a checkpointer, and what it says about each checkpoint."""
+"""Settings of a checkpointer and their rules: how many bits a row gets, which rows a checkpoint holds.
+
+Bits (arXiv 2010.08679, section on L): every restore replaces float32 rows by their quantised values once; L = expected
+restores says how much of that a job will live through. L <= 1: 2 bits, L <= 3: 3 bits, L < 20: 4 bits, otherwise 8.
+Once more restores have happened than were expected, every later checkpoint has 8.
+
+Policies, sizes S being shares of a full checkpoint:
+    full          every checkpoint is whole
+    one-shot      one full, then every row changed since it: restore = full + latest
+    consecutive   one full, then every row changed since the last checkpoint: restore = full + all in order
+    intermittent  one-shot, with a new full one when that is the cheaper future (`full_is_due`)
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from edgewright.errors import UsageError
-from edgewright.systems.check_n_run.bits import METHODS, Bits, bits_for, check_bits
-from edgewright.systems.check_n_run.policies import POLICIES, Policy
+from edgewright.io.row_codes import ROW_BITS
+
+Bits = Literal[2, 3, 4, 8, "auto", "none"]
+METHODS = ("adaptive", "minmax", "symmetric")
+
+
+def check_bits(bits: object) -> None:
+    """Raise UsageError unless `bits` is 2, 3, 4, 8, "auto" or "none"."""
+    # True == 1 and 4.0 == 4 in Python; neither is a number of bits
+    if not (type(bits) is int and bits in ROW_BITS) and bits not in ("auto", "none"):
+        raise UsageError(f"bits={bits!r}; rows are stored at 2, 3, 4 or 8 bits, by the rule 'auto', or 'none' (float)")
+
+
+def bits_for(expected_restores: float) -> int:
+    """Bits for L expected restores. Raises UsageError for a negative number or NaN."""
+    if not expected_restores >= 0:
+        raise UsageError(f"expected_restores={expected_restores}: it is job length x failure rate, at least 0")
+    return 2 if expected_restores <= 1 else 3 if expected_restores <= 3 else 4 if expected_restores < 20 else 8
+
+
+def stored_bits(bits: Bits, expected: float, happened: int) -> int | None:
+    """Bits of the next checkpoint, None for plain float rows. happened: restores in this job's history so far."""
+    check_bits(bits)
+    if bits == "none":
+        return None
+    if happened > expected:
+        return 8
+    return bits_for(expected) if bits == "auto" else int(bits)
+
+
+Policy = Literal["full", "one-shot", "consecutive", "intermittent"]
+POLICIES = ("full", "one-shot", "consecutive", "intermittent")
+
+
+def check_policy(policy: str) -> None:
+    if policy not in POLICIES:
+        raise UsageError(f"policy={policy!r}; use one of {', '.join(POLICIES)}")
+
+
+def full_is_due(sizes: Sequence[float]) -> bool:
+    """The predictor of the intermittent policy, after the differences of sizes S_1 .. S_i since the last full one.
+
+    F = 1 + S_1 + ... + S_i is what the same history costs again when it begins with a full one, I = (i + 1) S_i the
+    least that going on costs. F <= I: the next checkpoint is full.
+    """
+    return bool(sizes) and 1.0 + sum(sizes) <= (len(sizes) + 1) * sizes[-1]
+
+
+def next_kind(policy: Policy, based: bool, sizes: Sequence[float]) -> Literal["full", "diff"]:
+    """Kind of the next checkpoint. based: whether there is a full one to build upon; sizes: see `full_is_due`."""
+    if policy == "full" or not based:
+        return "full"
+    return "full" if policy == "intermittent" and full_is_due(sizes) else "diff"
+
 
 Kind = Literal["full", "diff"]
 

@@ -15,8 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from edgewright.measure.report import Report
-from edgewright.systems.check_n_run.bits import bits_for
-from edgewright.systems.check_n_run.policies import POLICIES
+from edgewright.systems.check_n_run.config import POLICIES, bits_for
 from edgewright.systems.check_n_run.study import STORED, Study
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run

@@ -13,9 +13,8 @@ import torch
 
 from edgewright.io.row_ranges import quantize_rows
 from edgewright.systems.check_n_run.checkpointer import DiffCheckpointer
-from edgewright.systems.check_n_run.config import CheckpointConfig
+from edgewright.systems.check_n_run.config import POLICIES, CheckpointConfig
 from edgewright.systems.check_n_run.files import LOCK
-from edgewright.systems.check_n_run.policies import POLICIES
 from edgewright.systems.check_n_run.records import RANGE
 from edgewright.systems.check_n_run.recovery import restore
 from edgewright.systems.dlrm.clicks import ClickLoss
