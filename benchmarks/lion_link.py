@@ -31,10 +31,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from edgewright.measure.machine import machine
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, paired_ratio
-from edgewright.systems.distributed_lion.distributed import DistributedLion
-from edgewright.systems.distributed_lion.exchange import wire_bytes
-from edgewright.systems.distributed_lion.hook import disable_gradient_allreduce, register_distributed_lion_hook
-from edgewright.systems.distributed_lion.sign_bits import pack_bits
+from edgewright.systems.distributed_lion.distributed import (
+    DistributedLion,
+    disable_gradient_allreduce,
+    register_distributed_lion_hook,
+)
+from edgewright.systems.distributed_lion.exchange import pack_bits, wire_bytes
 
 WORLD, ELEMENTS, EXCHANGES, FEWER_EXCHANGES = 4, 4_000_000, 50, 10
 RATES = {"unlimited": None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8}

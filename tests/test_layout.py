@@ -32,7 +32,7 @@ LONGEST_MODULE = 600
 OVER_BUDGET = {
     "apollo": "the optimizer's parts are read apart: sketch, state, split parameters, layer by layer",
     "check-n-run": "a checkpoint engine of its own, with an asynchronous writer, restore, updates and three stores",
-    "distributed-lion": "three ways to send votes, each with its reference",
+    "distributed-lion": "votes by two topologies at three widths, under DDP and FSDP, and checkpoints of all momenta",
     "dlrm": "two data sets, sharded tables and serving",
     "llama-guard-int4": "policy, task, scoring and the exported program are four jobs",
     "low-precision-recsys": "eight number formats with layers, search, gate, monitor and exporters",

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from edgewright.errors import UsageError
 from edgewright.systems.distributed_lion.distributed import DistributedLion, lion_groups
-from edgewright.systems.distributed_lion.exchange import reply_bits, wire_bytes
-from edgewright.systems.distributed_lion.lion import Lion
-from edgewright.systems.distributed_lion.sign_bits import (
+from edgewright.systems.distributed_lion.exchange import (
     alternate_votes,
     count_bits,
     pack_bits,
     pack_codes,
     pack_trits,
+    reply_bits,
     unpack_bits,
     unpack_codes,
     unpack_trits,
+    wire_bytes,
 )
+from edgewright.systems.distributed_lion.lion import Lion
 from edgewright.systems.distributed_lion.simulated import SimulatedLion
 
 SHAPES = ((37, 5), (11,), (1,), (40,))

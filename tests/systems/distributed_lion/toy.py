@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from edgewright.errors import EdgewrightError
 from edgewright.systems.distributed_lion.checkpoint import consolidated_state, load_replicas, save_replicas
-from edgewright.systems.distributed_lion.distributed import DistributedLion, lion_groups
-from edgewright.systems.distributed_lion.hook import (
+from edgewright.systems.distributed_lion.distributed import (
+    DistributedLion,
     LocalGradients,
     disable_gradient_allreduce,
+    lion_groups,
     register_distributed_lion_hook,
 )
 from edgewright.systems.distributed_lion.lion import Lion

@@ -7,10 +7,8 @@ from edgewright.lazy import lazy
 if TYPE_CHECKING:
     from edgewright.systems.distributed_lion.distributed import (
         DistributedLion as DistributedLion,
-        lion_groups as lion_groups,
-    )
-    from edgewright.systems.distributed_lion.hook import (
         disable_gradient_allreduce as disable_gradient_allreduce,
+        lion_groups as lion_groups,
         register_distributed_lion_hook as register_distributed_lion_hook,
     )
     from edgewright.systems.distributed_lion.lion import Lion as Lion
@@ -20,8 +18,8 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "DistributedLion": "edgewright.systems.distributed_lion.distributed",
         "Lion": "edgewright.systems.distributed_lion.lion",
-        "disable_gradient_allreduce": "edgewright.systems.distributed_lion.hook",
+        "disable_gradient_allreduce": "edgewright.systems.distributed_lion.distributed",
         "lion_groups": "edgewright.systems.distributed_lion.distributed",
-        "register_distributed_lion_hook": "edgewright.systems.distributed_lion.hook",
+        "register_distributed_lion_hook": "edgewright.systems.distributed_lion.distributed",
     },
 )
