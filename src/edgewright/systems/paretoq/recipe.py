@@ -12,22 +12,20 @@ steps it does. It is run too, as "qat, published start".
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from edgewright.compression.pipeline import compress
 from edgewright.compression.settings import Budget, CompressSettings
 from edgewright.data.sentences import SentenceBench, SentenceSettings
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import over_seeds
+from edgewright.systems.run import Run
 
 GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "2 (LSQ)": "int2", "3": "int3", "4": "int4"}
 MONOTONE = ("4", "3", "2", "1.58", "1")
@@ -128,34 +126,34 @@ def plan(settings: ParetoQ) -> Plan:
 
 
 def run(settings: ParetoQ, output: Path) -> Report:
-    """Every point is kept in points.json when it is done, so a second call goes on after the last one."""
-    store = output / "points.json"
-    points: dict[str, float] = read_object(store) if store.exists() else {}
-    bench = SentenceBench(
-        SentenceSettings(settings.layers, settings.tokens, settings.training_sentences, settings.held_out_sentences)
-    )
-    for width, grid in GRIDS.items():
-        for method in ("rtn", "mse", "qat", "qat, published start"):
-            if method == "qat, published start" and width not in PUBLISHED_START:
-                continue
-            for seed in range(settings.seeds if method == "qat" and width in SEEDED else 1):
-                key = f"{method} {width} bit/{seed}"
-                if key not in points:
-                    points[key] = _error(bench, settings, grid, method, settings.seed + seed)
-                    write_text(store, json.dumps(points, indent=1) + "\n")
-    report = Report("ParetoQ: MiniLM-L6 distilled to itself, by width and method")
-    for subject in dict.fromkeys(key.rpartition("/")[0] for key in points):
-        values = [value for key, value in points.items() if key.rpartition("/")[0] == subject]
-        report.add("embedding_error", subject=subject, unit="1 - cosine", **over_seeds(values))
-    report.notes.append("standard errors are over seeds of the training order; rows without one were run once")
-    _plot(report, output / "error.png")
+    run = Run(output, "ParetoQ: MiniLM-L6 distilled to itself, by width and method")
+    data = SentenceSettings(settings.layers, settings.tokens, settings.training_sentences, settings.held_out_sentences)
+    bench = cache(lambda: SentenceBench(data))
+    for width in GRIDS:
+        for method in ("rtn", "mse", "qat", *(["qat, published start"] if width in PUBLISHED_START else [])):
+            seeds = settings.seeds if method == "qat" and width in SEEDED else 1
+            subject = f"{method} {width} bit"
+            errors = run.over_seeds(subject, seeds, partial(_error, bench, settings, width, method))
+            run.add("embedding_error", errors, subject, "1 - cosine")
+    run.note("standard errors are over seeds of the training order; rows without one were run once")
+    widths = [float(width) for width in MONOTONE]
+    curves = {
+        method: run.curve("embedding_error", [f"{method} {width} bit" for width in MONOTONE], widths)
+        for method in ("rtn", "mse", "qat")
+    }
+    axes = ("bits per weight of the grid", "1 - cosine to full precision, held out")
+    run.lines("error.png", curves, *axes, style="o-", yscale="log")
     for bits in settings.end_to_end:
-        _add_end_to_end(report, settings, bits, output / f"smollm2-{bits:g}bit")
-    return report
+        budget = Budget.parse(settings.end_to_end_budget)
+        what = CompressSettings("smollm2-135m", bits=bits, budget=budget, seed=settings.seed)
+        part: Any = compress(what, output / f"smollm2-{bits:g}bit")
+        run.add_rows({**asdict(row), "subject": f"SmolLM2 {bits:g} bit: {row.subject}"} for row in part.rows)
+    return run.report
 
 
-def _error(bench: SentenceBench, settings: ParetoQ, grid: str, method: str, seed: int) -> float:
+def _error(bench: Callable[[], SentenceBench], settings: ParetoQ, width: str, method: str, seed: int) -> float:
     """Mean of 1 - cosine to the full-precision embeddings, on held-out sentences, after conversion."""
+    grid = GRIDS[width]
     nearest = "absmean" if grid == "binary" else "absmax"  # absmax would make every weight of a binary row huge
     weight = {
         "rtn": WeightConfig(grid, scale=nearest),
@@ -163,32 +161,9 @@ def _error(bench: SentenceBench, settings: ParetoQ, grid: str, method: str, seed
         "qat": WeightConfig(grid, initial="mse"),
         "qat, published start": WeightConfig(grid, initial="paper"),
     }[method]
-    student = copy.deepcopy(bench.model)
+    student = copy.deepcopy(bench().model)
     quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", weight),)))
     if method.startswith("qat"):
-        bench.distil(
-            student, steps=settings.steps, batch=settings.batch, learning_rate=settings.learning_rate, seed=seed
-        )
-    return bench.error(convert_(student))
-
-
-def _plot(report: Report, path: Path) -> None:
-    widths = [float(width) for width in MONOTONE]
-    with plot(path, (6.5, 4)) as axes:
-        for method in ("rtn", "mse", "qat"):
-            chosen = [report.row("embedding_error", f"{method} {width} bit") for width in MONOTONE]
-            errors = [row.se or 0 for row in chosen]
-            axes.errorbar(widths, [row.value for row in chosen], yerr=errors, marker="o", label=method)
-        axes.set_yscale("log")
-        axes.set_xlabel("bits per weight of the grid")
-        axes.set_ylabel("1 - cosine to full precision, held out")
-        axes.grid(which="both", alpha=0.25)
-        axes.legend()
-
-
-def _add_end_to_end(report: Report, settings: ParetoQ, bits: float, folder: Path) -> None:
-    budget = Budget.parse(settings.end_to_end_budget)
-    part: Any = compress(CompressSettings("smollm2-135m", bits=bits, budget=budget, seed=settings.seed), folder)
-    for row in part.rows:
-        subject = f"SmolLM2 {bits:g} bit: {row.subject}"
-        report.add(row.metric, row.value, subject=subject, se=row.se, n=row.n, unit=row.unit)
+        budget: dict[str, Any] = {"steps": settings.steps, "batch": settings.batch}
+        bench().distil(student, **budget, learning_rate=settings.learning_rate, seed=settings.seed + seed)
+    return bench().error(convert_(student))
