@@ -10,33 +10,28 @@ installed packages.
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from edgewright.export.gguf.exporter import export_gguf
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
 from edgewright.io.text import builtin_documents, docstrings
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.design import design_sweep
 from edgewright.models.decoder.footprint import footprint
 from edgewright.models.decoder.pretrain import PretrainSettings, pretrain
 from edgewright.models.decoder.pretrain_data import prepare_data
-from edgewright.runtime.llamacpp import LlamaCppEngine
+from edgewright.systems.mobilellm.writer import judge_writer
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import over_seeds
+from edgewright.systems.run import Run
 
-SHARING = ("once", "twice", "twice as many")  # what becomes of the same stored blocks
 GAIN = 0.99  # one per cent of loss is a difference
+SHARING = ("blocks run once", "blocks run twice", "twice as many blocks")
 
 
 @dataclass(frozen=True)
@@ -156,165 +151,99 @@ def plan(settings: MobileLLM) -> Plan:
 
 
 def run(settings: MobileLLM, output: Path) -> Report:
-    """Figures of a trained model are kept in points.json; a training that was stopped goes on from its checkpoint."""
-    store = output / "points.json"
-    points: dict[str, dict[str, Any]] = read_object(store) if store.exists() else {}
-    bench = _Bench(settings, output)
-    shapes = bench.shapes()
-    for name, config in shapes.items():
-        for seed in range(settings.seeds):
-            if f"{name}/{seed}" not in points:
-                points[f"{name}/{seed}"] = bench.train(name, config, settings.seed + seed)
-                write_text(store, json.dumps(points, indent=1) + "\n")
-    if settings.writer_weights and not ("writer" in points and (output / "writer.gguf").exists()):
-        points["writer"] = bench.write()
-        write_text(store, json.dumps(points, indent=1) + "\n")
-
-    report = Report("MobileLLM: shapes of small decoders, and one that writes")
-    for name, config in shapes.items():
-        losses = [points[f"{name}/{seed}"]["validation_loss"] for seed in range(settings.seeds)]
-        report.add("validation_loss", subject=name, unit="nats/token", **over_seeds(losses))
-        report.add("weights", points[f"{name}/0"]["weights"], subject=name)
-        report.add("hidden", config.hidden_size, subject=name)
-    deep = [report.row("validation_loss", _depth(d)) for d in settings.depths if 8 <= d <= 16]
+    """A training that was stopped goes on from its checkpoint."""
+    run = Run(output, "MobileLLM: shapes of small decoders, and one that writes")
+    documents = cache(
+        lambda: (builtin_documents("english") + docstrings(settings.packages))[: settings.documents or None]
+    )
+    for name, config in _shapes(settings).items():
+        losses = run.over_seeds(name, settings.seeds, partial(_study_loss, settings, documents, output, name, config))
+        run.add("validation_loss", losses, name, "nats/token")
+        run.add("weights", footprint(config).stored, name)
+        run.add("hidden", config.hidden_size, name)
+    deep = [run.report.row("validation_loss", _depth(d)) for d in settings.depths if 8 <= d <= 16]
     if deep:
         best = min(deep, key=lambda row: row.value)
-        report.add("validation_loss", best.value, subject="deeper", se=best.se, n=best.n, unit=best.unit)
-        report.notes.append("deeper: the better of the depths from 8 to 16")
-    for row in points.get("writer", {}).get("rows", ()):
-        report.add(**row)
-    report.notes += [f"writer: {text!r}" for text in points.get("writer", {}).get("texts", ())]
-    report.notes.append("standard errors are over seeds of weights and order; loss on held-out documents, nats a token")
-    _plot(settings, report, output / "loss.png")
-    return report
+        run.add("validation_loss", best.value, "deeper", best.unit, se=best.se, n=best.n)
+        run.note("deeper: the better of the depths from 8 to 16")
+    if settings.writer_weights:
+        writer = run.memo("writer", partial(_write, settings, documents, output))
+        run.add_rows(writer["rows"])
+        for text in writer["texts"]:
+            run.note(f"writer: {text!r}")
+    run.note("standard errors are over seeds of weights and order; loss on held-out documents, nats a token")
+    _plot(settings, run)
+    return run.report
 
 
 def _depth(blocks: int) -> str:
     return f"{blocks} block{'s' if blocks > 1 else ''}"
 
 
-class _Bench:
-    """The text of a run, its shapes, and the training of one."""
-
-    def __init__(self, settings: MobileLLM, output: Path) -> None:
-        self.settings, self.output = settings, output
-        self._documents: list[str] | None = None
-
-    @property
-    def documents(self) -> list[str]:
-        if self._documents is None:
-            found = builtin_documents("english") + docstrings(self.settings.packages)
-            self._documents = found[: self.settings.documents or None]
-        return self._documents
-
-    def shapes(self) -> dict[str, EdgeDecoderConfig]:
-        """Name -> configuration: depths at equal weights, then the three fates of the same blocks."""
-        s = self.settings
-        common: dict[str, Any] = {"max_position_embeddings": s.context}
-        found = {
-            _depth(config.num_stored_layers): config
-            for config in design_sweep(s.weights, s.depths, s.vocab_size, **common)
-        }
-        (base,) = design_sweep(s.weights, [s.sharing_depth], s.vocab_size, **common)
-        once = base.to_dict()
-        blocks = range(s.sharing_depth)
-        fields = ("mixers", "ffn_types", "share_map")
-        again = {**once, **dict.fromkeys(fields), "ffn_types": "mlp", "num_hidden_layers": 2 * s.sharing_depth}
-        found["blocks run once"] = base
-        found["blocks run twice"] = EdgeDecoderConfig(**{**again, "share_map": [b for b in blocks for _ in range(2)]})
-        found["twice as many blocks"] = EdgeDecoderConfig(**again)
-        return found
-
-    def pretrain(self, name: str, config: EdgeDecoderConfig, seed: int, steps: int, context: int, text: str) -> Any:
-        """Train in `output/name`; the shards of `text` are made by the first and read by all."""
-        s, folder = self.settings, self.output / name.replace(" ", "-")
-        shared = self.output / text / "shards"
-        settings = PretrainSettings(
-            context=context,
-            batch_size=s.batch,
-            steps=steps,
-            learning_rate=s.learning_rate,
-            seed=seed,
-            device=None,
-            samples=0,
-            evaluate_every=steps,
-            checkpoint_every=100,
-        )
-        data: Any = shared if (shared / "manifest.json").exists() and folder.name != text else self.documents
-        return pretrain(config, data, settings, folder, progress=steps > 50)
-
-    def train(self, name: str, config: EdgeDecoderConfig, seed: int) -> dict[str, Any]:
-        first = not (self.output / "study" / "shards" / "manifest.json").exists()
-        if first:
-            self.prepare("study", self.settings.vocab_size)
-        result = self.pretrain(f"{name} {seed}", config, seed, self.settings.steps, self.settings.context, "study")
-        shutil.rmtree(result.output)  # the figures are what is kept
-        row = result.report.row("validation_loss")
-        return {"validation_loss": row.value, "se": row.se, "weights": footprint(config).stored}
-
-    def prepare(self, text: str, vocab_size: int) -> None:
-        """Tokenizer and shards in output/text."""
-        prepare_data(self.documents, vocab_size, 0.05, self.output / text, None, Accelerator(cpu=True))
-
-    def write(self) -> dict[str, Any]:
-        """Train the writer, export it, and let llama.cpp write."""
-        s = self.settings
-        (config,) = design_sweep(
-            s.writer_weights, [s.writer_depth], s.writer_vocab, max_position_embeddings=s.writer_context
-        )
-        result = self.pretrain("writer", config, s.seed, s.writer_steps, s.writer_context, "writer")
-        path = self.output / "writer.gguf"
-        done = export_gguf(result.model, result.tokenizer, path, float_type="F16", embedding="F16", progress=False)
-        stored = footprint(config, weight_bits=32).weight_bytes
-        file = (result.output / "edge" / "model.safetensors").stat().st_size
-        texts, speed = self.continuations(path)
-        words = {word for text in self.documents for word in re.findall(r"[a-z]{3,}", text.lower())}
-        used = [word for text in texts for word in re.findall(r"[a-z]{3,}", text.lower())]
-        loss = result.report.row("validation_loss")
-        subject = "writer in llama.cpp"
-        rows = [
-            {"metric": "validation_loss", "value": loss.value, "subject": "writer", "se": loss.se, "n": loss.n},
-            {"metric": "weights", "value": footprint(config).stored, "subject": "writer"},
-            {"metric": "file_ratio", "value": file / stored, "subject": "writer, float32"},
-            {"metric": "top1_agreement", "value": done.checks["top1_agreement"], "subject": subject},
-            {"metric": "known_words", "value": _share(used, words), "subject": subject, "n": len(used)},
-            {"metric": "file_size", "value": done.bytes, "subject": subject, "unit": "bytes"},
-            {"metric": "decode", "value": speed, "subject": subject, "unit": "tokens/s"},
-        ]
-        return {"rows": rows, "texts": texts}
-
-    def continuations(self, path: Path) -> tuple[list[str], float]:
-        """What the file writes behind a few beginnings, greedily, and tokens a second."""
-        texts, seconds, tokens = [], 0.0, 0
-        with LlamaCppEngine(path, threads=1, context=self.settings.writer_context) as engine:
-            for start in ("The function returns", "If the argument is", "This class"):
-                ids = engine.tokenize(start)
-                began = time.perf_counter()
-                room = min(self.settings.written_tokens, self.settings.writer_context - len(ids) - 1)
-                written = list(engine.generate(ids, room, temperature=0.7, seed=self.settings.seed).ids)
-                seconds, tokens = seconds + time.perf_counter() - began, tokens + len(written)
-                texts.append(start + engine.detokenize(written))
-        return texts, tokens / max(seconds, 1e-9)
+def _shapes(settings: MobileLLM) -> dict[str, EdgeDecoderConfig]:
+    """Name -> configuration: depths at equal weights, then the same blocks run once, twice, and twice as many."""
+    sweep: Any = partial(
+        design_sweep, settings.weights, vocab_size=settings.vocab_size, max_position_embeddings=settings.context
+    )
+    shapes = {_depth(config.num_stored_layers): config for config in sweep(settings.depths)}
+    blocks = settings.sharing_depth
+    (once,) = sweep([blocks])
+    fields = {**once.to_dict(), "mixers": None, "ffn_types": "mlp", "share_map": None, "num_hidden_layers": 2 * blocks}
+    twice = {**fields, "share_map": [block for block in range(blocks) for _ in range(2)]}
+    return shapes | dict(zip(SHARING, (once, EdgeDecoderConfig(**twice), EdgeDecoderConfig(**fields)), strict=True))
 
 
-def _share(used: list[str], known: set[str]) -> float:
-    return sum(word in known for word in used) / len(used) if used else 0.0
+def _pretrain(settings: MobileLLM, config: EdgeDecoderConfig, data: Any, seed: int, steps: int, folder: Path) -> Any:
+    chosen = PretrainSettings(
+        context=config.max_position_embeddings,
+        batch_size=settings.batch,
+        steps=steps,
+        learning_rate=settings.learning_rate,
+        seed=seed,
+        device=None,
+        samples=0,
+        evaluate_every=steps,
+        checkpoint_every=100,
+    )
+    return pretrain(config, data, chosen, folder, progress=steps > 50)
 
 
-def _plot(settings: MobileLLM, report: Report, path: Path) -> None:
-    with plot(path, (7.0, 3.6)) as axes:
-        for depths, subjects, label in (
-            (settings.depths, [_depth(d) for d in settings.depths], f"{settings.weights:,.0f} weights"),
-            (
-                (settings.sharing_depth, 2 * settings.sharing_depth, 2 * settings.sharing_depth),
-                ("blocks run once", "blocks run twice", "twice as many blocks"),
-                f"{settings.sharing_depth} blocks: once, twice, twice as many",
-            ),
-        ):
-            rows = [report.row("validation_loss", subject) for subject in subjects]
-            axes.errorbar(depths, [r.value for r in rows], [r.se or 0 for r in rows], fmt="o-", label=label, capsize=3)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("executed blocks")
-        axes.set_ylabel("loss on held-out text (nats/token)")
-        axes.grid(alpha=0.25)
-        axes.legend()
+def _study_loss(
+    settings: MobileLLM,
+    documents: Callable[[], list[str]],
+    output: Path,
+    name: str,
+    config: EdgeDecoderConfig,
+    seed: int,
+) -> float:
+    """Loss on held-out documents after training; tokenizer and shards are made by the first and read by all."""
+    shards = output / "study" / "shards"
+    if not (shards / "manifest.json").exists():
+        prepare_data(documents(), settings.vocab_size, 0.05, output / "study", None, Accelerator(cpu=True))
+    folder = output / f"{name} {seed}".replace(" ", "-")
+    result = _pretrain(settings, config, shards, settings.seed + seed, settings.steps, folder)
+    shutil.rmtree(result.output)  # the figure is what is kept
+    return result.report.value("validation_loss")
+
+
+def _write(settings: MobileLLM, documents: Callable[[], list[str]], output: Path) -> dict[str, Any]:
+    """Train the writer, export it, and let llama.cpp write."""
+    (config,) = design_sweep(
+        settings.writer_weights,
+        [settings.writer_depth],
+        settings.writer_vocab,
+        max_position_embeddings=settings.writer_context,
+    )
+    trained = _pretrain(settings, config, documents(), settings.seed, settings.writer_steps, output / "writer")
+    return judge_writer(trained, documents(), output / "writer.gguf", settings.written_tokens, settings.seed)
+
+
+def _plot(settings: MobileLLM, run: Run) -> None:
+    depths, blocks = settings.depths, settings.sharing_depth
+    curves = {
+        f"{settings.weights:,.0f} weights": run.curve("validation_loss", [_depth(d) for d in depths], depths),
+        f"{blocks} blocks: once, twice, twice as many": run.curve(
+            "validation_loss", SHARING, (blocks, 2 * blocks, 2 * blocks)
+        ),
+    }
+    run.lines("loss.png", curves, "executed blocks", "loss on held-out text (nats/token)", style="o-", xscale="log")
