@@ -8,10 +8,8 @@ import sys
 import warnings
 
 import numpy as np
-import optim.apollo_toys as toy
 import pytest
 import torch
-from optim.apollo_toys import apollo, flat, network, train
 from torch import nn
 
 import edgewright.systems.apollo.optimizer as module
@@ -19,6 +17,8 @@ from edgewright.errors import CheckFailed, MissingPackage, Unsupported, UsageErr
 from edgewright.systems.apollo import APOLLO, APOLLOMini, apollo_param_groups
 from edgewright.systems.apollo.peers import named_optimizer
 from edgewright.systems.apollo.sketch import mixed_seed, projection, sketch_of
+from tests.systems.apollo import toys as toy
+from tests.systems.apollo.toys import apollo, flat, network, train
 
 SHAPES = [(6, 10), (10, 6), (7, 7), (5, 2, 3, 3)]
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import importlib
 
-import optim.apollo_toys as toy
 import pytest
 import torch
-from optim.apollo_toys import apollo, flat, network, train
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
 from edgewright.systems.apollo import (
     APOLLO,
     APOLLOMini,
+    apollo_layerwise,
     apollo_param_groups,
-    layerwise as apollo_layerwise,
     optimizer_memory,
     state_bytes,
     state_floats,
@@ -24,6 +22,8 @@ from edgewright.systems.apollo import (
 from edgewright.systems.apollo.state import decode, dynamic_map, encode
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit
 from tests.processes import run_script
+from tests.systems.apollo import toys as toy
+from tests.systems.apollo.toys import apollo, flat, network, train
 
 
 def smollm2_shapes():

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from quantization.parq_toys import adamw, flat, groups_of, network, parq, sgd, train
 from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
@@ -17,6 +16,7 @@ from edgewright.systems.parq.model import convert_parq_, on_target, quantized_gr
 from edgewright.systems.parq.optimizer import QuantOptimizer
 from edgewright.systems.parq.plots import plot_inverse_slope, plot_on_target, plot_weights, weight_histogram
 from edgewright.systems.parq.proximal import ProxBinaryRelax, ProxHard, ProxPARQ
+from tests.systems.parq.toys import adamw, flat, groups_of, network, parq, sgd, train
 
 
 class Mixed(nn.Module):

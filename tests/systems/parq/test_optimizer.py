@@ -7,9 +7,7 @@ import importlib
 from pathlib import Path
 
 import pytest
-import quantization.parq_toys as toy
 import torch
-from quantization.parq_toys import STEPS, adamw, batch, flat, groups_of, network, parq, sgd, train
 from torch import nn
 
 from edgewright.errors import UsageError
@@ -20,6 +18,8 @@ from edgewright.systems.parq.optimizer import QuantOptimizer
 from edgewright.systems.parq.proximal import ProxBinaryRelax, ProxHard, ProxPARQ, ProxSoft
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit
 from tests.processes import run_script
+from tests.systems.parq import toys as toy
+from tests.systems.parq.toys import STEPS, adamw, batch, flat, groups_of, network, parq, sgd, train
 
 ANNEALING = (3, 45)
 SETTINGS = [

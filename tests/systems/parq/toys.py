@@ -1,6 +1,6 @@
 """A small network under PARQ, and two processes that train it sharded.
 
-python parq_toys.py FOLDER      two processes over gloo: FSDP2 shards against what one process computes
+python toys.py FOLDER      two processes over gloo: FSDP2 shards against what one process computes
 """
 
 from __future__ import annotations
