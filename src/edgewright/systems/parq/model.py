@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -19,6 +19,9 @@ from edgewright.quantization.config import QuantConfig
 from edgewright.systems.parq.lsbq import TargetConfig, Uniform
 from edgewright.systems.parq.optimizer import QuantOptimizer
 from edgewright.training.optimizer import decays
+
+BINS = 81
+REACH = 1.5  # of the outermost target
 
 
 def quantized_groups(
@@ -118,6 +121,20 @@ def on_target(optimizer: QuantOptimizer) -> float:
     return hits / max(total, 1)
 
 
+@torch.no_grad()
+def weight_histogram(optimizer: QuantOptimizer) -> Tensor:
+    """Shares [BINS] of all quantised weights from -REACH to REACH, each in units of the outermost target of its row."""
+    counts = torch.zeros(BINS)
+    optimizer.hard_tensors()  # fits what has no targets yet
+    for group in optimizer.quantized_groups():
+        for p in (p for p in group["params"] if p in optimizer.targets):
+            local = shards.local(p)
+            weights = local.reshape(shards.rows_columns(p, local, group["targets"].granularity))
+            outermost = optimizer.targets[p].levels().abs().amax(1, keepdim=True)
+            counts += torch.histc((weights / outermost).clamp(-REACH, REACH).float().cpu(), BINS, -REACH, REACH)
+    return counts / counts.sum().clamp_min(1)
+
+
 def _pack(name: str, p: Tensor, config: TargetConfig, hard: Tensor, values: Tensor) -> PackedTensor:
     """Codes [out, in] and steps [out, groups] of the hard values."""
     ladder = config.ladder
@@ -159,13 +176,3 @@ def _targets_for(
 
 def _skipped(config: QuantConfig | Mapping[str, TargetConfig], skip: tuple[str, ...]) -> tuple[str, ...]:
     return config.skip if isinstance(config, QuantConfig) else skip
-
-
-def placed_weights(optimizer: QuantOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """(weights as the model has them now [R, C], targets of their rows [R, K]) of every quantised parameter."""
-    optimizer.hard_tensors()  # fits what has no targets yet
-    for group in optimizer.quantized_groups():
-        for p in (p for p in group["params"] if p in optimizer.targets):
-            local = shards.local(p)
-            shape = shards.rows_columns(p, local, group["targets"].granularity)
-            yield local.reshape(shape), optimizer.targets[p].levels()

@@ -8,48 +8,31 @@ weights: PARQ against fake-quantised layers at equal steps.
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from edgewright.data.sentences import SentenceBench, SentenceSettings
-from edgewright.io.atomic import write_text
-from edgewright.io.images import digits
-from edgewright.io.json_file import read_object
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
+from edgewright.systems.parq.digits import network, train_digits
 from edgewright.systems.parq.lsbq import LSBQ
-from edgewright.systems.parq.model import convert_parq_, on_target, quantized_groups
+from edgewright.systems.parq.model import BINS, REACH, convert_parq_, quantized_groups
 from edgewright.systems.parq.optimizer import QuantOptimizer
-from edgewright.systems.parq.plots import (
-    BINS,
-    REACH,
-    plot_inverse_slope,
-    plot_on_target,
-    plot_weights,
-    weight_histogram,
-)
 from edgewright.systems.parq.proximal import ProxBinaryRelax, ProxHard, ProxPARQ
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import over_seeds
-from edgewright.training.batches import BlockBatches
-from edgewright.training.loop import TrainConfig, fit
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from edgewright.systems.run import Run, smoothed
 
 METHODS = ("full precision", "straight-through", "BinaryRelax", "PARQ")
 BITS = (1, 2)
+SENTENCES = ("MiniLM ternary, fake-quantised layers", "MiniLM ternary, straight-through", "MiniLM ternary, PARQ")
 EARLY, LATE = 0.25, 0.1  # parts of a run whose training loss is compared: its first quarter, its last tenth
-LOOKS = 6  # times that a run is judged on held-out digits
 
 
 @dataclass(frozen=True)
@@ -138,200 +121,92 @@ def plan(settings: Parq) -> Plan:
 
 
 def run(settings: Parq, output: Path) -> Report:
-    """Every finished training is kept in points.json, so a second call goes on after the last one."""
-    store = output / "points.json"
-    points: dict[str, dict[str, Any]] = read_object(store) if store.exists() else {}
-
-    def keep(key: str, point: dict[str, Any]) -> None:
-        points[key] = point
-        write_text(store, json.dumps(points) + "\n")
-
-    for seed in range(settings.seeds):
-        for bits, method in [(0, METHODS[0]), *((bits, method) for bits in BITS for method in METHODS[1:])]:
-            subject = method if not bits else f"{method} {bits} bit"
-            if f"{subject}/{seed}" not in points:
-                keep(f"{subject}/{seed}", _digits(settings, method, bits, settings.seed + seed))
-    report = Report("PARQ: digits at 1 and 2 bits, sentence embeddings at ternary weights")
-    _report_digits(report, settings, points)
-    _plots(settings, points, output)
+    run = Run(output, "PARQ: digits at 1 and 2 bits, sentence embeddings at ternary weights")
+    kinds = {METHODS[0]: (METHODS[0], 0), **{f"{m} {bits} bit": (m, bits) for m in METHODS[1:] for bits in BITS}}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for subject, (method, bits) in kinds.items():
+        points = runs[subject] = run.over_seeds(subject, settings.seeds, partial(_digits, settings, method, bits))
+        run.add("accuracy", [point["accuracy"] for point in points], subject, "held-out digits")
+        if bits:
+            run.add("on_target", min(list(point["on_target"].values())[-1] for point in points), subject)
+    _gaps(settings, run, runs)
+    run.note("early_gap: to full precision in the first quarter; late_gap: to straight-through in the last tenth")
+    run.note("standard errors are over seeds of initialisation and training order; on_target is the least of all")
+    _plots(settings, run, {method: runs[method if method in runs else f"{method} 1 bit"][0] for method in METHODS})
     if settings.sentences.seeds:
-        _sentences(settings, points, keep, report)
-    return report
+        part = settings.sentences
+        data = SentenceSettings(part.layers, part.tokens, part.training_sentences, part.held_out_sentences)
+        bench = cache(lambda: SentenceBench(data))
+        for method in SENTENCES:
+            errors = run.over_seeds(method, part.seeds, lambda seed: _sentences(settings, bench(), method, seed))  # noqa: B023
+            run.add("embedding_error", errors, method, "1 - cosine")
+    return run.report
 
 
-# -- digits ------------------------------------------------------------------------------------------------------------
-
-
-def network(width: int, seed: int) -> nn.Module:
-    """A residual network on [N, 1, 8, 8]: stem, two blocks (the second at half size), mean over pixels, ten classes."""
-
-    class Block(nn.Module):
-        def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-            super().__init__()
-            self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-            self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-            self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(2))
-            self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.norms[1](self.second(self.norms[0](self.first(x)).relu()))
-            return (hidden + self.skip(x)).relu()
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, width, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            Block(width, width, 1),
-            Block(width, 2 * width, 2),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(2 * width, 10),
-        )
-
-
-def _optimizer(settings: Parq, model: nn.Module, method: str, bits: int) -> Any:
-    if not bits:
-        return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate)
-    groups = quantized_groups(model, {"*": LSBQ(bits, optimal=True)}, skip=())
-    return QuantOptimizer(torch.optim.AdamW(groups, lr=settings.learning_rate), _map(settings, method, settings.steps))
-
-
-def _map(settings: Parq, method: str, steps: int, steepness: float | None = None) -> Any:
+def _map(settings: Parq, method: str, steps: int, steepness: float) -> Any:
     start, end = round(settings.anneal_start * steps), round(settings.anneal_end * steps)
     if method == "straight-through":
         return ProxHard()
     if method == "BinaryRelax":
         return ProxBinaryRelax(start, end)
-    return ProxPARQ(start, end, settings.steepness if steepness is None else steepness)
+    return ProxPARQ(start, end, steepness)
 
 
 def _digits(settings: Parq, method: str, bits: int, seed: int) -> dict[str, Any]:
-    """Held-out accuracy, training losses, and for a quantised run the share of weights on a target over the steps."""
-    images, labels = digits("calibration")
-    held_out, answers = digits("evaluation")
-    model = network(settings.width, seed)
-    optimizer = _optimizer(settings, model, method, bits)
-    histograms: list[list[float]] = []
-    shares: dict[str, float] = {}
-
-    def look(trained: nn.Module) -> dict[str, float]:
-        if bits:
-            share = on_target(optimizer)
-            shares[str(optimizer.steps)] = share
-            histograms.append(weight_histogram(optimizer)[0].tolist())
-        return {"accuracy": float((trained(held_out).argmax(1) == answers).float().mean())}
-
-    result = fit(
-        model,
-        lambda trained, batch: F.cross_entropy(trained(batch["x"]), batch["y"]),
-        BlockBatches({"x": images, "y": labels}, settings.batch, seed=seed),
-        TrainConfig(settings.steps, settings.learning_rate, schedule="cosine", seed=seed),
-        optimizer=optimizer,
-        evaluate=look,
-        evaluate_every=max(1, settings.steps // LOOKS),
-        progress=False,
-    )
-    point: dict[str, Any] = {
-        "accuracy": result.metrics["eval_accuracy"],
-        "losses": [float(row["loss"]) for row in result.history],
-        "on_target": shares,
-    }
-    if seed == settings.seed and bits:
-        point["histograms"] = histograms
-    assert torch.isfinite(torch.tensor(point["losses"])).all()
-    return point
+    model, rate = network(settings.width, settings.seed + seed), settings.learning_rate
+    if bits:
+        groups: Any = quantized_groups(model, {"*": LSBQ(bits, optimal=True)}, skip=())
+        prox = _map(settings, method, settings.steps, settings.steepness)
+        optimizer: Any = QuantOptimizer(torch.optim.AdamW(groups, lr=rate), prox)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    return train_digits(model, optimizer, settings.steps, settings.batch, rate, settings.seed + seed)
 
 
-def _report_digits(report: Report, settings: Parq, points: dict[str, dict[str, Any]]) -> None:
-    subjects = [METHODS[0], *(f"{method} {bits} bit" for method in METHODS[1:] for bits in BITS)]
-    runs = {subject: [points[f"{subject}/{seed}"] for seed in range(settings.seeds)] for subject in subjects}
-    for subject, found in runs.items():
-        _add(report, "accuracy", subject, [point["accuracy"] for point in found], "held-out digits")
-        if subject != METHODS[0]:
-            report.add("on_target", min(list(point["on_target"].values())[-1] for point in found), subject=subject)
-    # How far the training loss is from full precision in the beginning, and from straight-through in the end.
-    for method in METHODS[1:]:
-        for bits in BITS:
-            for metric, other, part in (
-                ("early_gap", METHODS[0], slice(0, round(EARLY * settings.steps))),
-                ("late_gap", f"straight-through {bits} bit", slice(-max(1, round(LATE * settings.steps)), None)),
-            ):
-                subject = f"{method} {bits} bit"
-                gaps = [
-                    abs(mean(mine["losses"][part]) - mean(theirs["losses"][part]))
-                    for mine, theirs in zip(runs[subject], runs[other], strict=True)
-                ]
-                if subject != other:
-                    _add(report, metric, subject, gaps, "nats of training loss")
-    report.notes.append(
-        "early_gap: to full precision in the first quarter; late_gap: to straight-through in the last tenth"
-    )
-    report.notes.append(
-        "standard errors are over seeds of initialisation and training order; on_target is the least of all"
-    )
+def _gaps(settings: Parq, run: Run, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """How far the training loss is from full precision in the beginning, and from straight-through in the end."""
+    early = slice(0, round(EARLY * settings.steps))
+    late = slice(-max(1, round(LATE * settings.steps)), None)
+    for subject in (f"{method} {bits} bit" for method in METHODS[1:] for bits in BITS):
+        hard = f"{METHODS[1]} {subject[-5:]}"
+        for metric, reference, part in (("early_gap", METHODS[0], early), ("late_gap", hard, late)):
+            pairs = zip(runs[subject], runs[reference], strict=True)
+            gaps = [abs(mean(a["losses"][part]) - mean(b["losses"][part])) for a, b in pairs]
+            if subject != reference:
+                run.add(metric, gaps, subject, "nats of training loss")
 
 
-def _plots(settings: Parq, points: dict[str, dict[str, Any]], output: Path) -> None:
-    def runs(method: str) -> str:
-        return f"{method} 1 bit/0"
-
-    every = max(1, settings.steps // LOOKS)
-    edges = torch.linspace(-REACH, REACH, BINS + 1)
-    taken = points[runs("PARQ")]["histograms"]
-    chosen = {
-        min((k + 1) * every, settings.steps): torch.tensor(taken[k]) for k in (1, len(taken) // 2, len(taken) - 1)
-    }
-    plot_weights({f"step {step}": (shares, edges) for step, shares in chosen.items()}, output / "weights.png")
-    shares = {m: {int(step): v for step, v in points[runs(m)]["on_target"].items()} for m in METHODS[1:]}
-    plot_on_target(shares, output / "on_target.png")
-    plot_inverse_slope(
-        {m: _map(settings, m, settings.steps) for m in METHODS[1:]}, settings.steps, output / "slope.png"
-    )
-    with plot(output / "loss.png", (6.5, 4)) as axes:
-        for method in METHODS:
-            losses = points[runs(method) if method != METHODS[0] else f"{method}/0"]["losses"]
-            window = max(1, settings.steps // 30)
-            smooth = [mean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
-            axes.plot(smooth, label=method)
-        axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.set_ylabel("training loss at 1 bit, smoothed")
+def _plots(settings: Parq, run: Run, points: dict[str, dict[str, Any]]) -> None:
+    """Of the first seed at 1 bit."""
+    steps = settings.steps
+    losses = {method: smoothed(point["losses"], max(1, steps // 30)) for method, point in points.items()}
+    run.lines("loss.png", losses, "step", "training loss at 1 bit, smoothed", yscale="log")
+    shares = {m: ([int(s) for s in points[m]["on_target"]], list(points[m]["on_target"].values())) for m in METHODS[1:]}
+    run.lines("on_target.png", shares, "step", "share of weights on a target", style=".-", ylim=(-0.03, 1.03))
+    maps = {method: _map(settings, method, steps, settings.steepness) for method in METHODS[1:]}
+    slopes = {method: [prox.inverse_slope(step) for step in range(steps)] for method, prox in maps.items()}
+    run.lines("slope.png", slopes, "step", "inverse slope")
+    histograms = list(points["PARQ"]["histograms"].items())
+    edges = torch.linspace(-REACH, REACH, BINS + 1).tolist()
+    with plot(run.output / "weights.png", (6.5, 4)) as axes:
+        for step, histogram in (histograms[1], histograms[len(histograms) // 2], histograms[-1]):
+            axes.stairs(histogram, edges, label=f"step {step}")
+        axes.set(xlabel="weight / outermost target of its row", ylabel="share of the weights")
+        axes.set_yscale("symlog", linthresh=1e-3)
         axes.legend()
 
 
-# -- sentence embeddings -----------------------------------------------------------------------------------------------
-
-
-def _sentences(settings: Parq, points: dict[str, dict[str, Any]], keep: Any, report: Report) -> None:
-    part = settings.sentences
-    bench: SentenceBench | None = None
-    methods = ("MiniLM ternary, fake-quantised layers", "MiniLM ternary, straight-through", "MiniLM ternary, PARQ")
-    for method in methods:
-        for seed in range(part.seeds):
-            if f"{method}/{seed}" in points:
-                continue
-            if bench is None:
-                data = SentenceSettings(part.layers, part.tokens, part.training_sentences, part.held_out_sentences)
-                bench = SentenceBench(data)
-            student = copy.deepcopy(bench.model)
-            budget: dict[str, Any] = {"steps": part.steps, "batch": part.batch, "learning_rate": part.learning_rate}
-            if method == methods[0]:
-                weight = WeightConfig("ternary", initial="mse")
-                quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", weight),)))
-                bench.distil(student, **budget, seed=settings.seed + seed)
-                convert_(student)
-            else:
-                groups = quantized_groups(student, {"encoder.layer.*": LSBQ(0, optimal=True)})
-                prox = _map(settings, method.partition(", ")[2], part.steps, part.steepness)
-                optimizer: QuantOptimizer = QuantOptimizer(torch.optim.AdamW(groups, lr=part.learning_rate), prox)
-                bench.distil(student, **budget, seed=settings.seed + seed, optimizer=optimizer)
-                convert_parq_(student, optimizer)
-            keep(f"{method}/{seed}", {"error": bench.error(student)})
-        values = [points[f"{method}/{seed}"]["error"] for seed in range(part.seeds)]
-        _add(report, "embedding_error", method, values, "1 - cosine")
-
-
-def _add(report: Report, metric: str, subject: str, values: list[float], unit: str) -> None:
-    report.add(metric, subject=subject, unit=unit, **over_seeds(values))
+def _sentences(settings: Parq, bench: SentenceBench, method: str, seed: int) -> float:
+    """Mean of 1 - cosine to the full-precision embeddings, on held-out sentences, after conversion."""
+    part, student = settings.sentences, copy.deepcopy(bench.model)
+    budget: dict[str, Any] = {"steps": part.steps, "batch": part.batch, "learning_rate": part.learning_rate}
+    budget["seed"] = settings.seed + seed
+    if method == SENTENCES[0]:
+        quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", WeightConfig("ternary", initial="mse")),)))
+        bench.distil(student, **budget)
+        return bench.error(convert_(student))
+    groups = quantized_groups(student, {"encoder.layer.*": LSBQ(0, optimal=True)})
+    prox = _map(settings, method.partition(", ")[2], part.steps, part.steepness)
+    optimizer: QuantOptimizer = QuantOptimizer(torch.optim.AdamW(groups, lr=part.learning_rate), prox)
+    bench.distil(student, **budget, optimizer=optimizer)
+    return bench.error(convert_parq_(student, optimizer))
