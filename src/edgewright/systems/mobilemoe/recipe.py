@@ -7,49 +7,28 @@ sliced into experts.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
-from math import exp
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.nn.functional as F
-
 import edgewright
-from edgewright.evaluation.statistics import ratio_of_sums
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
 from edgewright.io.text import load_texts, token_blocks
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import new_decoder
+from edgewright.systems.mobilemoe import tasks
 from edgewright.systems.mobilemoe.design import moe_parameters
-from edgewright.systems.mobilemoe.layer import MoEConfig, SparseMoE, moe_layers
+from edgewright.systems.mobilemoe.layer import MoEConfig, moe_layers
 from edgewright.systems.mobilemoe.scaling_law import ScalingLaw
-from edgewright.systems.mobilemoe.training import LoadBalancer, MoELoss
 from edgewright.systems.mobilemoe.upcycle import moe_from_dense
 from edgewright.systems.mobilemoe.usage import expert_usage
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import row_over_seeds
-from edgewright.training.batches import BlockBatches
-from edgewright.training.loop import TrainConfig, fit
-from edgewright.training.optimizer import default_optimizer
+from edgewright.systems.run import Run, row_over_seeds
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-MODULES = (
-    "argparse", "ast", "bdb", "calendar", "cgitb", "codecs", "configparser", "csv", "dataclasses", "datetime",
-    "decimal", "difflib", "dis", "doctest", "enum", "fractions", "ftplib", "functools", "gettext", "inspect",
-    "ipaddress", "locale", "mailbox", "optparse", "pdb", "pickle", "pickletools", "platform", "plistlib", "pstats",
-    "pydoc", "random", "shutil", "smtplib", "socket", "sre_parse", "ssl", "statistics", "subprocess", "tarfile",
-    "threading", "tokenize", "turtle", "typing", "uuid", "zipfile",
-)  # fmt: skip
-HELD_OUT = ("heapq", "imaplib", "logging/__init__", "selectors", "shlex", "string", "textwrap", "traceback", "weakref")
 
 
 @dataclass(frozen=True)
@@ -104,12 +83,8 @@ def paper() -> MobileMoE:
 
 
 MOE, UNBALANCED, ACTIVE, TOTAL = "MoE", "MoE, no balancing", "dense, equal active", "dense, equal total"
-ALL_ON, DENSE, UPCYCLED, RANDOM = (
-    "upcycled, all pieces on",
-    "dense, sliced",
-    "upcycled, trained",
-    "random experts, trained",
-)
+ALL_ON, DENSE = "upcycled, all pieces on", "dense, sliced"
+UPCYCLED, RANDOM = "upcycled, trained", "random experts, trained"
 LARGE = ("small", "paper")
 CLAIMS = (
     Claim("loss", MOE, "<", against=ACTIVE, factor=0.98, sizes=LARGE),
@@ -138,12 +113,8 @@ def plan(settings: MobileMoE) -> Plan:
     tokens = settings.steps * settings.batch * settings.tokens
     block = settings.layers * settings.hidden**2
     work = block * (2 * 15 + 2 * 16.5 + 3 + 12 * settings.experts)  # parameters of the four models, per token
-    slices = (
-        settings.upcycle_steps
-        * settings.upcycle_batch
-        * settings.tokens
-        * (5e7 if settings.upcycle != "own" else block * 15)
-    )
+    sliced = 5e7 if settings.upcycle != "own" else block * 15
+    slices = settings.upcycle_steps * settings.upcycle_batch * settings.tokens * sliced
     flops = 6 * (settings.seeds * tokens * work + 2 * slices)
     return Plan(
         steps=(
@@ -160,60 +131,45 @@ def plan(settings: MobileMoE) -> Plan:
 
 
 def run(settings: MobileMoE, output: Path) -> Report:
-    """Every figure is kept in points.json when it is measured."""
-    store = output / "points.json"
-    points: dict[str, list[dict[str, Any]]] = read_object(store) if store.exists() else {}
-    bench: list[_Bench] = []  # built when the first missing figure needs the texts
-
-    def measured(name: str, measure: Any) -> list[dict[str, Any]]:
-        if name not in points:
-            if not bench:
-                bench.append(_Bench(settings, output))
-            points[name] = measure(bench[0])
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[name]
-
-    report = Report(f"MobileMoE: {settings.experts} experts cut in {settings.granularity}, on bytes")
+    run = Run(output, f"MobileMoE: {settings.experts} experts cut in {settings.granularity}, on bytes")
+    bench = cache(lambda: _Bench(settings, output))
     for name in (MOE, UNBALANCED, ACTIVE, TOTAL):
-        runs = [
-            measured(f"{name}/{seed}", lambda b, n=name, k=seed: b.model_rows(n, k)) for seed in range(settings.seeds)
-        ]
-        for rows in zip(*runs, strict=True):
-            report.add(**row_over_seeds(list(rows)))
-    for row in measured("upcycling", lambda b: b.upcycling_rows()):
-        report.add(**row)
-    report.notes.append(
+        seeds = run.over_seeds(name, settings.seeds, lambda seed: bench().model_rows(name, seed))  # noqa: B023
+        run.add_rows(map(row_over_seeds, zip(*seeds, strict=True)))
+    run.add_rows(run.memo("upcycling", lambda: bench().upcycling_rows()))
+    run.note(
         "loss in nats per byte on held-out documentation and sources; active parameters count all that a token "
         "touches, router and tied table included"
     )
     shutil.rmtree(output / "training", ignore_errors=True)  # everything is measured
     ScalingLaw.published().plot(output / "scaling_law.png")
-    _plot(report, output / "loss.png")
-    return report
+    curves = {}
+    for row in (row for row in run.report.rows if row.metric == "loss"):
+        sizes = [run.report.value(metric, row.subject) for metric in ("active_parameters", "parameters")]
+        curves[row.subject] = (sizes, [row.value] * 2, [row.se or 0.0] * 2)
+    axes = ("parameters: active to total", "held-out loss (nats per byte)")
+    run.lines("loss.png", curves, *axes, style="o-", xscale="log")
+    return run.report
 
 
 class _Bench:
     """The texts as blocks of bytes, and the models by name."""
 
     def __init__(self, settings: MobileMoE, output: Path) -> None:
-        self.settings, self.output = settings, output
+        self.settings, self.output, self.folder = settings, output, output / "training"
         prose, other = load_texts(None, "calibration"), load_texts(None, "evaluation")
-        self.training = self._blocks([*prose, *_sources(MODULES)], None)
-        half = settings.held_out_blocks // 2
-        self.domains = {"prose": self._blocks(other, half), "code": self._blocks(_sources(HELD_OUT), half)}
+        length, seed, half = settings.tokens, settings.seed, settings.held_out_blocks // 2
+        self.training = tasks.byte_blocks([*prose, *tasks.sources(tasks.MODULES)], length, seed)
+        self.domains = {
+            "prose": tasks.byte_blocks(other, length, seed, half),
+            "code": tasks.byte_blocks(tasks.sources(tasks.HELD_OUT), length, seed, half),
+        }
 
-    def _blocks(self, texts: list[str], count: int | None) -> Tensor:
-        """int64 [blocks, tokens], shuffled by the seed."""
-        data = torch.tensor(list("\n\n".join(texts).encode()), dtype=torch.int64)
-        blocks = data[: len(data) // self.settings.tokens * self.settings.tokens].view(-1, self.settings.tokens)
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.settings.seed))
-        return blocks[order[:count]]
-
-    def config(self, name: str) -> Any:
+    def trained(self, name: str, seed: int) -> nn.Module:
+        """The model after training; a finished run gives its weights at once."""
         s = self.settings
         sparse = name in (MOE, UNBALANCED)
-        moe = MoEConfig.split(4 * s.hidden, s.experts, s.granularity)
-        return EdgeDecoderConfig(
+        config = EdgeDecoderConfig(
             vocab_size=256,
             hidden_size=s.hidden,
             intermediate_size=4 * s.hidden * (s.experts if name == TOTAL else 1),
@@ -221,53 +177,31 @@ class _Bench:
             num_attention_heads=s.hidden // 32,
             num_key_value_heads=1,
             ffn_types="moe" if sparse else "mlp",
-            moe=asdict(moe) if sparse else None,
+            moe=asdict(MoEConfig.split(4 * s.hidden, s.experts, s.granularity)) if sparse else None,
             qk_norm="l2",
             max_position_embeddings=s.tokens,
         )
-
-    def trained(self, name: str, seed: int) -> nn.Module:
-        """The model after training; a finished run gives its weights at once."""
-        model = new_decoder(self.config(name), self.settings.seed + seed)
-        rate = self.settings.balance_rate if name == MOE else 0.0
-        self.fit(model, f"{name}, seed {seed}", self.training, self.settings.steps, self.settings.learning_rate, rate)
+        model = new_decoder(config, s.seed + seed)
+        rate = s.balance_rate if name == MOE else 0.0
+        budget: Any = {"steps": s.steps, "batch": s.batch, "learning_rate": s.learning_rate, "balance_rate": rate}
+        tasks.train(model, self.training, **budget, seed=s.seed, output=self.folder / f"{name}, seed {seed}")
         return model
-
-    def fit(
-        self, model: nn.Module, name: str, blocks: Tensor, steps: int, learning_rate: float, rate: float,
-        batch: int | None = None,
-    ) -> None:  # fmt: skip
-        optimizer: Any = default_optimizer(model, learning_rate, 0.1, (0.9, 0.95))
-        loss: Any = _next_byte
-        if any(isinstance(module, SparseMoE) for module in model.modules()):
-            loss = MoELoss(loss, LoadBalancer(model, rate).attach(optimizer))
-        fit(
-            model,
-            loss,
-            BlockBatches(blocks, batch or self.settings.batch, seed=self.settings.seed),
-            TrainConfig(steps, learning_rate, warmup_steps=max(1, steps // 20), checkpoint_every=max(10, steps // 5)),
-            optimizer=optimizer,
-            output=self.output / "training" / name,
-            label=name,
-        )
 
     def model_rows(self, name: str, seed: int) -> list[dict[str, Any]]:
         """Held-out loss and parameters; for sparse models also their loads and, for the balanced one, its usage."""
-        model = self.trained(name, seed).eval()
-        total, active = moe_parameters(model.config)  # type: ignore[arg-type]
+        model: Any = self.trained(name, seed).eval()
+        total, active = moe_parameters(model.config)
         rows: list[dict[str, Any]] = [
-            {**_loss(model, self.domains), "subject": name, "metric": "loss", "unit": "nats/byte"},
+            {"metric": "loss", "subject": name, "unit": "nats/byte", **tasks.held_out_loss(model, self.domains)},
             {"metric": "parameters", "value": total, "subject": name},
             {"metric": "active_parameters", "value": active, "subject": name},
         ]
-        if name in (MOE, UNBALANCED):
-            rows += self.usage_rows(model, name, seed)
-        return rows
-
-    def usage_rows(self, model: nn.Module, name: str, seed: int) -> list[dict[str, Any]]:
+        if name not in (MOE, UNBALANCED):
+            return rows
         usage = expert_usage(model, {domain: blocks.split(16) for domain, blocks in self.domains.items()})
-        rows = [
-            {"metric": "max_load", "value": float(usage.max_load.max()), "subject": name, "unit": "of the mean"},
+        load = float(usage.max_load.max())
+        rows += [
+            {"metric": "max_load", "value": load, "subject": name, "unit": "of the mean"},
             {"metric": "dead_experts", "value": len(usage.dead), "subject": name},
         ]
         if name == MOE:
@@ -283,29 +217,29 @@ class _Bench:
     def upcycling_rows(self) -> list[dict[str, Any]]:
         """Perplexity of a dense model, of its slices all in use, and after training with some of them in use."""
         s = self.settings
-        dense, training, held_out = self.upcycled_model()
-        calibration = [training[:8]]
-        pieces = s.experts * s.granularity - s.granularity // 2
+        dense, training, held_out = self._upcycled_model()
         count = dense.config.num_hidden_layers
-        blocks = range(count - (s.upcycle_layers or count), count)
-        sliced: dict[str, Any] = {"layers": blocks, "batches": calibration}
-        everything = moe_from_dense(dense, s.experts, s.granularity, top_k=pieces, **sliced)
-        rows = [self._perplexity(dense, DENSE, held_out), self._perplexity(everything, ALL_ON, held_out)]
+        cut: Any = {"layers": range(count - (s.upcycle_layers or count), count), "batches": [training[:8]]}
+        pieces = s.experts * s.granularity - s.granularity // 2
+        everything = moe_from_dense(dense, s.experts, s.granularity, top_k=pieces, **cut)
+        rows = [tasks.perplexity_row(dense, DENSE, held_out), tasks.perplexity_row(everything, ALL_ON, held_out)]
         del everything
+        budget: dict[str, Any] = {"steps": s.upcycle_steps, "batch": s.upcycle_batch, "balance_rate": s.balance_rate}
+        budget["learning_rate"] = s.upcycle_learning_rate
         for name in (UPCYCLED, RANDOM):
-            sparse = moe_from_dense(dense, s.experts, s.granularity, top_k=s.upcycle_top_k, **sliced)
+            sparse = moe_from_dense(dense, s.experts, s.granularity, top_k=s.upcycle_top_k, **cut)
             if name == RANDOM:
-                _draw_experts(sparse, s.seed)
+                tasks.draw_experts(sparse, s.seed)
             else:
-                rows.append(self._perplexity(sparse, "upcycled, untrained", held_out))
+                rows.append(tasks.perplexity_row(sparse, "upcycled, untrained", held_out))
             sparse.requires_grad_(False)
             for layer in moe_layers(sparse).values():
                 layer.requires_grad_(True)
-            self.fit(sparse, name, training, s.upcycle_steps, s.upcycle_learning_rate, s.balance_rate, s.upcycle_batch)
-            rows.append(self._perplexity(sparse, name, held_out))
+            tasks.train(sparse, training, **budget, seed=s.seed, output=self.folder / name)
+            rows.append(tasks.perplexity_row(sparse, name, held_out))
         return rows
 
-    def upcycled_model(self) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    def _upcycled_model(self) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """(dense model, training blocks, held-out blocks by domain)."""
         s = self.settings
         if s.upcycle == "own":
@@ -314,57 +248,3 @@ class _Bench:
         training = token_blocks(load_texts(None, "calibration"), tokenizer, s.tokens, seed=s.seed)
         held_out = token_blocks(load_texts(None, "evaluation"), tokenizer, s.tokens, s.held_out_blocks // 4, s.seed)
         return model, training, {"prose": held_out}
-
-    def _perplexity(self, model: nn.Module, subject: str, blocks: dict[str, Tensor]) -> dict[str, Any]:
-        loss = _loss(model.eval(), blocks)
-        value = exp(loss["value"])
-        return {"metric": "perplexity", "subject": subject, "value": value, "se": value * loss["se"], "n": loss["n"]}
-
-
-def _next_byte(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
-
-
-def _loss(model: nn.Module, domains: dict[str, Tensor]) -> dict[str, Any]:
-    """Mean loss over all blocks, its standard error with the block as the unit of chance."""
-    sums: list[float] = []
-    counts: list[int] = []
-    with torch.no_grad():
-        for blocks in domains.values():
-            for part in blocks.split(8):
-                logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-                losses = F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none").double().sum(1)
-                sums += losses.tolist()
-                counts += [part.shape[1] - 1] * len(part)
-    found = ratio_of_sums(sums, counts)
-    return {"value": found.value, "se": found.se, "n": found.clusters}
-
-
-def _draw_experts(model: nn.Module, seed: int) -> None:
-    """Random weights for every sparse layer, as a model from scratch has them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in moe_layers(model).values():
-            for weight in layer.parameters():
-                weight.normal_(0.0, 0.02, generator=generator)
-            layer.gate.e_score_correction_bias.zero_()
-
-
-def _sources(names: tuple[str, ...]) -> list[str]:
-    """Modules of Python's own library; those that this version no longer has are passed over."""
-    paths = [Path(os.__file__).parent / f"{name}.py" for name in names]
-    return [path.read_text("utf-8") for path in paths if path.exists()]
-
-
-def _plot(report: Report, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "loss"]
-    with plot(path, (6, 4)) as axes:
-        for row in rows:
-            total, active = (report.value(metric, row.subject) for metric in ("parameters", "active_parameters"))
-            points = axes.errorbar([active, total], [row.value] * 2, yerr=row.se or 0, fmt="o-", label=row.subject)
-            points[0].set_markevery([0])
-        axes.set_xscale("log")
-        axes.set_xlabel("parameters: active (dot) to total")
-        axes.set_ylabel("held-out loss (nats per byte)")
-        axes.legend()
-        axes.grid(alpha=0.25)
