@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgewright.errors import FormatError
-from edgewright.systems.run import POINTS, Run, over_seeds, row_over_seeds, smoothed
+from edgewright.systems.run import POINTS, Run, language_rows, over_seeds, row_over_seeds, smoothed
 
 
 def test_points_are_measured_once_and_come_back_as_json(tmp_path: Path) -> None:
@@ -55,6 +56,16 @@ def test_seeds_become_a_row_with_its_standard_error(tmp_path: Path) -> None:
     assert (row.value, row.se, row.n, row.unit) == (2.0, pytest.approx(1.0), 2, "nats")
     assert (size.value, size.se, size.n) == (5, None, 2)
     assert smoothed([0.0, 2.0, 4.0], 1) == [0.0, 1.0, 3.0]
+
+
+def test_rows_of_a_language_model(tmp_path: Path) -> None:
+    blocks = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(0))
+    rows = language_rows(lambda ids: torch.zeros(*ids.shape, 7), blocks, lambda ids: torch.eye(7)[ids], "flat")
+    assert [row["metric"] for row in rows] == ["perplexity", "kl", "top1_agreement"]
+    assert rows[0]["value"] == pytest.approx(7.0) and rows[0]["n"] == 12 and rows[1]["value"] > 0
+    run = Run(tmp_path, "title")
+    run.add_rows(run.memo("flat", lambda: rows))
+    assert run.report.row("kl", "flat").unit == "nats/token"
 
 
 def test_plots(tmp_path: Path) -> None:

@@ -13,15 +13,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgewright.errors import FormatError
+from edgewright.evaluation.language import add_rows, evaluate_language
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgewright.evaluation.language import LogitsFunction
 
 T = TypeVar("T")
 POINTS = "points.json"
@@ -48,6 +55,24 @@ def row_over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def smoothed(values: Sequence[float], window: int) -> list[float]:
     """Each value with the mean of itself and the `window` before it."""
     return [mean(values[max(0, i - window) : i + 1]) for i in range(len(values))]
+
+
+def language_rows(
+    logits: LogitsFunction,
+    blocks: Tensor,
+    reference: LogitsFunction,
+    subject: str = "",
+    metrics: Sequence[str] = ("perplexity", "kl", "top1_agreement"),
+) -> list[dict[str, Any]]:
+    """How a language model does on blocks of held-out text beside a reference, as rows of a report.
+
+    Args:
+        logits, reference: token ids, int64 [B, T] -> logits [B, T, V].
+        blocks: int64 [N, T].
+    """
+    part = Report("")
+    add_rows(part, evaluate_language({subject: logits}, blocks, reference=reference, progress=False))
+    return [asdict(row) for row in part.rows if row.metric in metrics]
 
 
 class Run:
