@@ -10,40 +10,28 @@ deviation: the paper's models have 7 and 8 billion weights; one of 135 million h
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import edgewright
-from edgewright.evaluation.language import add_rows, evaluate_language, model_logits
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
+from edgewright.evaluation.language import model_logits
 from edgewright.io.text import load_texts, token_blocks
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.quantization.grids import grid_for_bits
+from edgewright.systems.r_sparse import RSparseConfig, apply_rsparse, calibrate, remove_rsparse
 from edgewright.systems.r_sparse.blocks import teal_path
+from edgewright.systems.r_sparse.factors import Factors
 from edgewright.systems.r_sparse.layer import budget
-from edgewright.systems.r_sparse.model import (
-    Factors,
-    LayerPlan,
-    RSparseConfig,
-    apply_rsparse,
-    calibrate,
-    model_traffic,
-    remove_rsparse,
-    setting,
-    sparse_layers,
-    sparse_logits,
-)
-from edgewright.systems.r_sparse.plan import default_plan, target_layers
+from edgewright.systems.r_sparse.model import model_traffic, setting, sparse_layers, sparse_logits
+from edgewright.systems.r_sparse.plan import LayerPlan, default_plan, target_layers
 from edgewright.systems.r_sparse.search import SearchConfig, search_rho
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
+from edgewright.systems.run import Run, language_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,13 +80,7 @@ def small() -> RSparse:
 
 def paper() -> RSparse:
     """A search of an hour on a large GPU on 16 sequences, calibration on 512 tokens a sequence."""
-    return RSparse(
-        tokens=512,
-        held_out_blocks=64,
-        teal_tokens=512,
-        evals=2000,
-        search_tokens=512,
-    )
+    return RSparse(tokens=512, held_out_blocks=64, teal_tokens=512, evals=2000, search_tokens=512)
 
 
 def at(method: str, sparsity: float) -> str:
@@ -155,40 +137,38 @@ def plan(settings: RSparse) -> Plan:
 
 
 def run(settings: RSparse, output: Path) -> Report:
-    """Every figure is kept in points.json when it is measured, every genome's score in search.json."""
-    store = output / "points.json"
-    points: dict[str, Any] = read_object(store) if store.exists() else {}
-    made: list[_Bench] = []
-
-    def measured(key: str, measure: Callable[[_Bench], Any]) -> Any:
-        if key not in points:
-            if not made:
-                made.append(_Bench(settings, output))
-            points[key] = measure(made[0])
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[key]
-
-    report = Report("R-Sparse: SmolLM2-135M with a part of its weights unread")
-    for row in measured("dense", lambda bench: bench.dense()):
-        report.add(**row)
-    greedy = measured("TEAL plans", lambda bench: bench.greedy())
-    search = measured("search", lambda bench: bench.search())
-    report.add("calibration_nll", search["start"], subject="R-Sparse start", unit="nats/token")
-    report.add("calibration_nll", search["fitness"], subject="R-Sparse searched", unit="nats/token")
-    plans = {"TEAL greedy": greedy, "R-Sparse searched": search["rho"]}
+    run = Run(output, "R-Sparse: SmolLM2-135M with a part of its weights unread")
+    bench = cache(lambda: _Bench(settings, output))
+    run.add_rows(run.memo("dense", lambda: bench().rows(bench().reference, "dense")))
+    greedy = run.memo("TEAL plans", lambda: bench().greedy())
+    search = run.memo("search", lambda: bench().search())
+    run.add("calibration_nll", search["start"], "R-Sparse start", "nats/token")
+    run.add("calibration_nll", search["fitness"], "R-Sparse searched", "nats/token")
     for sparsity in settings.sparsities:
         for method in METHODS:
             subject = at(method, sparsity)
-            rows = measured(subject, lambda b, m=method, s=sparsity: b.sparse(m, s, plans.get(m)))  # type: ignore[misc]
-            for row in rows:
-                report.add(**row, subject=subject)
-    for row in measured("quantized", lambda bench: bench.quantized()):
-        report.add(**row)
-    report.notes.append("KL in nats per token to the dense model; every token but the first of a block is sparse")
-    report.notes.append("layer_reads: bytes read of the sparsified layers, factors included, over their dense bytes")
-    _plot(report, settings, output / "kl.png")
+            plan = _plan(method, sparsity, greedy[str(sparsity)], search["rho"])
+            score = "magnitude" if method in ("magnitude", "TEAL greedy") else "weighted"
+            run.add_rows(run.memo(subject, lambda: bench().sparse(subject, score, plan)))  # noqa: B023
+    run.add_rows(run.memo("quantized", lambda: bench().quantized()))
+    run.note("KL in nats per token to the dense model; every token but the first of a block is sparse")
+    run.note("layer_reads: bytes read of the sparsified layers, factors included, over their dense bytes")
+    curves = {m: run.curve("kl", [at(m, s) for s in settings.sparsities], settings.sparsities) for m in METHODS}
+    axes = ("share of weight reads left out", "KL to the dense model, held out (nats per token)")
+    run.lines("kl.png", curves, *axes, style="o-", yscale="log")
     shutil.rmtree(output / "factors", ignore_errors=True)  # everything is measured: the decompositions can go
-    return report
+    return run.report
+
+
+def _plan(method: str, sparsity: float, greedy: dict[str, float], rho: dict[str, float]) -> dict[str, LayerPlan]:
+    """Sparsity and rho of every layer. greedy: their sparsities by TEAL; rho: as searched."""
+    if method == "TEAL greedy":
+        return {name: LayerPlan(value) for name, value in greedy.items()}
+    if method == "R-Sparse default":
+        rho = {name: layer.rho for name, layer in default_plan(rho, RSparseConfig(sparsity)).items()}
+    elif method != "R-Sparse searched":
+        rho = dict.fromkeys(rho, 0.0 if method == "low rank" else 1.0)
+    return {name: LayerPlan(sparsity, value) for name, value in rho.items()}
 
 
 class _Bench:
@@ -210,32 +190,21 @@ class _Bench:
         function = model_logits(self.model)
         self.logits = {ids.numpy().tobytes(): function(ids) for ids in self.held_out.split(1)}
         self.factors = Factors(output / "factors")
-        batches = self.calibration.split(4)
         self.configs = {score: RSparseConfig(SEARCHED, score=score) for score in ("magnitude", "weighted")}
-        self.stats = {score: calibrate(self.model, batches, config) for score, config in self.configs.items()}
+        parts = self.calibration.split(4)
+        self.stats = {score: calibrate(self.model, parts, config) for score, config in self.configs.items()}
         self.names = list(target_layers(self.model, self.configs["weighted"]))
 
     def reference(self, ids: Tensor) -> Tensor:
         return self.logits[ids.numpy().tobytes()]
 
-    def score(self, function: Any) -> list[dict[str, Any]]:
-        """Perplexity, KL and agreement as rows without a subject."""
-        part = Report("")
-        add_rows(part, evaluate_language({"": function}, self.held_out, reference=self.reference, progress=False))
-        return [
-            {"metric": row.metric, "value": row.value, "se": row.se, "n": row.n, "unit": row.unit}
-            for row in part.rows
-            if row.metric in ("kl", "perplexity", "top1_agreement")
-        ]
-
-    def dense(self) -> list[dict[str, Any]]:
-        return [{**row, "subject": "dense"} for row in self.score(self.reference)]
+    def rows(self, function: Any, subject: str) -> list[dict[str, Any]]:
+        return language_rows(function, self.held_out, self.reference, subject)
 
     def greedy(self) -> dict[str, dict[str, float]]:
         """TEAL's plans: sparsity (as text) -> layer -> sparsity of the layer. By magnitude, as TEAL is."""
         settings, config = self.settings, self.configs["magnitude"]
-        batches = self.teal_text.split(1)
-        stats = self.stats["magnitude"]
+        batches, stats = self.teal_text.split(1), self.stats["magnitude"]
         path = teal_path(self.model, batches, config, stats, settings.sparsities, step=settings.teal_step)
         return {str(s): {name: layer.sparsity for name, layer in plan.items()} for s, plan in path.items()}
 
@@ -257,57 +226,27 @@ class _Bench:
         )
         found.plot(self.output / "search.png")
         rho = {name: layer.rho for name, layer in found.plan.items()}
-        return {"rho": rho, "fitness": found.fitness, "start": found.start, "evaluations": found.evaluations}
+        return {"rho": rho, "fitness": found.fitness, "start": found.start}
 
-    def sparse(self, method: str, sparsity: float, found: Any) -> list[dict[str, Any]]:
-        score = "magnitude" if method in ("magnitude", "TEAL greedy") else "weighted"
-        plan = {name: LayerPlan(sparsity, 0.0 if method == "low rank" else 1.0) for name in self.names}
-        if method == "TEAL greedy":
-            plan = {name: LayerPlan(value) for name, value in found[str(sparsity)].items()}
-        elif method == "R-Sparse default":
-            default = default_plan(self.names, self.configs[score])
-            plan = {name: LayerPlan(sparsity, layer.rho) for name, layer in default.items()}
-        elif method == "R-Sparse searched":
-            plan = {name: LayerPlan(sparsity, rho) for name, rho in found.items()}
-        return self.applied(self.model, score, self.stats[score], plan)
-
-    def applied(self, model: Any, score: str, stats: Any, plan: Any) -> list[dict[str, Any]]:
-        """Rows of a model while it is sparse."""
+    def sparse(self, subject: str, score: str, plan: Any, packed: Any = None) -> list[dict[str, Any]]:
+        """Rows of the model while it is sparse. packed: (another model, its calibration)."""
+        model, stats = packed or (self.model, self.stats[score])
         apply_rsparse(model, self.configs[score], stats, plan, factors=self.factors)
         try:
             with setting(model, counting=True):
-                rows = self.score(sparse_logits(model))
-            ratio = model_traffic(model).ratio
+                rows = self.rows(sparse_logits(model), subject)
             kept = sum(layer.kept / layer.offered for layer in sparse_layers(model).values())
-            left_out = 1 - kept / len(self.names)
+            figures = {"layer_reads": model_traffic(model).ratio, "channels_left_out": 1 - kept / len(self.names)}
         finally:
             remove_rsparse(model)
-        return [
-            *rows,
-            {"metric": "layer_reads", "value": ratio},
-            {"metric": "channels_left_out", "value": left_out},
-        ]
+        return rows + [{"metric": metric, "value": value, "subject": subject} for metric, value in figures.items()]
 
     def quantized(self) -> list[dict[str, Any]]:
         """4-bit weights in groups of 32, dense and with half of the channels left out."""
         grid = grid_for_bits(self.settings.quantized_bits).name
         rule = Rule("*_proj", WeightConfig(grid, granularity=32, scale="mse"))
         packed = convert_(quantize_(copy.deepcopy(self.model), QuantConfig(rules=(rule,)))).eval()
-        rows = [{**row, "subject": grid} for row in self.score(model_logits(packed))]
+        dense = self.rows(model_logits(packed), grid)
         stats = calibrate(packed, self.calibration.split(4), self.configs["weighted"])
         plan = {name: LayerPlan(SEARCHED) for name in self.names}
-        sparse = self.applied(packed, "weighted", stats, plan)
-        return rows + [{**row, "subject": at(f"{grid}, weighted", SEARCHED)} for row in sparse]
-
-
-def _plot(report: Report, settings: RSparse, path: Path) -> None:
-    with plot(path, (6.5, 4)) as axes:
-        for method in METHODS:
-            rows = [report.row("kl", at(method, sparsity)) for sparsity in settings.sparsities]
-            errors = [row.se or 0 for row in rows]
-            axes.errorbar(settings.sparsities, [row.value for row in rows], yerr=errors, marker="o", label=method)
-        axes.set_yscale("log")
-        axes.set_xlabel("share of weight reads left out")
-        axes.set_ylabel("KL to the dense model, held out (nats per token)")
-        axes.grid(which="both", alpha=0.25)
-        axes.legend(frameon=False)
+        return dense + self.sparse(at(f"{grid}, weighted", SEARCHED), "weighted", plan, (packed, stats))
