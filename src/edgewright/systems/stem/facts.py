@@ -6,6 +6,7 @@ Names are made of syllables, so that a tokenizer trained on the facts knows some
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
+from edgewright.systems.run import over_seeds
+from edgewright.systems.stem.edit import edit_rows, override_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +28,7 @@ ONSETS, VOWELS, CODAS = (
     "aeiou",
     ("", "n", "r", "l", "s"),
 )
+MODES = {"equal": ("auto",), "longer": ("pad", "copy", "average"), "shorter": ("subset", "average")}
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,51 @@ def pairs_by_length(
         if len(found[kind]) < most:
             found[kind].append((a, b))
     return found
+
+
+def edit_facts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, facts: Facts, most: int, unrelated: int, seed: int
+) -> list[dict[str, Any]]:
+    """Rows: shares of edits that change the answer to the other country's, and of other facts that an edit disturbs.
+
+    Args:
+        model: that learned the facts.
+        most: pairs of each kind of lengths that are edited.
+        unrelated: rivers that are asked for.
+    """
+
+    def ask(country: int, answer: int) -> tuple[Tensor, int]:
+        return question(tokenizer, CAPITALS[0], facts.capitals[country][0], facts.capitals[answer][1])
+
+    everyone = range(len(facts.capitals))
+    known = [i for i in everyone if answers(model, *ask(i, i))]
+    rows = [_share("known", [float(i in known) for i in everyone], "before any edit")]
+    others = [question(tokenizer, RIVERS[0], *pair) for pair in facts.rivers[:unrelated]]
+    before = [greedy_answer(model, *other) for other in others]
+    total: dict[str, list[float]] = {"contextual": [], "persistent": []}
+    disturbed: list[float] = []
+    for lengths, pairs in pairs_by_length(facts, tokenizer, known or list(everyone), most, seed).items():
+        for mode in MODES[lengths] if pairs else ():
+            hits: dict[str, list[float]] = {"contextual": [], "persistent": []}
+            for a, b in pairs:
+                ids, count = ask(a, b)
+                names: dict[str, Any] = {"source": facts.capitals[a][0], "target": facts.capitals[b][0]}
+                with override_tokens(model, ids, **names, tokenizer=tokenizer, mode=mode):
+                    hits["contextual"].append(float(answers(model, ids, count)))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of shared tokens: their effect is what is counted
+                    edit = edit_rows(model, **names, tokenizer=tokenizer, mode=mode)
+                hits["persistent"].append(float(answers(model, ids, count)))
+                changes = [greedy_answer(model, *o) != old for o, old in zip(others, before, strict=True)]
+                disturbed.append(sum(changes) / len(changes))
+                edit.undo()
+            for form, values in hits.items():
+                rows.append(_share("changed", values, f"{form}, {lengths}, {mode}"))
+                total[form] += values if mode in ("auto", "pad", "subset") else []
+    rows += [_share("changed", values, form) for form, values in total.items()]
+    return [*rows, _share("unrelated_changed", disturbed, "persistent")]
+
+
+def _share(metric: str, values: list[float], subject: str) -> dict[str, Any]:
+    share = over_seeds(values) if values else {"value": 0.0, "se": None, "n": 0}
+    return {"metric": metric, "subject": subject, **share}

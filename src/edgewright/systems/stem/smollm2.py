@@ -9,9 +9,10 @@ from typing import Any
 
 import edgewright
 from edgewright.distillation.language import LanguageDistillation
-from edgewright.evaluation.language import evaluate_language, model_logits
+from edgewright.evaluation.language import model_logits
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.models.decoder.from_native import from_native
+from edgewright.systems.run import language_rows
 from edgewright.systems.stem.convert import stemify, token_means
 from edgewright.systems.stem.layer import stem_blocks, stem_layers
 from edgewright.systems.stem.offload import offload_
@@ -59,15 +60,11 @@ def convert_smollm2(s: SmolLM2, seed: int, starts: Sequence[str], output: Path) 
     held_out = token_blocks(load_texts(None, "evaluation"), tokenizer, s.length, s.held_out_blocks, seed)
     function = model_logits(dense)
     logits = {ids.numpy().tobytes(): function(ids) for ids in held_out.split(1)}
+    reference = lambda ids: logits[ids.numpy().tobytes()]  # noqa: E731
 
     def rows(model: Any, subject: str) -> list[dict[str, Any]]:
-        reference = lambda ids: logits[ids.numpy().tobytes()]  # noqa: E731
         call = reference if model is dense else model_logits(model)
-        found = evaluate_language({"": call}, held_out, reference=reference, progress=False)[""]
-        made = [("perplexity", found.perplexity, found.perplexity_se, ""), ("kl", found.kl, found.kl_se, "nats/token")]
-        return [
-            {"metric": m, "value": v, "se": e, "n": found.tokens, "unit": u, "subject": subject} for m, v, e, u in made
-        ]
+        return language_rows(call, held_out, reference, subject, ("perplexity", "kl"))
 
     report = rows(dense, "dense SmolLM2")
     chosen = {"one layer": [s.middle], "a third": stem_layers(dense.config.num_hidden_layers, s.layers)}
