@@ -8,50 +8,27 @@ without a teacher and without the unsigned set; and SmolLM2, whose ternary weigh
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
 
 import edgewright
 from edgewright.distillation.language import LanguageDistillation
-from edgewright.evaluation.language import add_rows, evaluate_language, model_logits
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.evaluation.language import model_logits
 from edgewright.io.text import load_texts, token_blocks
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
-from edgewright.quantization.api import convert_, quantized_modules
 from edgewright.quantization.config import WeightConfig
-from edgewright.quantization.stored_size import stored_bytes
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import row_over_seeds
+from edgewright.systems.run import Run, language_rows, row_over_seeds
 from edgewright.systems.ternary_binary_nlg.distillation import SequenceLossConfig, SequenceToSequenceDistillation
 from edgewright.systems.ternary_binary_nlg.model import ActivationSet, tbt_
-from edgewright.systems.ternary_binary_nlg.written_numbers import (
-    END,
-    PADDING,
-    SOURCE_LENGTH,
-    START,
-    TARGET_LENGTH,
-    TOKENS,
-    decode,
-    encode,
-    examples,
-)
+from edgewright.systems.ternary_binary_nlg.tasks import Rewriting
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, fit
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-Row = dict[str, Any]
 
 # subject -> (weight, activation levels, on two sets, with a teacher)
 STUDENTS: dict[str, tuple[str, Any, bool, bool]] = {
@@ -124,7 +101,6 @@ def paper() -> TernaryBinaryNLG:
 
 
 LONG = ("small", "paper")
-SHORT = 50  # steps: fewer are repeated after an interruption, which is quicker than keeping checkpoints
 TIE = 0.98  # "not below": both may answer nearly everything
 CLAIMS = (
     Claim("cross_entropy", "W1.58A8", "<", against="W1.58A8, not trained"),
@@ -183,141 +159,45 @@ def plan(settings: TernaryBinaryNLG) -> Plan:
 
 
 def run(settings: TernaryBinaryNLG, output: Path) -> Report:
-    """Every figure is kept in points.json when it is measured; the teacher stays in teacher.safetensors."""
-    store = output / "points.json"
-    points: dict[str, list[Row]] = read_object(store) if store.exists() else {}
-    made: dict[str, Any] = {}
-
-    def measured(name: str, bench: Callable[..., Any], measure: str, *arguments: Any) -> list[Row]:
-        if name not in points:
-            if bench.__name__ not in made:  # a bench is built when the first missing figure needs it
-                made[bench.__name__] = bench(settings, output)
-            points[name] = getattr(made[bench.__name__], measure)(*arguments)
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[name]
-
-    report = Report("TBT: numbers and dates rewritten by ternary and binary encoder-decoders")
-    rows = list(measured("fp32", _Rewriting, "full_precision"))
+    run = Run(output, "TBT: numbers and dates rewritten by ternary and binary encoder-decoders")
+    bench = cache(lambda: Rewriting(settings, output))
+    run.add_rows(run.memo("fp32", lambda: bench().judge("fp32", bench().teacher)))
     for name in UNTRAINED:
-        rows += measured(f"{name}, not trained", _Rewriting, "untrained", name)
+        subject = f"{name}, not trained"
+        run.add_rows(run.memo(subject, lambda: bench().judge(subject, _student(bench(), name))))  # noqa: B023
     for name in STUDENTS:
-        seeds = [measured(f"{name}/{k}", _Rewriting, "trained", name, k) for k in range(settings.seeds)]
-        rows += [row_over_seeds(list(group)) for group in zip(*seeds, strict=True)]
+        seeds = run.over_seeds(name, settings.seeds, lambda seed: _trained(settings, bench(), name, seed))  # noqa: B023
+        run.add_rows(map(row_over_seeds, zip(*seeds, strict=True)))
+    smollm2 = cache(lambda: _SmolLM2(settings, output))
     for name, rule in {**LLM_UNTRAINED, **LLM_RULES}.items() if settings.llm_steps else ():
-        rows += measured(f"llm {name}", _SmolLM2, "rows", name, rule, settings.llm_steps if name in LLM_RULES else 0)
-    for row in rows:
-        report.add(**row)
-    report.notes.append("exact_match: share of held-out questions whose greedy answer is right in every token")
-    report.notes.append("stored_bytes: codes at 1 or 2 bits, steps, full-precision rest; the head shares the table")
+        steps = settings.llm_steps if name in LLM_RULES else 0
+        run.add_rows(run.memo(f"llm {name}", lambda: smollm2().rows(name, rule, steps)))  # noqa: B023
+    run.note("exact_match: share of held-out questions whose greedy answer is right in every token")
+    run.note("stored_bytes: codes at 1 or 2 bits, steps, full-precision rest; the head shares the table")
     if settings.llm_steps:
-        report.notes.append("SmolLM2: ternary linear layers, 8-bit table; KL in nats per token to the float model")
-    _plot(report, output / "exact_match.png")
-    return report
+        run.note("SmolLM2: ternary linear layers, 8-bit table; KL in nats per token to the float model")
+    run.bars("exact_match.png", "exact_match", "held-out questions answered right, greedy decoding", xlim=(0, 1))
+    return run.report
 
 
-class _Rewriting:
-    """The task, the model trained on it in full precision, and its quantised copies."""
-
-    def __init__(self, settings: TernaryBinaryNLG, output: Path) -> None:
-        self.settings, self.output = settings, output
-        self.data = encode(examples(settings.pairs, settings.seed))
-        self.questions = examples(settings.held_out, settings.seed, held_out=True)
-        self.held_out = encode(self.questions)
-        self.teacher = self._teacher()
-
-    def _teacher(self) -> Any:
-        """The full-precision model: from its file, or trained and put there."""
-        settings, path = self.settings, self.output / "teacher.safetensors"
-        model = _bart(settings)
-        if path.exists():
-            model.load_state_dict(load_tensors(path), strict=False)  # tied tables are stored once
-            model.tie_weights()
-            return model.eval()
-        loss = SequenceToSequenceDistillation(None, SequenceLossConfig.labels_only())
-        self._fit(model, loss, "teacher", settings.teacher_steps, settings.teacher_rate, settings.seed)
-        save_tensors(path, dict(model.named_parameters()))
-        shutil.rmtree(self.output / "teacher", ignore_errors=True)
-        return model.eval()
-
-    def _fit(self, model: Any, loss: Any, name: str, steps: int, rate: float, seed: int) -> None:
-        config = TrainConfig(
-            steps, rate, "linear", warmup_steps=steps // 20, checkpoint_every=100, log_every=10, seed=seed
-        )
-        batches = BlockBatches(self.data, self.settings.batch, seed=seed)
-        folder = self.output / name if steps >= SHORT else None
-        fit(model, loss, batches, config, output=folder, label=name, progress=folder is not None)
-
-    def student(self, name: str) -> Any:
-        """A quantised copy of the teacher, its elastic scales set by one batch."""
-        weight, levels, two_sets, _ = STUDENTS[name]
-        model = tbt_(copy.deepcopy(self.teacher), weight, ActivationSet(levels, unsigned=two_sets))  # type: ignore[arg-type]
-        with torch.no_grad():
-            model(**{part: rows[: self.settings.batch] for part, rows in self.data.items()})
-        return model
-
-    def full_precision(self) -> list[Row]:
-        return self.judge("fp32", self.teacher)
-
-    def untrained(self, name: str) -> list[Row]:
-        return self.judge(f"{name}, not trained", self.student(name))
-
-    def trained(self, name: str, seed: int) -> list[Row]:
-        settings, folder = self.settings, f"training-{name.replace(' ', '-').replace(',', '')}-{seed}"
-        model = self.student(name)
-        taught = STUDENTS[name][3]
-        loss = SequenceToSequenceDistillation(
-            self.teacher if taught else None, SequenceLossConfig() if taught else SequenceLossConfig.labels_only()
-        )
-        self._fit(model, loss, folder, settings.steps, settings.learning_rate, settings.seed + seed)
-        rows = self.judge(name, model)
-        shutil.rmtree(self.output / folder / "checkpoints", ignore_errors=True)
-        return rows
-
-    def judge(self, subject: str, model: Any) -> list[Row]:
-        """Exact match of greedy answers, cross-entropy per token on the right ones, and bytes; of the packed model."""
-        model.eval()
-        size = stored_bytes(model)["total"]
-        if quantized_modules(model):
-            convert_(model)
-        sources = {name: self.held_out[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            entropy = float(model(**self.held_out).loss)
-            answers = decode(model.generate(**sources, max_new_tokens=TARGET_LENGTH, do_sample=False, num_beams=1))
-        right = [answer == target for answer, (_, target) in zip(answers, self.questions, strict=True)]
-        share, count = sum(right) / len(right), len(right)
-        se = (share * (1 - share) / count) ** 0.5
-        return [
-            {"metric": "exact_match", "value": share, "subject": subject, "se": se, "n": count},
-            {"metric": "cross_entropy", "value": entropy, "subject": subject, "n": count, "unit": "nats/token"},
-            {"metric": "stored_bytes", "value": float(size), "subject": subject, "unit": "bytes"},
-        ]
+def _student(bench: Rewriting, name: str) -> Any:
+    """A quantised copy of the teacher, its elastic scales set by one batch."""
+    weight, levels, two_sets, _ = STUDENTS[name]
+    model = tbt_(copy.deepcopy(bench.teacher), weight, ActivationSet(levels, unsigned=two_sets))  # type: ignore[arg-type]
+    with torch.no_grad():
+        model(**{part: rows[: bench.settings.batch] for part, rows in bench.data.items()})
+    return model
 
 
-def _bart(settings: TernaryBinaryNLG) -> Any:
-    """A BART of the asked size for the task's tokens, random, eager attention."""
-    heads = max(settings.width // 32, 1)
-    configure: Any = BartConfig  # whose signature does not name attn_implementation
-    config = configure(
-        vocab_size=len(TOKENS),
-        d_model=settings.width,
-        encoder_layers=settings.layers,
-        decoder_layers=settings.layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * settings.width,
-        decoder_ffn_dim=4 * settings.width,
-        max_position_embeddings=SOURCE_LENGTH + 1,
-        dropout=0.0,  # examples are plenty
-        pad_token_id=PADDING,
-        bos_token_id=START,
-        eos_token_id=END,
-        decoder_start_token_id=START,
-        forced_eos_token_id=None,
-        attn_implementation="eager",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return BartForConditionalGeneration(config)
+def _trained(settings: TernaryBinaryNLG, bench: Rewriting, name: str, seed: int) -> list[dict[str, Any]]:
+    model, folder = _student(bench, name), f"training-{name.replace(' ', '-').replace(',', '')}-{seed}"
+    loss = SequenceToSequenceDistillation(None, SequenceLossConfig.labels_only())
+    if STUDENTS[name][3]:
+        loss = SequenceToSequenceDistillation(bench.teacher, SequenceLossConfig())
+    bench.train(model, loss, folder, settings.steps, settings.learning_rate, settings.seed + seed)
+    rows = bench.judge(name, model)
+    shutil.rmtree(bench.output / folder / "checkpoints", ignore_errors=True)
+    return rows
 
 
 class _SmolLM2:
@@ -330,44 +210,22 @@ class _SmolLM2:
             self.teacher.model.layers = self.teacher.model.layers[: settings.llm_layers]
             self.teacher.config.num_hidden_layers = settings.llm_layers
         self.teacher.eval()
-        count, seed = settings.llm_steps * settings.llm_batch, settings.seed
-        self.train = token_blocks(load_texts(None, "calibration"), tokenizer, settings.llm_tokens, count, seed)
-        texts = load_texts(None, "evaluation")
-        self.held_out: Tensor = token_blocks(texts, tokenizer, settings.llm_tokens, settings.llm_held_out, seed)
+        cut = partial(token_blocks, tokenizer=tokenizer, block_length=settings.llm_tokens, seed=settings.seed)
+        self.training = cut(load_texts(None, "calibration"), max_blocks=settings.llm_steps * settings.llm_batch)
+        self.held_out = cut(load_texts(None, "evaluation"), max_blocks=settings.llm_held_out)
 
-    def rows(self, subject: str, rule: str, steps: int) -> list[Row]:
+    def rows(self, name: str, rule: str, steps: int) -> list[dict[str, Any]]:
         """KL to the float model and perplexity on held-out text."""
-        subject = f"SmolLM2 ternary, {subject}"
         weight = WeightConfig("ternary", "row", scale=rule, initial="mse" if rule == "learned" else "paper")
         student = tbt_(copy.deepcopy(self.teacher), weight, embedding="int8")
+        settings, folder = self.settings, self.output / f"llm-{rule}"
         if steps:
-            self._fit(student, rule, steps)
+            batches = BlockBatches(self.training, settings.llm_batch, seed=settings.seed)
+            config = TrainConfig(steps, settings.llm_rate, seed=settings.seed, checkpoint_every=20)
+            loss = LanguageDistillation(self.teacher)
+            fit(student, loss, batches, config, output=folder, label=f"SmolLM2, {rule} scales")
         student.eval()
-        candidates = {subject: model_logits(student)}
-        part = Report("")
-        reference = model_logits(self.teacher)
-        add_rows(part, evaluate_language(candidates, self.held_out, reference=reference, progress=False))
-        shutil.rmtree(self.output / f"llm-{rule}" / "checkpoints", ignore_errors=True)
-        return [
-            {"metric": r.metric, "value": r.value, "subject": r.subject, "se": r.se, "n": r.n, "unit": r.unit}
-            for r in part.rows
-            if r.metric in ("kl", "perplexity", "top1_agreement") and r.subject == subject
-        ]
-
-    def _fit(self, student: nn.Module, rule: str, steps: int) -> None:
-        settings = self.settings
-        batches = BlockBatches(self.train, settings.llm_batch, seed=settings.seed)
-        config = TrainConfig(steps, settings.llm_rate, seed=settings.seed, checkpoint_every=20)
-        loss = LanguageDistillation(self.teacher)
-        fit(student, loss, batches, config, output=self.output / f"llm-{rule}", label=f"SmolLM2, {rule} scales")
-
-
-def _plot(report: Report, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "exact_match"]
-    names, values, errors = zip(*((row.subject, row.value, row.se or 0) for row in rows), strict=True)
-    with plot(path, (7, 4)) as axes:
-        axes.barh(names, values, xerr=errors, capsize=3)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("held-out questions answered right, greedy decoding")
-        axes.grid(axis="x", alpha=0.25)
+        subject = f"SmolLM2 ternary, {name}"
+        rows = language_rows(model_logits(student), self.held_out, model_logits(self.teacher), subject)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return rows
