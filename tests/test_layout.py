@@ -43,7 +43,6 @@ OVER_BUDGET = {
 }
 # Recipes longer than 250 lines, which the shared run object is to shorten.
 LONG_RECIPES = {
-    "winq",
 }  # fmt: skip
 
 # What must not be imported before a command has something to do with it.

@@ -10,39 +10,24 @@ published absolute one is made for weights of about 0.02.
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from edgewright.data.sentences import SentenceBench, SentenceSettings, embedding_loss
-from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
-from edgewright.quantization.api import quantize_
-from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
-from edgewright.systems.run import over_seeds
-from edgewright.systems.winq.probe import quantized_spectrum
+from edgewright.systems.run import Run
+from edgewright.systems.winq.bench import Bench
 from edgewright.systems.winq.spectrum import NEAR_ZERO, Spectrum, plot_spectra
-from edgewright.systems.winq.training import WinQ
-from edgewright.training.batches import BlockBatches
-from edgewright.training.loop import TrainConfig, fit
 
-if TYPE_CHECKING:
-    from torch import nn
-
-GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4"}
 # Variant -> (with resets, with noise); the order of the table.
 VARIANTS = {"plain": (False, False), "reset": (True, False), "noise": (False, True), "both": (True, True)}
 TOO_MUCH = 4.0  # times the best noise: must be worse
+BEST = "the best noise"
 
 
 @dataclass(frozen=True)
@@ -164,48 +149,34 @@ def plan(settings: WinQRecipe) -> Plan:
 
 
 def run(settings: WinQRecipe, output: Path) -> Report:
-    """Every point is kept in points.json when it is done, so a second call goes on after the last one."""
-    store = output / "points.json"
-    points: dict[str, Any] = read_object(store) if store.exists() else {}
-
-    def kept(key: str, measure: Callable[[], Any]) -> Any:
-        if key not in points:
-            points[key] = measure()
-            write_text(store, json.dumps(points, indent=1) + "\n")
-        return points[key]
-
-    report = Report("WinQ: MiniLM-L6 distilled to itself, with resets and noise")
-    whole = _Bench(settings, settings.layers)
-    main = {
-        f"{width} bit, {variant}": [
-            kept(
-                f"{width} bit, {variant}/{seed}",
-                partial(whole.trained, width, seed, *_strength(settings, variant)),
-            )
-            for seed in range(settings.seeds)
-        ]
+    run = Run(output, "WinQ: MiniLM-L6 distilled to itself, with resets and noise")
+    whole = Bench(settings, settings.layers)
+    sliced = whole if settings.slice_layers == settings.layers else Bench(settings, settings.slice_layers)
+    runs = {
+        f"{width} bit, {variant}": run.over_seeds(
+            f"{width} bit, {variant}", settings.seeds, partial(whole.trained, width, *_strength(settings, variant))
+        )
         for width in settings.widths
         for variant in VARIANTS
     }
-    _add_comparison(report, settings, main)
-    sliced = whole if settings.slice_layers == settings.layers else _Bench(settings, settings.slice_layers)
-    sweep = _sweep(report, settings, sliced, kept)
-    spectra = {
-        subject: _spectrum_of(kept(f"spectrum {subject}", partial(sliced.spectrum, subject)))
-        for subject in settings.spectra
-    }
-    for subject, spectrum in spectra.items():
-        _add_spectrum(report, subject, spectrum)
-    _add_resets(report, settings, [point for point in [*sum(main.values(), []), *sweep] if point["resets"]])
-    report.notes.append(
+    _compare(settings, run, runs)
+    sweep = _sweep(settings, run, sliced)
+    spectra = {subject: _spectrum(settings, run, sliced, subject) for subject in settings.spectra}
+    _resets(run, [point for point in [*sum(runs.values(), []), *sweep] if point["resets"]])
+    run.note(
         "standard errors are over seeds, which fix the batches, so `gain` compares runs pair by pair; steps_to_target "
         "counts to the plain run's last watched error and is the whole run where that was not reached"
     )
-    _plot_convergence(settings, main, output / "convergence.png")
-    _plot_sweep(report, output / "sweep.png")
-
+    courses = {subject: [point["course"] for point in points] for subject, points in runs.items()}
+    curves = {
+        subject: ([step for step, _ in course[0]], [mean(e for _, e in row) for row in zip(*course, strict=True)])
+        for subject, course in courses.items()
+    }
+    run.lines("convergence.png", curves, "step", "1 - cosine to full precision, held out", yscale="log")
+    swept = [row.subject for row in run.report.rows if row.metric == "sweep_error" and row.subject != BEST]
+    run.bars("sweep.png", "sweep_error", "1 - cosine to full precision, held out", swept)
     plot_spectra(spectra, output / "spectrum.png")
-    return report
+    return run.report
 
 
 def _strength(settings: WinQRecipe, variant: str) -> tuple[float, float]:
@@ -214,108 +185,32 @@ def _strength(settings: WinQRecipe, variant: str) -> tuple[float, float]:
     return settings.pull * resets, 1.0 * noise
 
 
-class _Bench:
-    """A slice of the encoder and its sentences, loaded when the first missing point needs them."""
-
-    def __init__(self, settings: WinQRecipe, layers: int) -> None:
-        self.settings, self.layers = settings, layers
-        self._sentences: SentenceBench | None = None
-
-    @property
-    def sentences(self) -> SentenceBench:
-        if self._sentences is None:
-            s = self.settings
-            chosen = SentenceSettings(self.layers, s.tokens, s.training_sentences, s.held_out_sentences)
-            self._sentences = SentenceBench(chosen)
-        return self._sentences
-
-    def trained(self, width: str, seed: int, pull: float, strength: float) -> dict[str, Any]:
-        """Held-out error at the end, its course on the watched sentences, and the log of the resets."""
-        return self._train(width, seed, pull, strength)[1]
-
-    def spectrum(self, subject: str) -> dict[str, Any]:
-        """The Hessian spectrum after a training ("1 bit", "2 bit, WinQ"), on one batch, as JSON values."""
-        settings = self.settings
-        variant = "both" if subject.endswith(", WinQ") else "plain"
-        student, _ = self._train(subject.partition(" ")[0], 0, *_strength(settings, variant))
-        batch = {name: value[: settings.batch] for name, value in self.sentences.train.items()}
-        generator = torch.Generator().manual_seed(settings.seed)
-        found = quantized_spectrum(student, embedding_loss, [batch], settings.probes, settings.lanczos_steps, generator)
-        return {
-            **{
-                name: getattr(found, name)
-                for name in ("gradient_norm", "relative_gradient", "parameters", "error_ratio")
-            },
-            "ritz": found.ritz.tolist(),
-            "weights": found.weights.tolist(),
-        }
-
-    def _train(self, width: str, seed: int, pull: float, strength: float) -> tuple[nn.Module, dict[str, Any]]:
-        settings, sentences = self.settings, self.sentences
-        student = copy.deepcopy(sentences.model)
-        student.embeddings.requires_grad_(False)  # half of all parameters, and none that is quantised
-        quantize_(student, QuantConfig(rules=(Rule("encoder.layer.*", WeightConfig(GRIDS[width], initial="mse")),)))
-        seed += settings.seed
-        winq = WinQ(
-            pull=pull,
-            every=settings.every,
-            sigma=settings.sigma * strength,
-            sigma_scale=settings.sigma_scale * strength,
-            sigma_mode="relative",
-            seed=seed,
-        )
-        watched = {name: value[: settings.watched_sentences] for name, value in sentences.held_out.items()}
-        with winq.attach(student, embedding_loss, settings.steps) as loss_function:
-            result = fit(
-                student,
-                loss_function,
-                BlockBatches(sentences.train, settings.batch, seed=seed),
-                TrainConfig(steps=settings.steps, learning_rate=settings.learning_rate, seed=seed, log_every=10**6),
-                evaluate=lambda model: {"error": float(embedding_loss(model, watched))},
-                evaluate_every=settings.watch_every,
-                progress=False,
-            )
-        return student, {
-            "error": sentences.error(student),
-            "course": [[int(row["step"]), row["eval_error"]] for row in result.history if "eval_error" in row],
-            "resets": [
-                [entry.distance_before, entry.distance_after, entry.loss_before, entry.loss_after, entry.flipped]
-                for entry in loss_function.log
-            ],
-            "pull": pull,
-        }
+def _compare(settings: WinQRecipe, run: Run, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Every variant beside the plain run of its width, seed by seed."""
+    for subject, points in runs.items():
+        plain = runs[subject.partition(", ")[0] + ", plain"]
+        pairs = list(zip(points, plain, strict=True))
+        run.add("embedding_error", [point["error"] for point in points], subject, "1 - cosine")
+        if points is not plain:
+            run.add("gain", [1 - point["error"] / reference["error"] for point, reference in pairs], subject)
+        reached = [
+            next((step for step, error in point["course"] if error <= reference["course"][-1][1]), None)
+            for point, reference in pairs
+        ]
+        run.add("steps_to_target", [float(step or settings.steps) for step in reached], subject)
+        run.add("target_reached", mean(step is not None for step in reached), subject, n=len(reached))
 
 
-def _add_comparison(report: Report, settings: WinQRecipe, main: dict[str, list[dict[str, Any]]]) -> None:
-    for subject, runs in main.items():
-        plain = main[subject.partition(", ")[0] + ", plain"]
-        report.add("embedding_error", subject=subject, unit="1 - cosine", **over_seeds([r["error"] for r in runs]))
-        gains = [1 - ours["error"] / theirs["error"] for ours, theirs in zip(runs, plain, strict=True)]
-        if runs is not plain:
-            report.add("gain", subject=subject, **over_seeds(gains))
-        needed, reached = [], []
-        for ours, theirs in zip(runs, plain, strict=True):
-            target = theirs["course"][-1][1]
-            first = next((step for step, error in ours["course"] if error <= target), None)
-            reached.append(first is not None)
-            needed.append(float(first or settings.steps))
-        report.add("steps_to_target", subject=subject, **over_seeds(needed))
-        report.add("target_reached", mean(reached), subject=subject, n=len(reached))
-
-
-def _sweep(report: Report, settings: WinQRecipe, bench: _Bench, kept: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Errors by pull without noise, and by noise without resets; then four times the best noise."""
+def _sweep(settings: WinQRecipe, run: Run, bench: Bench) -> list[dict[str, Any]]:
+    """Errors by pull without noise, and by noise without resets; then four times the best noise. Returns the runs."""
     every: list[dict[str, Any]] = []
 
     def point(subject: str, pull: float, strength: float) -> float:
-        runs = [
-            kept(f"sweep {subject}/{s}", partial(bench.trained, settings.sweep_width, s, pull, strength))
-            for s in range(settings.sweep_seeds)
-        ]
-        every.extend(runs)
-        row = over_seeds([run["error"] for run in runs])
-        report.add("sweep_error", subject=subject, unit="1 - cosine", **row)
-        return float(row["value"])
+        measure = partial(bench.trained, settings.sweep_width, pull, strength)
+        points = run.over_seeds(f"sweep {subject}", settings.sweep_seeds, measure)
+        every.extend(points)
+        run.add("sweep_error", [point["error"] for point in points], subject, "1 - cosine")
+        return run.report.value("sweep_error", subject)
 
     point("neither", 0.0, 0.0)
     for pull in settings.pulls:
@@ -323,54 +218,31 @@ def _sweep(report: Report, settings: WinQRecipe, bench: _Bench, kept: Callable[.
     errors = {strength: point(f"noise {strength:g}x", 0.0, strength) for strength in settings.sigmas}
     best = min(errors, key=errors.__getitem__)
     point("4 x the best noise", 0.0, TOO_MUCH * best)
-    row = report.row("sweep_error", f"noise {best:g}x")
-    report.add("sweep_error", row.value, subject="the best noise", se=row.se, n=row.n, unit=row.unit)
-    report.notes.append(f"of the noises {', '.join(f'{s:g}x' for s in settings.sigmas)} the best was {best:g}x")
+    row = run.report.row("sweep_error", f"noise {best:g}x")
+    run.add("sweep_error", row.value, BEST, row.unit, se=row.se, n=row.n)
+    run.note(f"of the noises {', '.join(f'{s:g}x' for s in settings.sigmas)} the best was {best:g}x")
     return every
 
 
-def _add_resets(report: Report, settings: WinQRecipe, runs: list[dict[str, Any]]) -> None:
+def _resets(run: Run, points: list[dict[str, Any]]) -> None:
     """The worst of all resets: change of the same batch's loss, departure of the distance from its law."""
-    resets = [(run["pull"], *reset) for run in runs for reset in run["resets"]]
-    changes = [abs(after - before) / before for _, _, _, before, after, _ in resets]
-    errors = [abs(after / before - (1 - pull)) for pull, before, after, *_ in resets]
-    report.add("loss_change", max(changes), subject="resets", n=len(resets), unit="relative")
-    report.add("distance_error", max(errors), subject="resets", n=len(resets))
-    flips = [flipped for *_, flipped in resets if flipped is not None]
-    report.add("flipped_between", mean(flips), subject="resets", n=len(flips), unit="share of codes")
+    resets = [{**reset, "pull": point["pull"]} for point in points for reset in point["resets"]]
+    changes = [abs(reset["loss_after"] - reset["loss_before"]) / reset["loss_before"] for reset in resets]
+    errors = [abs(r["distance_after"] / r["distance_before"] - (1 - r["pull"])) for r in resets]
+    flips = [reset["flipped"] for reset in resets if reset["flipped"] is not None]
+    run.add("loss_change", max(changes), "resets", "relative", n=len(resets))
+    run.add("distance_error", max(errors), "resets", n=len(resets))
+    run.add("flipped_between", mean(flips), "resets", "share of codes", n=len(flips))
 
 
-def _spectrum_of(point: dict[str, Any]) -> Spectrum:
+def _spectrum(settings: WinQRecipe, run: Run, bench: Bench, subject: str) -> Spectrum:
+    """The Hessian spectrum after a training ("1 bit", "2 bit, WinQ")."""
+    strength = _strength(settings, "both" if subject.endswith(", WinQ") else "plain")
+    point = run.memo(f"spectrum {subject}", lambda: bench.spectrum(subject.partition(" ")[0], *strength))
     tensors = {name: torch.tensor(point[name], dtype=torch.float64) for name in ("ritz", "weights")}
-    return Spectrum(**{**point, **tensors})
-
-
-def _add_spectrum(report: Report, subject: str, spectrum: Spectrum) -> None:
+    spectrum = Spectrum(**{**point, **tensors})
     share, se = spectrum.mass(spectrum.ritz.abs() < NEAR_ZERO * spectrum.magnitude)
-    report.add("near_zero", share, subject=subject, se=se, n=len(spectrum.ritz), unit="share of eigenvalues")
+    run.add("near_zero", share, subject, "share of eigenvalues", se=se, n=len(spectrum.ritz))
     for name in ("negative", "lambda_min", "lambda_max", "relative_gradient", "error_ratio"):
-        report.add(name, getattr(spectrum, name), subject=subject)
-
-
-def _plot_convergence(settings: WinQRecipe, main: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    colours = dict(zip(VARIANTS, ("0.4", "C0", "C1", "C3"), strict=True))
-    lines = dict(zip(settings.widths, ("-", "--", ":", "-.", "-"), strict=False))
-    with plot(path, (7.0, 4.0)) as axes:
-        for subject, runs in main.items():
-            width, _, variant = subject.partition(" bit, ")
-            steps = [step for step, _ in runs[0]["course"]]
-            errors = [mean(run["course"][i][1] for run in runs) for i in range(len(steps))]
-            axes.plot(steps, errors, color=colours[variant], linestyle=lines[width], label=subject)
-        axes.set(xlabel="step", ylabel="1 - cosine to full precision, held out", yscale="log")
-        axes.grid(which="both", alpha=0.25)
-        axes.legend(fontsize="small")
-
-
-def _plot_sweep(report: Report, path: Path) -> None:
-    rows = [row for row in report.rows if row.metric == "sweep_error" and row.subject != "the best noise"]
-    with plot(path, (6.5, 0.6 + 0.3 * len(rows))) as axes:
-        errors = [row.se or 0 for row in rows]
-        axes.errorbar([row.value for row in rows], [row.subject for row in rows], xerr=errors, fmt="o")
-        axes.invert_yaxis()
-        axes.set_xlabel("1 - cosine to full precision, held out")
-        axes.grid(axis="x", alpha=0.25)
+        run.add(name, getattr(spectrum, name), subject)
+    return spectrum
