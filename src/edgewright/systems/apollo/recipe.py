@@ -9,51 +9,20 @@ deviation: a million weights, minutes and Python's documentation instead of 60M 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
-
-import torch
-import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from typing import Any
 
 import edgewright
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.measure.report import Report
-from edgewright.systems.apollo import APOLLO, apollo_param_groups, optimizer_memory, state_bytes
-from edgewright.systems.apollo.peers import named_optimizer
+from edgewright.systems.apollo import apollo_param_groups, optimizer_memory
+from edgewright.systems.apollo.peers import RATES, byte_blocks, byte_llama, named_optimizer, smollm2_shapes, trained
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, smoothed
-from edgewright.training.batches import BlockBatches
-from edgewright.training.loop import TrainConfig, fit
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-OPTIMIZERS = (
-    "AdamW",
-    "AdamW 8-bit (torchao)",
-    "Adafactor",
-    "Muon",
-    "GaLore",
-    "SGD with momentum",
-    "APOLLO",
-    "APOLLO 8-bit",
-    "APOLLO without limiter",
-    "APOLLO rank 1 by channel",
-    "APOLLO-Mini",
-)
-# Learning rates that are tried: GaLore's are AdamW's over its scale of 0.25, Adafactor's are relative to the weights.
-USUAL = (1e-3, 3e-3, 1e-2)
-RATES: dict[str, tuple[float, ...]] = {
-    **dict.fromkeys(OPTIMIZERS, USUAL),
-    "Adafactor": (1e-2, 3e-2, 1e-1),
-    "GaLore": (4e-3, 1.2e-2, 4e-2),
-    "SGD with momentum": (0.1, 0.3, 1.0),
-}
 # without Muon, whose bfloat16 products take minutes a step on a CPU without such instructions
 TUNED = ("AdamW", "AdamW 8-bit (torchao)", "Adafactor", "GaLore", "APOLLO", "APOLLO-Mini")
 SMOOTH, EARLY, LAST = 10, 100, 0.2
@@ -179,81 +148,18 @@ def run(settings: Apollo, output: Path) -> Report:
     return run.report
 
 
-# -- from nothing ------------------------------------------------------------------------------------------------------
-
-
-def _bytes(split: Any, context: int) -> Tensor:
-    """The built-in text as int64 [blocks, context] of its bytes."""
-    data = torch.frombuffer(bytearray("\n".join(load_texts(None, split)).encode()), dtype=torch.uint8).long()
-    return data[: len(data) // context * context].view(-1, context)
-
-
-def _llama(settings: Apollo, seed: int) -> nn.Module:
-    width = settings.hidden
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=settings.context,
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of tokens [B, T]."""
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def _trained(
-    model: nn.Module,
-    optimizer: Any,
-    blocks: Tensor,
-    held_out: Tensor,
-    steps: int,
-    batch: int,
-    seed: int,
-    **options: Any,
-) -> dict[str, Any]:
-    """Losses of the training, loss on held-out text, and bytes of state."""
-    config = TrainConfig(steps, schedule="cosine", warmup_steps=steps // 10, seed=seed)
-    # torchao compiles its step for every shape, which takes minutes on a CPU; the arithmetic is the same.
-    compiles = type(optimizer).__module__.startswith("torchao")
-    with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
-        data = BlockBatches(blocks, batch, seed)
-        result = fit(model, next_token_loss, data, config, optimizer=optimizer, progress=False)
-    model.eval()
-    with torch.no_grad():
-        losses = [float(next_token_loss(model, part)) for part in held_out.split(16)]
-    sizes = [len(part) for part in held_out.split(16)]
-    facts = optimizer.layer_facts() if isinstance(optimizer, APOLLO) else {}
-    return {
-        "loss": sum(a * b for a, b in zip(losses, sizes, strict=True)) / sum(sizes),
-        "losses": [float(row["loss"]) for row in result.history],
-        "state": state_bytes(optimizer),
-        "scales": {name: float(fact.scale) for name, fact in facts.items()},
-        **options,
-    }
-
-
 def _pretraining(settings: Apollo, run: Run) -> dict[str, list[dict[str, Any]]]:
-    blocks, held_out = (_bytes(split, settings.context) for split in ("calibration", "evaluation"))
+    blocks, held_out = (byte_blocks(split, settings.context) for split in ("calibration", "evaluation"))
     held_out = held_out[:: max(1, len(held_out) // settings.held_out_blocks)][: settings.held_out_blocks]
 
     def measure(method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-        model = _llama(settings, seed)
+        model = byte_llama(settings.hidden, settings.layers, settings.context, seed)
         optimizer = named_optimizer(method, model, rate, settings.rank)
-        return _trained(model, optimizer, blocks, held_out, steps, settings.batch, seed, rate=rate)
+        return trained(model, optimizer, blocks, held_out, steps, settings.batch, seed)
 
     runs: dict[str, list[dict[str, Any]]] = {}
     for method in settings.methods:
-        rates = RATES.get(method, USUAL)
+        rates = RATES.get(method, RATES["AdamW"])
         rate = rates[len(rates) // 2]
         if settings.search_steps:
             tried = {
@@ -276,16 +182,9 @@ def _jump(losses: list[float]) -> float:
     return max((b - a for a, b in zip(losses[:EARLY], losses[1:EARLY], strict=False)), default=0.0)
 
 
-# -- SmolLM2 -----------------------------------------------------------------------------------------------------------
-
-
 def _saving(settings: Apollo, run: Run) -> None:
     """State of SmolLM2-135M by the shapes of its weights, in MB, and how many times less than AdamW's it is."""
-    shape: dict[str, Any] = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=49152)
-    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True))
-    model.tie_weights()  # not done without memory by transformers 5.0
+    model = smollm2_shapes()
     rank = settings.tuning.rank
     cases: dict[str, dict[str, Any]] = {
         "AdamW": {"rank": None},
@@ -306,34 +205,32 @@ def _saving(settings: Apollo, run: Run) -> None:
 
 def _tuning(settings: Apollo, run: Run) -> None:
     part = settings.tuning
-    loaded: list[Any] = []
+
+    @cache
+    def smollm2() -> tuple[Any, Any, Any]:
+        model, tokenizer = edgewright.load("smollm2-135m")
+        cut: Any = partial(token_blocks, tokenizer=tokenizer, block_length=part.tokens)
+        if part.layers:
+            model.requires_grad_(False)
+            model.model.layers[-part.layers :].requires_grad_(True)
+        held_out = cut(load_texts(None, "evaluation"), max_blocks=part.held_out_blocks)
+        return model, cut(load_texts(None, "calibration")), held_out
 
     def measure(method: str, seed: int) -> dict[str, Any]:
-        if not loaded:
-            model, tokenizer = edgewright.load("smollm2-135m")
-            cut: dict[str, Any] = {"tokenizer": tokenizer, "block_length": part.tokens}
-            blocks = token_blocks(load_texts(None, "calibration"), **cut)
-            held_out = token_blocks(load_texts(None, "evaluation"), **cut, max_blocks=part.held_out_blocks)
-            if part.layers:
-                model.requires_grad_(False)
-                model.model.layers[-part.layers :].requires_grad_(True)
-            loaded.extend((model, blocks, held_out))
-        student, (_, blocks, held_out) = copy.deepcopy(loaded[0]), loaded
+        model, blocks, held_out = smollm2()
+        student = copy.deepcopy(model)
         rate = part.learning_rate * {"GaLore": 4.0, "Adafactor": 10.0}.get(method, 1.0)
         optimizer = named_optimizer(method, student, rate, part.rank)
         if method == "APOLLO-Mini":
             for group in optimizer.param_groups:
                 group["scale"] = "auto"
-        return _trained(student, optimizer, blocks, held_out, part.steps, part.batch, seed, rate=rate)
+        return trained(student, optimizer, blocks, held_out, part.steps, part.batch, seed)
 
     for method in part.methods:
         seeds = range(settings.seed, settings.seed + part.seeds)
         points = run.over_seeds(f"SmolLM2 {method}", seeds, partial(measure, method))
         run.add("tuned_loss", [point["loss"] for point in points], method, "nats a token, held out")
         run.add("tuned_state", points[0]["state"] / 1e6, method, "MB")
-
-
-# -- plots -------------------------------------------------------------------------------------------------------------
 
 
 def _plots(runs: dict[str, list[dict[str, Any]]], run: Run) -> None:
