@@ -37,7 +37,6 @@ WHOLE = (
     "AdamW 8-bit (torchao)",
     "APOLLO",
     "APOLLO, projections kept",
-    "APOLLO 8-bit",
     "APOLLO-Mini",
 )
 LAYER = ("AdamW", "AdamW 8-bit (torchao)", "Adafactor", "Muon", "GaLore", "APOLLO", "APOLLO-Mini")

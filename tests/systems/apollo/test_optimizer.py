@@ -348,7 +348,7 @@ def test_groups_by_name_pattern_and_function(tiny_llama):
         ({"update_proj_gap": 0}, "update_proj_gap=0"),
         ({"proj": "hadamard"}, "proj='hadamard'"),
         ({"nan_policy": "pray"}, "nan_policy='pray'"),
-        ({"state_dtype": torch.int16}, "state_dtype=torch.int16: choose float32, bfloat16, 8bit"),
+        ({"state_dtype": torch.int16}, "state_dtype=torch.int16: choose float32 or bfloat16"),
         ({"seed": -1}, "seed=-1"),
         ({"fused": True}, "fused=True: APOLLO has no fused kernel"),
         ({"foreach": True, "lr": torch.tensor(0.1)}, "foreach=True with a tensor as lr"),
@@ -411,7 +411,14 @@ def test_groups_that_name_nothing():
 
 
 def test_optimizers_by_name(tiny_llama, monkeypatch):
-    for method in ("AdamW", "Adafactor", "Muon", "SGD with momentum", "APOLLO 8-bit", "APOLLO rank 1 by channel"):
+    for method in (
+        "AdamW",
+        "Adafactor",
+        "Muon",
+        "SGD with momentum",
+        "APOLLO without limiter",
+        "APOLLO rank 1 by channel",
+    ):
         model = copy.deepcopy(tiny_llama)
         optimizer = named_optimizer(method, model, 1e-3, 8)
         before = flat(model)

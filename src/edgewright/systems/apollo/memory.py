@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import UsageError
 from edgewright.systems.apollo.sketch import sketch_of
-from edgewright.systems.apollo.state import BLOCK, state_kind, stored_dtype
+from edgewright.systems.apollo.state import state_kind, stored_dtype
 
 # Numbers that a method keeps for one m x n weight, m <= n (table 1 of the paper); r is the rank.
 FORMULAS = {
@@ -74,7 +74,6 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _bytes_of(p: Tensor, group: Mapping[str, Any]) -> int:
-    kind = state_kind(group.get("state_dtype"))
     wide = torch.promote_types(p.dtype, torch.float32)
     count, rest = p.numel(), 4  # the step
     if group["rank"] is not None and p.ndim > 1:
@@ -82,11 +81,7 @@ def _bytes_of(p: Tensor, group: Mapping[str, Any]) -> int:
         count, rest = math.prod(sketch.shape), 4 + wide.itemsize + 8  # step, last norm, seed
         if group.get("proj") == "svd":
             rest += sketch.rank * sketch.contracted * wide.itemsize
-        kind_dtype = stored_dtype(kind, count, wide)
-    else:
-        kind_dtype = stored_dtype(kind, count, p.dtype)
-    scales = 8 * -(-count // BLOCK) if kind_dtype == torch.uint8 else 0
-    return 2 * count * kind_dtype.itemsize + scales + rest
+    return 2 * count * stored_dtype(state_kind(group.get("state_dtype")), p.dtype).itemsize + rest
 
 
 def _tensor_bytes(value: Any, seen: set[int]) -> int:

@@ -33,7 +33,7 @@ class APOLLO(torch.optim.Optimizer):
     steps between two projections. norm_growth: bound on the growth of an update's norm, None for no limiter;
     scale_front puts sqrt(alpha) before it. proj "svd" takes singular vectors of the gradient and stores them. seed:
     of all projections, which use no global generator. side "local": always contract the columns. state_dtype:
-    "float32", "bfloat16" or "8bit". foreach: batched sketches and list operations, None: on accelerators.
+    "float32" or "bfloat16". foreach: batched sketches and list operations, None: on accelerators.
     cache_projection: keep the projections in memory (not in the state). nan_policy: "raise" CheckFailed before anything
     changed, "skip" the whole step, or "ignore", which looks at no gradient and so never waits for the device.
 

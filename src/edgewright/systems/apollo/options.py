@@ -53,9 +53,8 @@ def check_parameter(p: Tensor, group: Mapping[str, Any], name: str) -> None:
         raise Unsupported(f"parameter {name} is complex; train its real view (torch.view_as_real) instead")
     if not p.is_floating_point():
         raise Unsupported(f"parameter {name} is {p.dtype}; only floating-point parameters can be trained")
-    for option, value in (("state_dtype", "8bit"), ("proj", "svd")):
-        if is_split(p) and group[option] == value:
-            raise Unsupported(f"{option}={value!r} for parameter {name}, which is split over processes")
+    if is_split(p) and group["proj"] == "svd":
+        raise Unsupported(f"proj='svd' for parameter {name}, which is split over processes")
 
 
 def _number(value: Any) -> bool:

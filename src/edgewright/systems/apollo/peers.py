@@ -30,7 +30,6 @@ OPTIMIZERS = (
     "GaLore",
     "SGD with momentum",
     "APOLLO",
-    "APOLLO 8-bit",
     "APOLLO without limiter",
     "APOLLO rank 1 by channel",
     "APOLLO-Mini",
@@ -45,7 +44,6 @@ RATES: dict[str, tuple[float, ...]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "APOLLO": {},
-    "APOLLO 8-bit": {"state_dtype": "8bit"},
     "APOLLO without limiter": {"norm_growth": None},
 }
 

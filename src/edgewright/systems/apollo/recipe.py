@@ -184,21 +184,16 @@ def _jump(losses: list[float]) -> float:
 
 def _saving(settings: Apollo, run: Run) -> None:
     """State of SmolLM2-135M by the shapes of its weights, in MB, and how many times less than AdamW's it is."""
-    model = smollm2_shapes()
-    rank = settings.tuning.rank
+    model, rank = smollm2_shapes(), settings.tuning.rank
     cases: dict[str, dict[str, Any]] = {
         "AdamW": {"rank": None},
         "APOLLO": {"rank": rank},
-        "APOLLO 8-bit": {"rank": rank, "state_dtype": "8bit"},
         "APOLLO, embedding too": {"rank": rank, "include_embeddings": True},
         "APOLLO-Mini": {"rank": 1},
         "APOLLO-Mini, embedding too": {"rank": 1, "include_embeddings": True},
     }
     for name, options in cases.items():
-        groups = apollo_param_groups(model, **options)
-        for group in groups:
-            group["state_dtype"] = options.get("state_dtype")
-        memory = optimizer_memory(model, groups)
+        memory = optimizer_memory(model, apollo_param_groups(model, **options))
         run.add("smollm2_state", memory["total"] / 1e6, name, "MB")
         run.add("smollm2_saving", memory["vs_adamw"], name, "times less than AdamW")
 
