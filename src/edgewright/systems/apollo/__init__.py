@@ -6,23 +6,26 @@ from edgewright.lazy import lazy
 
 if TYPE_CHECKING:
     from edgewright.systems.apollo.groups import apollo_param_groups as apollo_param_groups
-    from edgewright.systems.apollo.layerwise import apollo_layerwise as apollo_layerwise
-    from edgewright.systems.apollo.memory import (
+    from edgewright.systems.apollo.optimizer import (
+        APOLLO as APOLLO,
+        APOLLOMini as APOLLOMini,
+        apollo_layerwise as apollo_layerwise,
+    )
+    from edgewright.systems.apollo.state import (
         optimizer_memory as optimizer_memory,
         state_bytes as state_bytes,
         state_floats as state_floats,
     )
-    from edgewright.systems.apollo.optimizer import APOLLO as APOLLO, APOLLOMini as APOLLOMini
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "APOLLO": "edgewright.systems.apollo.optimizer",
         "APOLLOMini": "edgewright.systems.apollo.optimizer",
-        "apollo_layerwise": "edgewright.systems.apollo.layerwise",
+        "apollo_layerwise": "edgewright.systems.apollo.optimizer",
         "apollo_param_groups": "edgewright.systems.apollo.groups",
-        "optimizer_memory": "edgewright.systems.apollo.memory",
-        "state_bytes": "edgewright.systems.apollo.memory",
-        "state_floats": "edgewright.systems.apollo.memory",
+        "optimizer_memory": "edgewright.systems.apollo.state",
+        "state_bytes": "edgewright.systems.apollo.state",
+        "state_floats": "edgewright.systems.apollo.state",
     },
 )

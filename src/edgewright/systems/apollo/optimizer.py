@@ -18,10 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, Unsupported, UsageError
-from edgewright.systems.apollo import sharded, state as kept
-from edgewright.systems.apollo.options import check_group, check_parameter
-from edgewright.systems.apollo.sketch import Sketch, column_norms, mixed_seed, projection, sketch_of, svd_projection
+from edgewright.systems.apollo import state as kept
+from edgewright.systems.apollo.groups import check_group, check_parameter
+from edgewright.systems.apollo.sketch import (
+    Sketch,
+    all_agree,
+    column_norms,
+    columns_like,
+    local,
+    mixed_seed,
+    projection,
+    rows_here,
+    sketch_of,
+    svd_projection,
+)
 from edgewright.systems.apollo.step import Facts, Work, adamw_step, advance, apply, chunks, share_norms
+from edgewright.training.sharded import is_split
 
 
 class APOLLO(torch.optim.Optimizer):
@@ -101,7 +113,7 @@ class APOLLO(torch.optim.Optimizer):
         if self.hooked is None:
             self.update(p for group in self.param_groups for p in group["params"])
         else:
-            self.hooked.clear()  # the update happened inside backward: systems/apollo/layerwise.py
+            self.hooked.clear()  # the update happened inside backward: apollo_layerwise
         return loss
 
     @torch.no_grad()
@@ -135,10 +147,10 @@ class APOLLO(torch.optim.Optimizer):
 
     def _work(self, p: nn.Parameter, group: dict[str, Any], sketch: Sketch) -> Work:
         assert p.grad is not None
-        gradient, dtype = sketch.view(sharded.local(p.grad)), torch.promote_types(p.dtype, torch.float32)
+        gradient, dtype = sketch.view(local(p.grad)), torch.promote_types(p.dtype, torch.float32)
         needed = group["norm_growth"] is not None or group["nan_policy"] != "ignore"
         norms = column_norms(gradient, dtype) if needed else None
-        return Work(p, group, sketch, sharded.rows_here(p, self._name(p, group)), gradient, dtype, norms)
+        return Work(p, group, sketch, rows_here(p, self._name(p, group)), gradient, dtype, norms)
 
     def _usable(self, works: list[Work], plain: list[tuple[dict[str, Any], list[nn.Parameter]]]) -> bool:
         """Whether to go on; every gradient is finite, or nobody asked. Nothing has changed yet."""
@@ -147,13 +159,13 @@ class APOLLO(torch.optim.Optimizer):
             if work.group["nan_policy"] != "ignore" and work.norms is not None:
                 found.append((work.weight, work.group, work.norms.sum()))
         for group, parameters in plain:
-            parts = [(p, sharded.local(p.grad)) for p in parameters if p.grad is not None]
+            parts = [(p, local(p.grad)) for p in parameters if p.grad is not None]
             if group["nan_policy"] != "ignore":
                 found += [(p, group, torch.linalg.vector_norm(g, torch.inf)) for p, g in parts if g.numel()]
         if not found:
             return True
         good = bool(torch.stack([value.float().to(found[0][2].device) for *_, value in found]).isfinite().all())
-        good = sharded.all_agree(good, [p for p, *_ in found], found[0][2].device)
+        good = all_agree(good, [p for p, *_ in found], found[0][2].device)
         if good:
             return True
         bad = [(p, group) for p, group, value in found if not bool(value.isfinite())]
@@ -172,7 +184,7 @@ class APOLLO(torch.optim.Optimizer):
         kept.add_moments(state, like, work.group["state_dtype"])
         if work.channels_split:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = sharded.columns_like(state[name], work.weight, work.sketch.channels)
+                state[name] = columns_like(state[name], work.weight, work.sketch.channels)
         state["last_norm"] = torch.zeros((), dtype=work.dtype, device=like.device)
         numbered = (p for group in self.param_groups for p in group["params"])
         number = next(i for i, p in enumerate(numbered) if p is work.weight)
@@ -210,11 +222,11 @@ class APOLLO(torch.optim.Optimizer):
                 continue
             dtype = torch.promote_types(p.dtype, torch.float32)
             average, square = (kept.read(state, name, dtype) for name in ("exp_avg", "exp_avg_sq"))
-            weight = sharded.local(p).to(dtype, copy=True)
+            weight = local(p).to(dtype, copy=True)
             assert p.grad is not None
-            gradient = sharded.local(p.grad).to(dtype)
+            gradient = local(p.grad).to(dtype)
             adamw_step(group, [weight], [gradient], [average], [square], [state["step"]])
-            sharded.local(p).copy_(weight)
+            local(p).copy_(weight)
             kept.write(state, "exp_avg", average)
             kept.write(state, "exp_avg_sq", square)
         if alike:
@@ -290,3 +302,43 @@ def APOLLOMini(params: Any, lr: float | Tensor = 1e-2, **options: Any) -> APOLLO
     `apollo_param_groups(model, rank=1)` to leave them to AdamW as the paper does.
     """
     return APOLLO(params, lr, **{"rank": 1, "scale_type": "tensor", "scale": 128.0, **options})
+
+
+def apollo_layerwise(
+    model: nn.Module, groups: Any = None, *, clip_norm: float | None = None, accumulation: int = 1, **options: Any
+) -> APOLLO:
+    """An APOLLO over `groups` (default: all parameters of `model`) that works during `loss.backward()`.
+
+    Each weight is updated when its gradient is ready, and the gradient is freed at once: at most a few layers' exist at
+    a time. What needs all of them together cannot work: clipping by the global norm, accumulation, gradient scaling.
+
+    Use it as any optimizer: its `step()` marks the end of a batch and updates nothing, schedulers act on its groups.
+    options: those of APOLLO. Raises UsageError for clip_norm, accumulation > 1 and, in backward, for a second gradient
+    before step(); Unsupported for weights split over processes. A gradient that is not finite is found when later
+    layers are updated already.
+    """
+    if clip_norm is not None:
+        raise UsageError(f"clip_norm={clip_norm}: the norm of all gradients is never known here; APOLLO limits updates")
+    if accumulation != 1:
+        raise UsageError(f"accumulation={accumulation}: gradients are used at once; use larger batches, or APOLLO")
+    optimizer = APOLLO(model.parameters() if groups is None else groups, **options)
+    optimizer.hooked = set()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(is_split(p) for p in parameters):
+        raise Unsupported("the weights are split over processes: use APOLLO, whose gradients are split too")
+
+    def ready(parameter: nn.Parameter) -> None:
+        assert optimizer.hooked is not None
+        if parameter in optimizer.hooked:
+            raise UsageError(
+                "a second gradient before step(): layer-wise updates cannot accumulate gradients; call step() after "
+                "every backward(), or use APOLLO"
+            )
+        optimizer.hooked.add(parameter)
+        optimizer.update([parameter])
+        parameter.grad = None
+
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(ready)
+    return optimizer

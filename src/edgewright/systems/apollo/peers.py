@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from edgewright.errors import MissingPackage, UsageError
 from edgewright.io.text import load_texts
 from edgewright.systems.apollo.groups import apollo_param_groups
-from edgewright.systems.apollo.memory import state_bytes
 from edgewright.systems.apollo.optimizer import APOLLO, APOLLOMini
+from edgewright.systems.apollo.state import state_bytes
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, fit
 

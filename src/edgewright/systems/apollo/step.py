@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from edgewright.systems.apollo import sharded, state as kept
-from edgewright.systems.apollo.sketch import TINY, Sketch, limited, moment_norms, sketches
+from edgewright.systems.apollo import state as kept
+from edgewright.systems.apollo.sketch import BUCKET, TINY, Rows, Sketch, add_up, limited, local, moment_norms, sketches
 from edgewright.training.sharded import is_split
 
 
@@ -38,7 +38,7 @@ class Work:
     weight: nn.Parameter
     group: dict[str, Any]
     sketch: Sketch
-    rows: sharded.Rows
+    rows: Rows
     gradient: Tensor
     dtype: torch.dtype  # of the arithmetic
     norms: Tensor | None  # of the gradient's channels [N]; None where nobody needs them
@@ -75,7 +75,7 @@ def chunks(works: list[Work]) -> Iterator[list[Work]]:
             continue
         chunk = waiting.setdefault(key, [])
         chunk.append(work)
-        if sum(w.sketch.rank * w.sketch.channels for w in chunk) >= sharded.BUCKET:
+        if sum(w.sketch.rank * w.sketch.channels for w in chunk) >= BUCKET:
             yield waiting.pop(key)
     yield from waiting.values()
 
@@ -85,7 +85,7 @@ def advance(chunk: list[Work], project: Callable[[Work], Tensor]) -> None:
     group = chunk[0].group
     projections = [project(work) for work in chunk]
     found = sketches(projections, [work.gradient for work in chunk], batched(group, chunk[0].gradient.device))
-    sharded.add_up(found, [work.rows.group if work.contraction_split else None for work in chunk])
+    add_up(found, [work.rows.group if work.contraction_split else None for work in chunk])
     average, square = ([kept.read(w.state, name, w.dtype) for w in chunk] for name in ("exp_avg", "exp_avg_sq"))
     norms = moment_norms(found, average, square, group["betas"], group["eps"])
     for work, first, second, (direction, own) in zip(chunk, average, square, norms, strict=True):
@@ -107,7 +107,7 @@ def share_norms(works: list[Work]) -> None:
             scaled = scaled * work.factor
         totals.append(torch.stack([part.square().sum() for part in (scaled, work.direction, work.own)]))
     shared = [total.clone() for total in totals]
-    sharded.add_up(shared, [work.rows.group for work in works])
+    add_up(shared, [work.rows.group for work in works])
     for work, here, everywhere in zip(works, totals, shared, strict=True):
         work.norms, direction, own = everywhere.sqrt().unbind()
         if work.group["scale_type"] == "tensor":
@@ -118,7 +118,7 @@ def share_norms(works: list[Work]) -> None:
 
 def apply(work: Work) -> Facts:
     """Steps 5 to 8: factors, limiter, sqrt(alpha), update, decoupled weight decay after it."""
-    group, state, weight = work.group, work.state, sharded.local(work.weight)
+    group, state, weight = work.group, work.state, local(work.weight)
     assert work.norms is not None
     alpha = work.sketch.contracted / work.sketch.rank if group["scale"] == "auto" else group["scale"]
     root = math.sqrt(alpha)
@@ -133,7 +133,7 @@ def apply(work: Work) -> Facts:
     # The factors do not depend on the sign of the gradient, so maximising only turns the update round.
     spread = work.sketch.spread(-factor if group["maximize"] else factor, weight)
     assert work.weight.grad is not None
-    weight.addcmul_(sharded.local(work.weight.grad), spread)
+    weight.addcmul_(local(work.weight.grad), spread)
     if group["weight_decay"]:
         weight.mul_(1 - group["lr"] * group["weight_decay"])
     return Facts(work.factor.mean(), divisor > 1, norm / divisor * behind)
