@@ -22,7 +22,7 @@ from edgewright.quantization.fake_quantize import Quantizer, fake_quantize, fake
 from edgewright.quantization.grids import GRIDS, grid_named
 from edgewright.quantization.kv_cache import hadamard
 from edgewright.quantization.noise import Noise, noise_seed
-from edgewright.systems.parq.latents import Latent, PackedCodes, interpolate_, latent_weights
+from edgewright.systems.winq.latents import Latent, PackedCodes, interpolate_, latent_weights
 from edgewright.systems.winq.training import WinQ
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit
 from tests.processes import ROOT, rendezvous

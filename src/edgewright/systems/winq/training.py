@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from edgewright.errors import UsageError
 from edgewright.measure.report import Report
 from edgewright.quantization.noise import Noise, noise_seed
-from edgewright.systems.parq.latents import Latent, PackedCodes, interpolate_, latent_weights
+from edgewright.systems.winq.latents import Latent, PackedCodes, interpolate_, latent_weights
 from edgewright.training import snapshot
 
 # Where a standard deviation stops doing anything useful, in steps of the grid.
