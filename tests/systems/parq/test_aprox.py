@@ -9,11 +9,26 @@ import torch
 from torch import nn
 
 from edgewright.errors import UsageError
-from edgewright.systems.parq.aprox import AProx, ProxSGD, par_penalty, prox_par
+from edgewright.systems.parq.aprox import AProx, par_penalty, prox_par
 
 Q, A = (0.0, 1.0, 2.0), (0.5, 1.5)
 POINTS = torch.tensor([0.3, 1, 1.7, 3, 3.4, 4, -2.7])
 ANSWERS = torch.tensor([0, 0.5, 1, 1.5, 1.9, 2, -1.2])
+
+
+class ProxSGD(torch.optim.SGD):
+    """w <- prox of lr * Psi at w - lr * gradient: its plateaus shrink with the learning rate."""
+
+    def __init__(self, params, lr, q, a):
+        super().__init__(params, lr)
+        self.q, self.a = q, a
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(prox_par(p, self.q, self.a, group["lr"]))
 
 
 def test_vectors_of_the_specification():
@@ -104,5 +119,4 @@ def test_what_is_no_convex_penalty_is_refused(q, a):
 def test_bad_rates_are_refused():
     with pytest.raises(UsageError, match="lr=0"):
         AProx([nn.Parameter(torch.zeros(1))], 0, Q, A)
-    loss = ProxSGD([nn.Parameter(torch.zeros(1))], 0.1, Q, A).step(lambda: 3.0)
-    assert loss == 3.0
+    assert AProx([nn.Parameter(torch.zeros(1))], 0.1, Q, A).step(lambda: 3.0) == 3.0

@@ -1,4 +1,4 @@
-"""The theory behind PARQ: its convex regulariser, the closed form of its proximal map, and the methods that use it.
+"""The theory behind PARQ: its convex regulariser, the closed form of its proximal map, and AProx.
 
 Targets 0 = q_0 < q_1 < ... < q_m (and their negatives) are the kinks of
     Psi(w) = sum over k < m of a_k * clamp(|w| - q_k, 0, q_(k+1) - q_k),   infinite beyond q_m,
@@ -47,42 +47,23 @@ class AProx(torch.optim.Optimizer):
     def __init__(
         self, params: Iterable[Any], lr: float, q: Sequence[float], a: Sequence[float], strength: float = 1.0
     ) -> None:
-        _check_rates(lr, strength)
+        if lr <= 0 or strength < 0:
+            raise UsageError(f"lr={lr} must be positive and strength={strength} at least 0")
         check_penalty(q, a)
         super().__init__(params, {"lr": lr, "q": tuple(q), "a": tuple(a), "strength": strength, "total_lr": 0.0})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = _evaluate(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             group["total_lr"] += float(group["lr"])
             for p in (p for p in group["params"] if p.grad is not None):
                 latent = self.state[p].setdefault("latent", p.clone())
                 latent.sub_(p.grad, alpha=float(group["lr"]))
                 p.copy_(prox_par(latent, group["q"], group["a"], group["total_lr"] * group["strength"]))
-        return loss
-
-
-class ProxSGD(torch.optim.Optimizer):
-    """w <- prox of lr * strength * Psi at w - lr * gradient: for comparison.
-
-    Its plateaus shrink with the learning rate, so with small steps hardly a weight stays on a target.
-    """
-
-    def __init__(
-        self, params: Iterable[Any], lr: float, q: Sequence[float], a: Sequence[float], strength: float = 1.0
-    ) -> None:
-        _check_rates(lr, strength)
-        check_penalty(q, a)
-        super().__init__(params, {"lr": lr, "q": tuple(q), "a": tuple(a), "strength": strength})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            rate = float(group["lr"])
-            for p in (p for p in group["params"] if p.grad is not None):
-                p.copy_(prox_par(p - rate * p.grad, group["q"], group["a"], rate * group["strength"]))
         return loss
 
 
@@ -99,15 +80,3 @@ def check_penalty(q: Sequence[float], a: Sequence[float]) -> None:
 
 def _pieces(q: Sequence[float], a: Sequence[float]) -> Iterable[tuple[float, float, float]]:
     return zip(a, q[:-1], q[1:], strict=True)
-
-
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _check_rates(lr: float, strength: float) -> None:
-    if lr <= 0 or strength < 0:
-        raise UsageError(f"lr={lr} must be positive and strength={strength} at least 0")
