@@ -4,7 +4,6 @@ N tokens, k experts a token, E experts, f their width, d hidden; a pair is one (
     loop        every expert looks for its tokens
     sorted      pairs sorted by expert, one contiguous slice an expert
     grouped_mm  the same order, torch's grouped matmul; "sorted" where this device or shape has none
-    padded      drop-and-pad: [E, capacity, d] and batched matmuls, shapes that do not depend on the data
     gather      a copy of the k matrices of each token: for tracing a single token
     dense       every expert computes every token, weights of zero for the rest: for tracing a prompt, E / k the work
 """
@@ -57,15 +56,13 @@ def keep_first(slices: Slices, capacity: int | None) -> Slices:
     return Slices(slices.order[rank < capacity], counts.clamp(max=capacity))
 
 
-def choose(backend: str, u: Tensor, indices: Tensor, experts: int, capacity: int | None) -> str:
+def choose(backend: str, u: Tensor, indices: Tensor, experts: int) -> str:
     """The back-end behind "auto", and the one for the mode: tracing takes forms without loops over data."""
     if torch.compiler.is_compiling():
         if backend in ("gather", "dense"):
             return backend
         tokens, k = indices.shape
         return "gather" if isinstance(tokens, int) and tokens * k <= experts else "dense"
-    if backend == "padded" and capacity is None:
-        return "sorted"  # nothing to pad to: eval mode is dropless
     if backend == "auto":
         return "grouped_mm" if u.device.type == "cuda" else "sorted"
     return backend
@@ -80,20 +77,20 @@ def run(
         return _loop(u, indices, weights, experts, capacity)
     if backend in ("gather", "dense"):
         if capacity is not None:
-            raise UsageError(f"backend={backend!r} cannot drop tokens; a capacity needs 'sorted' or 'padded'")
+            raise UsageError(
+                f"backend={backend!r} cannot drop tokens; a capacity needs 'sorted', 'grouped_mm' or 'loop'"
+            )
         return (_gather if backend == "gather" else _dense)(u, indices, weights, experts)
     slices = keep_first(counting_sort(indices.reshape(-1), count(experts.gate_up)), capacity)
     rows = u.index_select(0, slices.order // indices.shape[1])
-    return combine(on_rows(backend, rows, slices.counts, experts, capacity), slices.order, weights, u)
+    return combine(on_rows(backend, rows, slices.counts, experts), slices.order, weights, u)
 
 
-def on_rows(backend: str, rows: Tensor, counts: Tensor, experts: Weights, capacity: int | None = None) -> Tensor:
+def on_rows(backend: str, rows: Tensor, counts: Tensor, experts: Weights) -> Tensor:
     """FFN_e of rows [n, d] that are grouped by expert, counts [E] rows each -> [n, d].
 
     The inputs are quantised already where they are to be.
     """
-    if backend == "padded" and capacity is not None:
-        return _padded(rows, counts, experts, capacity)
     if backend == "grouped_mm" and _has_grouped_mm(rows, experts):
         return _grouped_mm(rows, counts, experts)
     return _sorted(rows, counts, experts)
@@ -149,19 +146,6 @@ def _has_grouped_mm(rows: Tensor, experts: Weights) -> bool:
         return False
     widths = (rows.shape[1], whole_shape(experts.down)[2])
     return all(width * rows.element_size() % 16 == 0 for width in widths)
-
-
-def _padded(rows: Tensor, counts: Tensor, experts: Weights, capacity: int) -> Tensor:
-    total = len(counts)
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    expert = torch.arange(total, device=rows.device).repeat_interleave(counts)
-    place = expert * capacity + torch.arange(len(rows), device=rows.device) - first
-    slots = (
-        rows.new_zeros(total * capacity, rows.shape[1]).index_copy(0, place, rows).view(total, capacity, rows.shape[1])
-    )
-    hidden = torch.bmm(slots, whole(experts.gate_up).to(rows.dtype).transpose(1, 2))
-    hidden = quantized_input(experts.down, swiglu(hidden, experts.act))
-    return torch.bmm(hidden, whole(experts.down).to(rows.dtype).transpose(1, 2)).flatten(0, 1)[place]
 
 
 def _gather(u: Tensor, indices: Tensor, weights: Tensor, experts: Weights) -> Tensor:

@@ -23,7 +23,7 @@ from edgewright.errors import CheckFailed, UsageError
 from edgewright.models.decoder.model import FeedForward
 from edgewright.systems.mobilemoe import backends
 
-BACKENDS = ("auto", "loop", "sorted", "grouped_mm", "padded", "gather", "dense")
+BACKENDS = ("auto", "loop", "sorted", "grouped_mm", "gather", "dense")
 SCORES = ("sigmoid", "softmax")
 
 
@@ -182,7 +182,7 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, routing: Routing, capacity: int | None = None) -> Tensor:
         """sum over the chosen experts of r_e FFN_e(u). u: [N, d] -> [N, d]."""
-        name = backends.choose(self.config.backend, u, routing.indices, self.config.num_experts, capacity)
+        name = backends.choose(self.config.backend, u, routing.indices, self.config.num_experts)
         return backends.run(name, u, routing.indices, routing.weights, self.weights, capacity)
 
 
