@@ -245,7 +245,7 @@ def _written(folder: Path) -> Any:
 def _search(folder: Path) -> Any:
     from edgewright.systems.r_sparse import search as r_sparse_search
 
-    return r_sparse_search._Scores(folder / "search.json", {"model": "a", "text": "b"})
+    return r_sparse_search._stored(folder / "search.json", {"model": "a", "text": "b"})
 
 
 def _pretrained(folder: Path) -> None:
@@ -281,7 +281,7 @@ def build_runs(folder: Path) -> None:
     for name, content in {
         "compress/steps.json": {"steps": 20, "seconds": 3.0},
         "stage/stage.json": {"stage": 1, "seed": 0, "metrics": {"loss": 1.0}, "errors": {"loss": 0.1}},
-        "search/search.json": {"model": "a", "text": "b", "quick": {"a" * 24: 1.5}, "full": {}},
+        "search/search.json": {"model": "a", "text": "b", "scores": {"a" * 24: 1.5}},
         "pretrain/shape.json": config().to_dict(),
         "pretrain/samples.jsonl": {"step": 1, "prompt": "a", "text": "b"},
         "written/shard-00000.jsonl": {"start": 3, "greedy": 1, "round": 0, "tokens": [1, 2, 3], "text": "abc"},

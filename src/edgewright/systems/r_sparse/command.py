@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--evals", type=int, default=200, help="genomes that --plan search scores (default 200)")
     parser.add_argument("--resume", metavar="FILE", help="file of scored genomes, so that a search can go on")
-    parser.add_argument("--workers", type=int, default=1, help="threads that score genomes (default 1)")
     parser.add_argument("--sequential", action="store_true", help="calibrate each block on the sparsified ones before")
     parser.add_argument("--share-mask", action="store_true", help="one choice of channels for q, k, v and for gate, up")
     parser.add_argument("--text", help="text or .jsonl file to calibrate and evaluate on (split by itself)")
@@ -160,7 +159,6 @@ def _plan(
             evals=args.evals,
             stats=stats,
             factors=factors,
-            workers=args.workers,
             resume=args.resume,
             progress=progress,
         )

@@ -8,14 +8,11 @@ every fitness is kept under the hash of its genome, so a search that starts agai
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -29,9 +26,9 @@ from edgewright.measure.plot import plot
 from edgewright.measure.progress import ProgressBar
 from edgewright.systems.r_sparse.calibration import Calibration, calibrate, check_text, text_hash
 from edgewright.systems.r_sparse.factors import Factors
-from edgewright.systems.r_sparse.layer import budget
-from edgewright.systems.r_sparse.model import apply_plan, apply_rsparse, remove_rsparse, setting, sparse_layers
+from edgewright.systems.r_sparse.model import apply_plan, apply_rsparse, remove_rsparse, setting
 from edgewright.systems.r_sparse.plan import LayerPlan, RSparseConfig, default_plan, layer_sizes, target_layers
+from edgewright.training.snapshot import preserved_modes
 
 MAX_RESUME_BYTES = 64 << 20
 MOST = 0.98  # sparsity of one layer in a search over sparsities
@@ -93,49 +90,59 @@ def search_rho(
     evals: int | None = None,
     stats: Calibration | None = None,
     factors: Factors | None = None,
-    workers: int = 1,
     resume: str | Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
     """Search rho for every layer at the configuration's sparsity on token ids [N, T]; the model is left as it was.
 
     stats: calibration, measured on the sequences where it is not given. resume: a JSON file of scored genomes, written
-    after each; a call that finds it scores none of them again. workers: threads, each with layers of its own on shared
-    weights. Raises UsageError, FormatError for a resume file of another search or a broken one.
+    after each; a call that finds it scores none of them again. Raises UsageError, FormatError for a resume file of
+    another search or a broken one.
     """
     search = search or SearchConfig()
-    if evals is not None:
-        search = SearchConfig(**{**asdict(search), "evals": evals})
-    if workers < 1:
-        raise UsageError(f"workers={workers}: at least one is needed")
+    search = search if evals is None else replace(search, evals=evals)
     check_text([sequences])
-    stats = stats or calibrate(model, sequences.split(4), config)
+    stats, factors = stats or calibrate(model, sequences.split(4), config), factors or Factors()
     layers = target_layers(model, config)
-    factors = factors or Factors()
-    with ProgressBar("decomposing", len(layers), shown=progress) as bar:
-        for layer in layers.values():
-            least = 0.0 if search.sparsities else config.sparsity
-            factors.prepare(layer, budget(layer.out_features, layer.in_features, least, 0.0).rank)
-            bar.advance()
-    coder = _Coder(list(layers), layer_sizes(layers), config, search)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        apply_rsparse(model, config, stats, dict.fromkeys(layers, LayerPlan(0.0)), factors=factors)
-        with setting(model, dense_tokens=1, path="reference"):
-            judge = _Judge(model, sequences, stats, factors, coder, workers)
-            identity = {
-                "model": factors.fingerprint(layers.values()),
-                "text": text_hash([sequences]),
-                "calibration": stats.text,
-                "configuration": repr((config, search)),
-            }
-            scores = _Scores(resume, identity)
-            return _evolve(coder, judge, scores, search, progress)
-    finally:
-        remove_rsparse(model)
-        for module in training:
-            module.training = True
+    identity = {
+        "model": factors.fingerprint(layers.values()),
+        "text": text_hash([sequences]),
+        "calibration": stats.text,
+        "configuration": repr((config, search)),
+    }
+    scores = _stored(resume, identity)
+    genomes = Genomes(list(layers), layer_sizes(layers), config, search)
+    # rho = 0 at the lowest sparsity: factors of the highest rank that a genome can ask for
+    widest = LayerPlan(0.0 if search.sparsities else config.sparsity, 0.0)
+
+    def score(genome: Tensor, count: int) -> float:
+        key = f"{_key(genome)}/{min(count, len(sequences))}"
+        if key not in scores:
+            apply_plan(model, stats, genomes.plan(genome), factors)
+            scores[key] = mean_loss(model, sequences[:count])
+            if resume is not None:
+                write_text(resume, json.dumps({**identity, "scores": scores}) + "\n")
+        return scores[key]
+
+    with preserved_modes(model, False):
+        try:
+            apply_rsparse(model, config, stats, dict.fromkeys(layers, widest), factors=factors, progress=progress)
+            with setting(model, dense_tokens=1, path="reference"):
+                return _evolve(genomes, score, len(sequences), progress)
+        finally:
+            remove_rsparse(model)
+
+
+def mean_loss(model: Any, sequences: Tensor) -> float:
+    """Nats per token of token ids [N, T], one sequence at a time; infinite where it is not a number."""
+    total, tokens = 0.0, 0
+    for ids in sequences.split(1):
+        ids = ids.to(next(model.parameters()).device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"))
+        tokens += ids[:, 1:].numel()
+    value = total / tokens
+    return value if value == value else float("inf")
 
 
 def project_mean(values: Tensor, weights: Tensor, mean: float, most: float = MOST) -> Tensor:
@@ -150,8 +157,8 @@ def project_mean(values: Tensor, weights: Tensor, mean: float, most: float = MOS
     return (values + high).clamp(0.0, most)
 
 
-class _Coder:
-    """Between genomes, float64 [2, L] (rho, sparsity) on a grid of 1/1000, and plans."""
+class Genomes:
+    """Genomes, float64 [2, L] (rho, sparsity), rho on a grid of 1/1000, and the plans that they stand for."""
 
     def __init__(self, names: list[str], sizes: dict[str, int], config: RSparseConfig, search: SearchConfig) -> None:
         self.names, self.config, self.search = names, config, search
@@ -191,130 +198,48 @@ class _Coder:
         return self.genome(rho + noise[0], sparsity + noise[1])
 
 
-def _evolve(coder: _Coder, judge: _Judge, scores: _Scores, search: SearchConfig, progress: bool) -> SearchResult:
-    generator = torch.Generator().manual_seed(search.seed)
-    population = coder.starts(generator)[: search.evals]
+def _evolve(genomes: Genomes, score: Callable[[Tensor, int], float], sequences: int, progress: bool) -> SearchResult:
+    """score: nats per token of a genome on so many sequences; finalists are scored on all of them."""
+    search, generator = genomes.search, torch.Generator().manual_seed(genomes.search.seed)
+    population = genomes.starts(generator)[: search.evals]
     seen: dict[str, Tensor] = {}
-    fitness: dict[str, float] = {}
+    quick: dict[str, float] = {}
     history: list[float] = []
     with ProgressBar("searching", search.evals, shown=progress) as bar:
         while True:
-            new = {key: g for g in population if (key := _key(g)) not in seen}
-            new = dict(list(new.items())[: search.evals - len(seen)])
-            for key, value in judge.scores(new, search.quick, scores):
-                seen[key], fitness[key] = new[key], value
-                history.append(min([value, *history[-1:]]))
+            new = {key: genome for genome in population if (key := _key(genome)) not in seen}
+            for key, genome in list(new.items())[: search.evals - len(seen)]:
+                seen[key], quick[key] = genome, score(genome, search.quick)
+                history.append(min([quick[key], *history[-1:]]))
                 bar.advance()
-            ranked = sorted(seen, key=fitness.__getitem__)
+            ranked = sorted(seen, key=quick.__getitem__)
             if len(seen) >= search.evals or not new:
                 break
             parents = [seen[key] for key in ranked[: search.population]]
             population = parents[: search.elite]
             while len(population) < search.population:
-                pair = [_tournament(len(parents), search.tournament, generator) for _ in range(2)]
-                population.append(coder.child(parents[pair[0]], parents[pair[1]], generator))
-    start = _key(coder.genome(torch.ones(len(coder.names), dtype=torch.float64)))
-    finalists = {key: seen[key] for key in dict.fromkeys([start, *ranked[: search.finalists]])}
-    final = dict(judge.scores(finalists, judge.count, scores))
+                # the better of a few drawn at random: parents are in the order of their fitness
+                draws = [torch.randint(len(parents), (search.tournament,), generator=generator) for _ in range(2)]
+                first, second = (parents[int(draw.min())] for draw in draws)
+                population.append(genomes.child(first, second, generator))
+    start = _key(genomes.genome(torch.ones(len(genomes.names), dtype=torch.float64)))
+    final = {key: score(seen[key], sequences) for key in dict.fromkeys([start, *ranked[: search.finalists]])}
     best = min(final, key=final.__getitem__)
-    return SearchResult(coder.plan(seen[best]), final[best], final[start], len(seen), tuple(history))
-
-
-def _tournament(count: int, size: int, generator: torch.Generator) -> int:
-    """The best of a few drawn at random; parents are in the order of their fitness."""
-    return int(torch.randint(count, (size,), generator=generator).min())
+    return SearchResult(genomes.plan(seen[best]), final[best], final[start], len(seen), tuple(history))
 
 
 def _key(genome: Tensor) -> str:
     return hashlib.sha256((genome * 1e6).round().to(torch.int64).numpy().tobytes()).hexdigest()[:24]
 
 
-class _Judge:
-    """Scores genomes on text, each worker on a replica of the model that shares its weights."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sequences: Tensor,
-        stats: Calibration,
-        factors: Factors,
-        coder: _Coder,
-        workers: int,
-    ) -> None:
-        self.sequences, self.stats, self.factors, self.coder = sequences, stats, factors, coder
-        self.count = len(sequences)
-        self.workers = workers
-        self.models: SimpleQueue[nn.Module] = SimpleQueue()
-        self.models.put(model)
-        for _ in range(workers - 1):
-            shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-            for layer in sparse_layers(model).values():
-                shared.pop(id(layer.threshold))  # each replica has its own
-            self.models.put(copy.deepcopy(model, shared))
-
-    def scores(self, genomes: dict[str, Tensor], count: int, known: _Scores) -> Iterator[tuple[str, float]]:
-        """(key, nats per token) of each genome on the first `count` sequences, in order."""
-        table = known.table(min(count, self.count) < self.count)
-        missing = [key for key in genomes if key not in table]
-        if self.workers == 1:
-            for key in genomes:
-                if key not in table:
-                    known.add(table, key, self._score(genomes[key], count))
-                yield key, table[key]
-            return
-        threads = torch.get_num_threads()
-        try:
-            limit = max(1, threads // self.workers)
-            with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(limit,)) as pool:
-                results = pool.map(lambda key: self._score(genomes[key], count), missing)
-                for key, value in zip(missing, results, strict=True):
-                    known.add(table, key, value)
-        finally:
-            torch.set_num_threads(threads)
-        yield from ((key, table[key]) for key in genomes)
-
-    @torch.no_grad()
-    def _score(self, genome: Tensor, count: int) -> float:
-        model: Any = self.models.get()
-        try:
-            apply_plan(model, self.stats, self.coder.plan(genome), self.factors)
-            total, tokens = 0.0, 0
-            for ids in self.sequences[:count].split(1):
-                ids = ids.to(next(model.parameters()).device)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-                total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"))
-                tokens += ids[:, 1:].numel()
-            value = total / tokens
-            return value if value == value else float("inf")  # NaN is no fitness
-        finally:
-            self.models.put(model)
-
-
-class _Scores:
-    """Fitness by genome, quick and full, in a file if there is one."""
-
-    def __init__(self, path: str | Path | None, identity: dict[str, str]) -> None:
-        self.path = None if path is None else Path(path)
-        self.identity = identity
-        self.quick: dict[str, float] = {}
-        self.full: dict[str, float] = {}
-        if self.path is not None and self.path.exists():
-            self._read(self.path)
-
-    def table(self, quick: bool) -> dict[str, float]:
-        return self.quick if quick else self.full
-
-    def add(self, table: dict[str, float], key: str, value: float) -> None:
-        table[key] = value
-        if self.path is not None:
-            write_text(self.path, json.dumps({**self.identity, "quick": self.quick, "full": self.full}) + "\n")
-
-    def _read(self, path: Path) -> None:
-        data = read_json(path, MAX_RESUME_BYTES)
-        tables = [data.get("quick"), data.get("full")] if isinstance(data, dict) else []
-        for table in tables or [None]:
-            if not isinstance(table, dict) or not all(isinstance(v, float) and len(k) == 24 for k, v in table.items()):
-                raise FormatError(f"{path} holds no scores of a search; choose another resume file")
-        if different := [key for key, value in self.identity.items() if data.get(key) != value]:
-            raise UsageError(f"{path} is of a search with another {different[0]}; choose another resume file")
-        self.quick, self.full = data["quick"], data["full"]
+def _stored(path: str | Path | None, identity: Mapping[str, str]) -> dict[str, float]:
+    """Scores of genomes that an earlier call left in the file, by genome and number of sequences."""
+    if path is None or not Path(path).exists():
+        return {}
+    data = read_json(path, MAX_RESUME_BYTES)
+    scores = data.get("scores") if isinstance(data, dict) else None
+    if not isinstance(scores, dict) or not all(isinstance(value, float) for value in scores.values()):
+        raise FormatError(f"{path} holds no scores of a search; choose another resume file")
+    if different := [key for key, value in identity.items() if data.get(key) != value]:
+        raise UsageError(f"{path} is of a search with another {different[0]}; choose another resume file")
+    return scores
