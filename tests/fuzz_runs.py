@@ -243,7 +243,7 @@ def _written(folder: Path) -> Any:
 
 
 def _search(folder: Path) -> Any:
-    from edgewright.systems.r_sparse import search as r_sparse_search
+    from edgewright.systems.r_sparse import allocation as r_sparse_search
 
     return r_sparse_search._stored(folder / "search.json", {"model": "a", "text": "b"})
 

@@ -18,9 +18,7 @@ from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.kernels import sparse_rows
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.r_sparse import layer as r_sparse_layer
-from edgewright.systems.r_sparse.calibration import Calibration, histogram
-from edgewright.systems.r_sparse.factors import Factors, truncated_svd
-from edgewright.systems.r_sparse.layer import budget, column_norms
+from edgewright.systems.r_sparse.layer import Factors, budget, column_norms, truncated_svd
 from edgewright.systems.r_sparse.model import (
     LayerPlan,
     RSparseConfig,
@@ -36,7 +34,14 @@ from edgewright.systems.r_sparse.model import (
     sparse_layers,
     sparse_logits,
 )
-from edgewright.systems.r_sparse.plan import default_plan, mean_sparsity, score_scales, target_layers
+from edgewright.systems.r_sparse.plan import (
+    Calibration,
+    default_plan,
+    histogram,
+    mean_sparsity,
+    score_scales,
+    target_layers,
+)
 from tests.toy_llama import make_tiny_llama
 
 TOKENS = torch.randint(3, 256, (8, 64), generator=torch.Generator().manual_seed(3))
@@ -293,7 +298,7 @@ def test_factors_are_kept_in_files(tmp_path, monkeypatch):
     layer = linear(12, 18)
     down, up = Factors(tmp_path).get(layer, 5)
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr("edgewright.systems.r_sparse.factors.truncated_svd", None)  # a second one would fail
+    monkeypatch.setattr("edgewright.systems.r_sparse.layer.truncated_svd", None)  # a second one would fail
     again = Factors(tmp_path).get(layer, 3)
     assert torch.equal(again[0], down[:, :3]) and torch.equal(again[1], up[:3])
     monkeypatch.undo()

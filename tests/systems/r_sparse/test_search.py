@@ -10,8 +10,16 @@ import torch
 from torch import nn
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.systems.r_sparse import search as r_sparse_search
-from edgewright.systems.r_sparse.blocks import calibrate_sequential, streams, teal_greedy, teal_path
+from edgewright.systems.r_sparse import allocation as r_sparse_search
+from edgewright.systems.r_sparse.allocation import (
+    SearchConfig,
+    calibrate_sequential,
+    project_mean,
+    search_rho,
+    streams,
+    teal_greedy,
+    teal_path,
+)
 from edgewright.systems.r_sparse.model import (
     LayerPlan,
     RSparseConfig,
@@ -22,7 +30,6 @@ from edgewright.systems.r_sparse.model import (
     sparse_layers,
 )
 from edgewright.systems.r_sparse.plan import layer_sizes, mean_sparsity, target_layers, uniform_plan
-from edgewright.systems.r_sparse.search import SearchConfig, project_mean, search_rho
 from tests.toy_llama import make_tiny_llama
 
 TOKENS = torch.randint(3, 256, (6, 32), generator=torch.Generator().manual_seed(3))

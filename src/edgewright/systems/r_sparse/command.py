@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language
     from edgewright.io.text import split_blocks
     from edgewright.kernels.sparse_rows import why_no_kernel
-    from edgewright.systems.r_sparse.blocks import calibrate_sequential
-    from edgewright.systems.r_sparse.factors import Factors
+    from edgewright.systems.r_sparse.allocation import calibrate_sequential
     from edgewright.systems.r_sparse.folder import save_rsparse
+    from edgewright.systems.r_sparse.layer import Factors
     from edgewright.systems.r_sparse.model import (
         RSparseConfig,
         achieved_sparsity,
@@ -139,9 +139,8 @@ def _plan(
     args: argparse.Namespace, model: Any, calibration: Any, config: Any, stats: Any, factors: Any, say: Any
 ) -> Any:
     """Sparsity and rho of every layer, as --plan asks."""
-    from edgewright.systems.r_sparse.blocks import teal_greedy
+    from edgewright.systems.r_sparse.allocation import search_rho, teal_greedy
     from edgewright.systems.r_sparse.plan import default_plan, target_layers, uniform_plan
-    from edgewright.systems.r_sparse.search import search_rho
 
     names = list(target_layers(model, config))
     progress = not args.json

@@ -26,8 +26,7 @@ from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.io.typed import from_json
 from edgewright.pruning.cut_folder import save_checkpoint
-from edgewright.systems.r_sparse.factors import Factors
-from edgewright.systems.r_sparse.layer import RSparseLinear, by_input_
+from edgewright.systems.r_sparse.layer import Factors, RSparseLinear, by_input_
 from edgewright.systems.r_sparse.model import Calibration, remove_rsparse, sparse_layers
 from edgewright.systems.r_sparse.plan import Plan, RSparseConfig, uniform_plan
 

@@ -21,10 +21,17 @@ from edgewright.errors import UsageError
 from edgewright.evaluation.language import evaluate_language, model_logits
 from edgewright.io.packed import PackedEmbedding, PackedLinear
 from edgewright.measure.progress import ProgressBar
-from edgewright.systems.r_sparse.calibration import Calibration, calibrate
-from edgewright.systems.r_sparse.factors import Factors
-from edgewright.systems.r_sparse.layer import RSparseLinear, budget, by_output_
-from edgewright.systems.r_sparse.plan import LayerPlan, Plan, RSparseConfig, score_scales, target_layers, uniform_plan
+from edgewright.systems.r_sparse.layer import Factors, RSparseLinear, budget, by_output_
+from edgewright.systems.r_sparse.plan import (
+    Calibration,
+    LayerPlan,
+    Plan,
+    RSparseConfig,
+    calibrate,
+    score_scales,
+    target_layers,
+    uniform_plan,
+)
 
 if TYPE_CHECKING:
     from edgewright.evaluation.language import LanguageMetrics, LogitsFunction

@@ -24,12 +24,10 @@ from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.quantization.grids import grid_for_bits
 from edgewright.systems.r_sparse import RSparseConfig, apply_rsparse, calibrate, remove_rsparse
-from edgewright.systems.r_sparse.blocks import teal_path
-from edgewright.systems.r_sparse.factors import Factors
-from edgewright.systems.r_sparse.layer import budget
+from edgewright.systems.r_sparse.allocation import SearchConfig, search_rho, teal_path
+from edgewright.systems.r_sparse.layer import Factors, budget
 from edgewright.systems.r_sparse.model import model_traffic, setting, sparse_layers, sparse_logits
 from edgewright.systems.r_sparse.plan import LayerPlan, default_plan, target_layers
-from edgewright.systems.r_sparse.search import SearchConfig, search_rho
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, language_rows
 
