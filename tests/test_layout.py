@@ -40,10 +40,6 @@ OVER_BUDGET = {
     "r-sparse": "calibration, search, kernel and folder",
     "stem": "store, cache and reading ahead for tables outside of memory; editing",
 }
-# Recipes longer than 250 lines, which the shared run object is to shorten.
-LONG_RECIPES = {
-}  # fmt: skip
-
 # What must not be imported before a command has something to do with it.
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "matplotlib", "rich", "gguf", "safetensors", "tokenizers"}
 
@@ -82,7 +78,7 @@ def test_systems_keep_their_budget() -> None:
     sizes = structure.sizes()
     over = {slug for slug, size in sizes.items() if size.files > 8 or size.method > 1200}
     assert over == set(OVER_BUDGET)
-    assert {slug for slug, size in sizes.items() if size.recipe > 250} - over == LONG_RECIPES
+    assert [slug for slug, size in sizes.items() if size.recipe > 250] == []
     assert statistics.median(size.method + size.recipe for size in sizes.values()) <= 1300
     for slug in sorted(over):
         told = f"over the budget of a system: {slug}, {sizes[slug].files} files, {sizes[slug].method} lines"
