@@ -10,7 +10,6 @@ the data do not depend on where a run was interrupted. Token ids are stored: dec
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from edgewright.distillation.manifest import claim_folder, fingerprint, read_man
 from edgewright.distillation.sequences import distinct_n, pack_sequences
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_file
+from edgewright.io.hashing import blake2b
 from edgewright.io.transformers_names import with_cache
 
 __all__ = ["GeneratedData", "StartTokenError", "distinct_n", "pack_sequences", "self_generate"]
@@ -125,7 +125,7 @@ def self_generate(
         "prefix_length": len(prefix),
         "vocabulary": vocabulary,
         "end_token": end_token,
-        "starts": hashlib.blake2b(json.dumps(starts).encode(), digest_size=12).hexdigest(),
+        "starts": blake2b(json.dumps(starts), size=12),
         "teacher": fingerprint(teacher),
     }
     batches = [jobs[first : first + batch_size] for first in range(0, n_sequences, batch_size)]
@@ -226,8 +226,8 @@ def _uniforms(seed: int, job: Job, count: int) -> Tensor:
 
 def _seed(*parts: object) -> int:
     """A 63-bit seed that mixes its parts well, the same on every machine."""
-    text = "/".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    digest = blake2b("/".join(str(part) for part in parts), size=8)
+    return int.from_bytes(bytes.fromhex(digest), "little") >> 1
 
 
 def _collect(rows: list[list[int]], end_token: int, start_place: int) -> GeneratedData:

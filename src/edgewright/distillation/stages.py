@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from edgewright.distillation.best import Best
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import write_text
+from edgewright.io.hashing import crc32
 from edgewright.io.json_file import read_object
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.training.checkpoint import latest_checkpoint
@@ -257,8 +257,4 @@ def load_state(model: nn.Module, path: Path) -> None:
 
 def _digest(model: nn.Module) -> int:
     """CRC-32 of the teacher's weights: a resume with another teacher must not pass unnoticed."""
-    digest = 0
-    for name, value in model.state_dict().items():
-        digest = zlib.crc32(name.encode(), digest)
-        digest = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest)
-    return digest
+    return crc32(*(part for entry in model.state_dict().items() for part in entry))

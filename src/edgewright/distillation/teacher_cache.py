@@ -10,7 +10,6 @@ int32 [n, T, k], tail float16 [n, T]. A shard is written whole or not at all; a 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from edgewright.distillation.manifest import claim_folder, fingerprint, read_manifest, shard_paths, track
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.hashing import blake2b
 from edgewright.io.tensors import load_tensors, save_tensors
 
 KIND = "teacher cache"
@@ -56,7 +56,7 @@ def cache_teacher(
         "shard_blocks": shard_blocks,
         "batch_size": batch_size,
         "vocabulary": vocabulary,
-        "data": hashlib.blake2b(blocks.to(torch.int32).numpy().tobytes(), digest_size=12).hexdigest(),
+        "data": blake2b(blocks.to(torch.int32), size=12),
         "teacher": fingerprint(teacher),
     }
     folder = claim_folder(folder, KIND, settings)

@@ -9,10 +9,8 @@ the first shard that is missing, and only the manifest of a finished folder says
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_file, write_text
+from edgewright.io.hashing import blake2b, crc32, sha256
 from edgewright.io.json_file import read_json
 from edgewright.io.typed import from_json
 
@@ -86,7 +85,7 @@ class TokenShards:
     def digest(self) -> str:
         """What tells this content from another: a resume on other data must not pass unnoticed."""
         parts = [(shard.name, shard.tokens, shard.crc32) for shard in self.shards]
-        return hashlib.sha256(repr((self.tokenizer, self.vocab_size, parts)).encode()).hexdigest()[:24]
+        return sha256(repr((self.tokenizer, self.vocab_size, parts)))[:24]
 
     def check_model(self, vocab_size: int, tokenizer: str | None = None) -> None:
         """Raise UsageError unless a model of `vocab_size` rows, with that tokenizer, can be trained on the shards."""
@@ -199,7 +198,7 @@ def split_limit(documents: Iterable[str], validation_share: float) -> tuple[int,
 
 def text_hash(text: str) -> int:
     """A number below 2^64 that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    return int(blake2b(text, size=8), 16)
 
 
 def _groups(documents: Iterable[str], limit: int, shard_bytes: int) -> Iterator[tuple[str, list[str]]]:
@@ -233,7 +232,7 @@ def _write_shard(
                     raise UsageError(f"the tokenizer gives the id {wrong}; the vocabulary is 0 to {vocabulary - 1}")
                 data = tokens.astype(dtype).tobytes()
                 file.write(data)
-                crc, size = zlib.crc32(data, crc), size + len(tokens)
+                crc, size = crc32(data, start=crc), size + len(tokens)
     length = sum(len(text.encode()) for text in texts)
     return Shard(name, name.partition("-")[0], size, len(texts), length, crc, source)
 
@@ -252,11 +251,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _source(texts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
+    documents = [text.encode() for text in texts]
+    return blake2b(*(part for data in documents for part in (len(data).to_bytes(8, "big"), data)), size=16)
 
 
 def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Shard]:
@@ -321,7 +317,7 @@ def _verify(path: Path, shard: Shard, dtype: np.dtype[Any], vocabulary: int) -> 
     tokens, crc = np.memmap(path, dtype, "r", shape=(shard.tokens,)), 0
     for start in range(0, shard.tokens, VERIFIED_AT_ONCE):
         part = tokens[start : start + VERIFIED_AT_ONCE]
-        crc = zlib.crc32(part.data, crc)
+        crc = crc32(part.data, start=crc)
         if (most := int(part.max())) >= vocabulary:
             raise FormatError(f"the shard {path} holds the id {most}; the vocabulary is 0 to {vocabulary - 1}")
     if crc != shard.crc32:

@@ -7,7 +7,6 @@ new one takes its place. Only a process of the same machine that no longer runs 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import re
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from edgewright.io.hashing import blake2b
 
 PART, OLD = ".part", ".old"
 _NAME = re.compile(
@@ -84,4 +85,4 @@ def _left_behind(path: Path, match: re.Match[str]) -> bool:
 
 
 def _host() -> str:
-    return hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
+    return blake2b(platform.node(), size=3)

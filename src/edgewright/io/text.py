@@ -6,7 +6,6 @@ The two splits never share a topic, paragraph or line, and do not change between
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import re
 import sysconfig
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from edgewright.errors import MissingPackage, UsageError
 from edgewright.io.decode import read_text
+from edgewright.io.hashing import sha256
 from edgewright.io.text_rows import rows_reader
 
 if TYPE_CHECKING:
@@ -197,8 +197,7 @@ def _topics(split: Split) -> list[str]:
 
 
 def _is_calibration(name: str) -> bool:
-    digest = hashlib.sha256(name.encode("utf-8")).digest()
-    return int.from_bytes(digest[:4], "big") < CALIBRATION_SHARE * 2**32
+    return int(sha256(name)[:8], 16) < CALIBRATION_SHARE * 2**32
 
 
 def _read(path: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from edgewright.errors import EdgewrightError, OutputError
 from edgewright.io.atomic import atomic_file
+from edgewright.io.hashing import sha256
 
 COMPILERS = ("c++", "g++", "clang++")
 COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
@@ -39,7 +39,7 @@ def load_kernel(name: str, extra: tuple[str, ...] = ()) -> ctypes.CDLL:
     for tuned in TUNED:
         flags = (*COMMON, *tuned, *extra)
         text = "\0".join((source.read_text("utf-8"), identity, *flags))
-        path = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.so"
+        path = cache_folder() / f"{name}-{sha256(text)[:24]}.so"
         if not path.exists():
             reason = _compile(compiler, source, flags, path)
         if path.exists():

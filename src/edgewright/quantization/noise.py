@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,11 +54,6 @@ class Noise:
                 torch.add(part, numbers, alpha=sign * self.sigma, out=out)
             weight = noisy
         return weight, alpha
-
-
-def noise_seed(*key: int) -> int:
-    """A seed for a torch.Generator from the numbers that name a draw: run, rank, step, micro-batch, layer; all >= 0."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @cache

@@ -10,7 +10,6 @@ return run.report
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgewright.errors import FormatError
 from edgewright.evaluation.language import add_rows, evaluate_language
 from edgewright.io.atomic import write_text
+from edgewright.io.hashing import json_hash
 from edgewright.io.json_file import read_object
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
@@ -180,4 +180,4 @@ class Run:
 
 
 def _digest(points: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(points, sort_keys=True).encode()).hexdigest()
+    return json_hash(points)

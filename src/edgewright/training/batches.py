@@ -6,15 +6,14 @@ The loop takes any iterator. One that also has `state_dict()` and `load_state_di
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.hashing import crc32, mixed_seed
 
 
 @runtime_checkable
@@ -102,17 +101,13 @@ class BlockBatches:
 
     def _epoch_order(self, epoch: int) -> Tensor:
         if self._order is None or self._order[0] != epoch:
-            mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(mixed) >> 1)
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
             self._order = epoch, torch.randperm(self._rows, generator=generator)
         return self._order[1]
 
     def _content_digest(self) -> int:
         """CRC-32 of the names and bytes: a resume on other data must not pass unnoticed."""
         if self._digest is None:
-            digest = 0
-            for name, value in sorted(self._columns().items()):
-                digest = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), digest)
-                digest = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data, digest)
-            self._digest = digest
+            columns = sorted(self._columns().items())
+            self._digest = crc32(*(part for name, x in columns for part in (f"{name} {x.dtype} {tuple(x.shape)}", x)))
         return self._digest

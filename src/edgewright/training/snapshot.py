@@ -18,22 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.hashing import bit_sum
 from edgewright.training.batches import ResumableBatches
 from edgewright.training.checkpoint import describe
 
 # Entries of torch's optimizers that have the shape of their parameter.
 FULL_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg", "exp_inf", "acc_delta")
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def checksum(tensor: Tensor) -> int:
-    """Sum of the bit patterns modulo 2^64: the same on every device, and different after any ordinary change."""
-    plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    return int(plain.view(_INTEGERS[plain.element_size()]).sum(dtype=torch.int64))
 
 
 def frozen_checksums(model: nn.Module) -> dict[str, int]:
-    return {name: checksum(p) for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: bit_sum(p) for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -48,7 +42,7 @@ def changing_tensors(model: nn.Module, frozen: Mapping[str, int]) -> dict[str, T
     return {
         name: tensor
         for name, tensor in model_tensors(model).items()
-        if not (isinstance(tensor, nn.Parameter) and not tensor.requires_grad and frozen.get(name) == checksum(tensor))
+        if not (isinstance(tensor, nn.Parameter) and not tensor.requires_grad and frozen.get(name) == bit_sum(tensor))
     }
 
 
@@ -68,7 +62,7 @@ def check_model(
         if parameter.requires_grad == (name in frozen):
             was, is_now = ("frozen", "trainable") if parameter.requires_grad else ("trainable", "frozen")
             raise UsageError(f"cannot resume from {path}: model tensor {name!r} was {was}, now it is {is_now}")
-        if name in frozen and name not in saved and checksum(parameter) != frozen[name]:
+        if name in frozen and name not in saved and bit_sum(parameter) != frozen[name]:
             raise UsageError(f"cannot resume from {path}: frozen parameter {name!r} has other values than in that run")
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.hashing import mix64
 from edgewright.io.shards import TokenShards
 
 ROUNDS = 6
@@ -119,14 +120,7 @@ def permuted(places: NDArray[np.int64], size: int, seed: tuple[int, ...]) -> NDA
     while outside.any():
         left, right = values[outside] >> np.uint64(half), values[outside] & low
         for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & low)
+            left, right = right, left ^ (mix64(right ^ key) & low)
         values[outside] = (left << np.uint64(half)) | right
         outside[outside] = values[outside] >= size
     return values.astype(np.int64)
-
-
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014): every bit of the result depends on every bit of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

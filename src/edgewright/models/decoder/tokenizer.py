@@ -6,12 +6,12 @@ own, as SmolLM's: a splitter that llama.cpp knows by name. No text is unknown to
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import UsageError
+from edgewright.io.hashing import json_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -76,7 +76,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         content = json.loads(backend.to_str())
         content = {name: content.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    return json_hash(content)[:32]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:

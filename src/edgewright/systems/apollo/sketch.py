@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from edgewright.errors import Unsupported
 from edgewright.training.sharded import is_split
+
+from edgewright.io.hashing import mixed_seed
 
 TINY = 1e-8  # keeps the two quotients of norms finite (official code)
 STACKED = 2**24  # numbers of gradients that one batched product stacks
@@ -60,11 +61,6 @@ def sketch_of(shape: Sequence[int], rank: int, side: str = "smaller") -> Sketch:
     by_row = side == "local" or rows >= columns
     contracted, channels = (columns, rows) if by_row else (rows, columns)
     return Sketch(min(rank, contracted), contracted, channels, by_row)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """One seed of 63 bits from several non-negative numbers; neighbours give unrelated ones."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def projection(seed: int, window: int, sketch: Sketch) -> Tensor:

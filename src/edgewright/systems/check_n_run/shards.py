@@ -8,7 +8,6 @@ is on the disk when it is closed.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 from collections.abc import Generator, Mapping
@@ -33,6 +32,7 @@ from torch.futures import Future
 
 from edgewright.errors import FormatError
 from edgewright.io.cover import cover_problem
+from edgewright.io.hashing import RunningHash, file_hash
 from edgewright.io.safetensors_header import SafetensorsEntry, read_header
 from edgewright.systems.check_n_run.files import Files
 
@@ -121,12 +121,9 @@ def read_file(files: Files, folder: str, name: str) -> dict[str, Tensor]:
 
 def digest(files: Files, path: str) -> WrittenFile:
     """sha256 and size of a file as it lies there."""
-    found, size = hashlib.sha256(), 0
     with files.open(path) as stream:
-        while piece := stream.read(_PIECE):
-            found.update(piece)
-            size += len(piece)
-    return WrittenFile(found.hexdigest(), size)
+        found = file_hash(stream)
+    return WrittenFile(found.hexdigest(), found.size)
 
 
 @dataclass(frozen=True)
@@ -215,13 +212,13 @@ class _Sink(io.RawIOBase):
 
     def __init__(self, files: Files, handle: Any) -> None:
         super().__init__()
-        self.files, self.handle, self.hash, self.count = files, handle, hashlib.sha256(), 0
+        self.files, self.handle, self.hash = files, handle, RunningHash()
 
     def writable(self) -> bool:
         return True
 
     def tell(self) -> int:
-        return self.count
+        return self.hash.size
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -229,7 +226,6 @@ class _Sink(io.RawIOBase):
             piece = view[start : start + _PIECE]
             self.files.write(self.handle, piece)
             self.hash.update(piece)
-        self.count += len(view)
         return len(view)
 
 
@@ -252,7 +248,7 @@ class _Streams(FileSystemBase):
         except BaseException:
             self.files.discard(handle)
             raise
-        self.written[self.name] = WrittenFile(sink.hash.hexdigest(), sink.count)
+        self.written[self.name] = WrittenFile(sink.hash.hexdigest(), sink.hash.size)
 
     def concat_path(self, path: Any, suffix: str) -> str:
         return f"{path}/{suffix}"

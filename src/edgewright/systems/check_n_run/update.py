@@ -8,7 +8,6 @@ that a restore of the checkpoint gives.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, FormatError, UsageError
+from edgewright.io.hashing import sha256, tensors_hash
 from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.systems.check_n_run.files import Files
 from edgewright.systems.check_n_run.manifest import Manifest, Table, check_record, kinds_of
@@ -50,8 +50,8 @@ def diff(before: str | Path, after: str | Path, to: str | Path) -> dict[str, Any
     dense = sorted(name for name in new if name not in tip.tables and not _equal(old[name], new[name]))
     tensors |= {f"dense.{name}": new[name] for name in dense}
     fields = {
-        "format": KIND, "version": VERSION, "base": base.id, "id": tip.id, "before": model_hash(old),
-        "after": model_hash(new), "records": records, "dense": dense,
+        "format": KIND, "version": VERSION, "base": base.id, "id": tip.id, "before": tensors_hash(old),
+        "after": tensors_hash(new), "records": records, "dense": dense,
     }  # fmt: skip
     _write(Path(to), tensors, fields)
     return fields
@@ -65,7 +65,7 @@ def apply_delta(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> di
     """
     fields, tensors = _read(Path(path))
     held = snapshot.model_tensors(model) if isinstance(model, nn.Module) else dict(model)
-    if model_hash(held) != fields["before"]:
+    if tensors_hash(held) != fields["before"]:
         raise UsageError(
             f"{path} leads from checkpoint {fields['base']} to {fields['id']}, and the model is not that of "
             f"{fields['base']}: fetch the update that starts where this model is"
@@ -87,7 +87,7 @@ def apply_delta(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> di
     with torch.no_grad():
         undo = [(t, ids, (t if ids is None else t[ids.to(t.device)]).detach().clone()) for t, ids, _ in steps]
         _put(steps)
-        if model_hash(held) != fields["after"]:
+        if tensors_hash(held) != fields["after"]:
             _put(undo)
             raise CheckFailed(f"{path} did not lead to {fields['id']}; the model is as it was")
     return fields
@@ -114,16 +114,6 @@ def merge(first: str | Path, second: str | Path, to: str | Path) -> dict[str, An
     fields = {**late, "base": early["base"], "before": early["before"], "records": records, "dense": dense}
     _write(Path(to), tensors, fields)
     return fields
-
-
-def model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of a model's tensors."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _collect(
@@ -211,7 +201,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _seal(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """sha256 over everything that the file says."""
     text = json.dumps({name: value for name, value in fields.items() if name != "sha256"}, sort_keys=True)
-    return hashlib.sha256(f"{text}{model_hash(tensors)}".encode()).hexdigest()
+    return sha256(text, tensors_hash(tensors))
 
 
 def _put(steps: list[tuple[Tensor, Tensor | None, Tensor]]) -> None:

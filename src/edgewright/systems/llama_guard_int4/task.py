@@ -8,7 +8,6 @@ A text belongs to one split only, by a hash of it, so no seed can bring a test t
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Literal, TypeVar
 import torch
 
 from edgewright.errors import UsageError
+from edgewright.io.hashing import sha256
 from edgewright.io.text import load_texts
 from edgewright.systems.llama_guard_int4.policy import GuardPolicy
 
@@ -122,7 +122,7 @@ def guard_examples(count: int, split: Split, seed: int = 0) -> list[Example]:
 
 def split_of(text: str) -> str:
     """The only split that a text can be in."""
-    bucket = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") % 20
+    bucket = int(sha256(text)[:16], 16) % 20
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 

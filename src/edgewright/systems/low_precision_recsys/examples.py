@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
+from edgewright.io.hashing import sha256
 from edgewright.systems.dlrm.bags import JaggedBatch
 from edgewright.systems.dlrm.clicks import ClickData
 
@@ -42,14 +42,10 @@ class Examples:
 
     def digest(self) -> str:
         """SHA-256 of all that a measurement depends on."""
-        found = hashlib.sha256()
         parts = [self.labels, self.groups, *(self.slices[name] for name in sorted(self.slices))]
-        for tensor in [*_tensors(parts), *_tensors(self.batches)]:
-            tensor = tensor.detach().cpu().contiguous()
-            found.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        found.update(repr(sorted(self.slices)).encode())
-        return found.hexdigest()
+        tensors = [*_tensors(parts), *_tensors(self.batches)]
+        described = (part for t in tensors for part in (f"{t.dtype} {list(t.shape)} ", t))
+        return sha256(*described, repr(sorted(self.slices)))
 
 
 def as_examples(data: ClickData | Examples, batch: int = BATCH, slices: Mapping[str, Tensor] | None = None) -> Examples:

@@ -7,7 +7,6 @@ other processes: under torch.distributed each rank takes its share of a list, wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.hashing import sha256, tensors_hash
 from edgewright.io.json_file import read_object
 from edgewright.measure.timing import alternate
 from edgewright.systems.low_precision_recsys.calibration import Histogram, correct_biases, histograms
 from edgewright.systems.low_precision_recsys.examples import Examples, logits
 from edgewright.systems.low_precision_recsys.gate import AccuracyGate, Judgement
-from edgewright.systems.low_precision_recsys.units import REFERENCE, Range, build, digest, find_units, swapped
+from edgewright.systems.low_precision_recsys.units import REFERENCE, Range, build, find_units, swapped
 
 Assignment = Mapping[str, str]  # unit -> option; a unit that is missing stays fp32
 TIMED = 7  # runs of a unit whose median is its time
@@ -175,9 +175,9 @@ class Bench:
             tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
             batches = Examples(self.calibration, torch.zeros(1)).digest() if self.calibration else ""
             ranges = sorted(self._given.items())
-            self._about = [digest(tensors), self.examples.digest(), self.gate.identity, batches, ranges]
+            self._about = [tensors_hash(tensors), self.examples.digest(), self.gate.identity, batches, ranges]
             self._about.append(self.bias_correction)
-        key = hashlib.sha256(json.dumps([self._about, what]).encode()).hexdigest()[:40]
+        key = sha256(json.dumps([self._about, what]))[:40]
         if key not in self._seen:
             path = None if self.log is None else self.log / f"{key}.json"
             if path is not None and path.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory, write_text
+from edgewright.io.hashing import sha256, tensors_hash
 from edgewright.io.json_file import read_object
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.systems.dlrm.model import CONFIG, DLRM, MODEL_TYPE as DLRM_TYPE, read_config
@@ -26,7 +26,6 @@ from edgewright.systems.low_precision_recsys.units import (
     Range,
     Unit,
     build,
-    digest,
     find_units,
     replaced_copy,
     unit_digest,
@@ -79,7 +78,7 @@ class QuantRecipe:
     def architecture(self) -> str:
         """Digest of the units' names, kinds and shapes: which models the recipe is for."""
         lines = [f"{name} {c.kind} {[list(s) for s in c.shapes]}" for name, c in sorted(self.units.items())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return sha256("\n".join(lines))
 
     def check(self, model: nn.Module, refreshed: bool = False) -> dict[str, Unit]:
         """The units of `model`. Raises UsageError listing those that it lacks, has besides, or has in other shapes;
@@ -182,7 +181,7 @@ def recipe_of(
     for name, unit in units.items():
         option = assignment.get(name, REFERENCE)
         unit.check(option)
-        values = digest(dict(parts[name].named_buffers())) if parts and name in parts else ""
+        values = tensors_hash(dict(parts[name].named_buffers())) if parts and name in parts else ""
         choices[name] = Choice(option, unit.kind, unit.shapes, unit_digest(model, unit), values)
     return QuantRecipe(choices, **fields)
 

@@ -7,8 +7,7 @@ once; a table as quotient and remainder is one unit with two short tables.
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import Unsupported, UsageError
+from edgewright.io.hashing import tensors_hash
 from edgewright.io.row_codes import row_bytes
 from edgewright.systems.dlrm.tables import QREmbeddingBag
 from edgewright.systems.low_precision_recsys.bag import (
@@ -158,16 +158,6 @@ def replaced_copy(model: nn.Module, *parts: nn.ModuleDict) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors, in the order of their names."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def unit_digest(model: nn.Module, unit: Unit) -> str:
     """Digest of a unit's weights and biases."""
     tensors = {
@@ -175,7 +165,7 @@ def unit_digest(model: nn.Module, unit: Unit) -> str:
         for path in unit.paths
         for name, tensor in model.get_submodule(path).named_parameters(recurse=False)
     }
-    return digest(tensors)
+    return tensors_hash(tensors)
 
 
 def _store(name: str, weight: Tensor, option: str, quick: bool) -> StoredRows:

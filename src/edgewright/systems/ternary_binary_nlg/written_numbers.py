@@ -10,7 +10,6 @@ judged by exact match, and one wrong step spoils the whole.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from datetime import date, timedelta
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
+from edgewright.io.hashing import crc32
 
 SMALL = (
     *"zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(),
@@ -99,7 +99,7 @@ def examples(count: int, seed: int, held_out: bool = False) -> list[tuple[list[s
             source, target = number_words(number), list(str(number))
             if task == "<words>":
                 source, target = target, source
-        if (zlib.crc32(" ".join(source).encode()) % HELD_OUT_SHARE == 0) == held_out:
+        if (crc32(" ".join(source)) % HELD_OUT_SHARE == 0) == held_out:
             found.append(([task, *source], target))
     return found
 
