@@ -12,7 +12,7 @@ from torch import nn
 import edgewright
 from edgewright.errors import EdgewrightError, FormatError
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedTensor
-from edgewright.io.quantized_folder import CODE_BITS, QUANTIZATION_KEY, load_quantized, pack_codes, unpack_codes
+from edgewright.io.quantized_folder import CODE_BITS, QUANTIZATION_KEY, load_quantized, pack_grid, unpack_grid
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -27,23 +27,23 @@ def random_codes(grid: str, rows: int, columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(4, 64), (3, 5), (1, 1), (7, 9)])
 def test_codes_round_trip(grid, shape):
     codes = random_codes(grid, *shape)
-    packed = pack_codes(codes, grid)
+    packed = pack_grid(codes, grid)
     assert packed.dtype == torch.uint8
     assert packed.numel() == -(-codes.numel() * CODE_BITS[grid] // 8)
-    assert torch.equal(unpack_codes(packed, grid, shape), codes)
+    assert torch.equal(unpack_grid(packed, grid, shape), codes)
 
 
 def test_every_code_has_its_place():
     """The layout as the docstring says it: codes minus the lowest, row after row, lowest bits first."""
-    assert pack_codes(torch.tensor([[-2, -1, 0, 1], [1, 0, -1, -2]], dtype=torch.int8), "seq2").tolist() == [228, 27]
-    assert pack_codes(torch.tensor([[-8, 7, 1]], dtype=torch.int8), "int4").tolist() == [0xF0, 0x09]
-    assert pack_codes(torch.tensor([[1, -1, -1, 1]], dtype=torch.int8), "binary").tolist() == [0b1001]
+    assert pack_grid(torch.tensor([[-2, -1, 0, 1], [1, 0, -1, -2]], dtype=torch.int8), "seq2").tolist() == [228, 27]
+    assert pack_grid(torch.tensor([[-8, 7, 1]], dtype=torch.int8), "int4").tolist() == [0xF0, 0x09]
+    assert pack_grid(torch.tensor([[1, -1, -1, 1]], dtype=torch.int8), "binary").tolist() == [0b1001]
 
 
 def test_codes_beyond_the_grid():
     for grid, byte in (("ternary", 3), ("int3", 8)):
         with pytest.raises(FormatError, match=grid):
-            unpack_codes(torch.tensor([byte], dtype=torch.uint8), grid, (1, 1))
+            unpack_grid(torch.tensor([byte], dtype=torch.uint8), grid, (1, 1))
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_nibbles_round_trip():
     packed = pack_nibbles(codes)
     assert packed.dtype == torch.uint8 and packed.shape == (3, 16)
     assert torch.equal(unpack_nibbles(packed), codes)
-    with pytest.raises(UsageError, match="even"):
+    with pytest.raises(UsageError, match="rows of 5 codes of 4 bits"):
         pack_nibbles(codes[:, :5])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgewright.errors import Unsupported, UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack, PackedTensor
-from edgewright.io.quantized_folder import FORMAT, QUANTIZATION_KEY, WEIGHTS, pack_codes, tied_parameters
+from edgewright.io.quantized_folder import FORMAT, QUANTIZATION_KEY, WEIGHTS, pack_grid, tied_parameters
 from edgewright.io.tensors import save_tensors
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, f
         modules[name] = {"kind": kind, "grid": value.grid, "shape": list(value.codes.shape)}
         if isinstance(module, PackedStack):
             modules[name] |= {"kind": "stack", "count": module.count, "group_axis": module.group_axis}
-        state[f"{name}.codes"] = pack_codes(value.codes.detach().cpu(), value.grid)
+        state[f"{name}.codes"] = pack_grid(value.codes.detach().cpu(), value.grid)
         state[f"{name}.step"] = _smallest_exact(value)
     state |= _other_tensors(model, packed)
     _save(model, tokenizer, folder, state, {QUANTIZATION_KEY: {"format": FORMAT, "modules": modules, "shared": shared}})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, in_one_line
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.io.config_bounds import check_numbers
 from edgewright.io.expert_stacks import put_stack
 from edgewright.io.foreign import load_tokenizer
@@ -41,32 +42,22 @@ STEP_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float3
 CODE_BITS = {"binary": 1, "ternary": 2, "seq2": 2, "int2": 2, "int3": 4, "int4": 4, "int8": 8}
 
 
-def pack_codes(codes: Tensor, grid: str) -> Tensor:
+def pack_grid(codes: Tensor, grid: str) -> Tensor:
     """uint8 [ceil(out * in * bits / 8)] of int8 codes [out, in]."""
-    bits, low = CODE_BITS[grid], CODE_RANGES[grid][0]
-    flat = codes.reshape(-1).to(torch.int16).sub_(low)
+    numbers = codes.reshape(-1).to(torch.int16).sub_(CODE_RANGES[grid][0])
     if grid == "binary":
-        flat = flat.div_(2, rounding_mode="floor")
-    each = 8 // bits
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % each)).to(torch.uint8)
-    packed = flat[0::each].clone()
-    for place in range(1, each):
-        packed |= flat[place::each] << (bits * place)
-    return packed
+        numbers = numbers.div_(2, rounding_mode="floor")
+    return pack_codes(numbers, CODE_BITS[grid])
 
 
-def unpack_codes(packed: Tensor, grid: str, shape: tuple[int, int]) -> Tensor:
-    """int8 codes [out, in] from `pack_codes`. Raises FormatError for numbers that no code of the grid has."""
-    bits, (low, high, _) = CODE_BITS[grid], CODE_RANGES[grid]
-    each = 8 // bits
-    codes = torch.empty(len(packed), each, dtype=torch.int8)
-    for place in range(each):
-        number = (packed >> (bits * place)) & ((1 << bits) - 1)
-        codes[:, place] = (number * 2 if grid == "binary" else number).to(torch.int16).add_(low)
-    result = codes.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
-    if int(result.max()) > high:
-        raise FormatError(f"a {grid} matrix holds the code {int(result.max())}; the largest is {high}")
-    return result
+def unpack_grid(packed: Tensor, grid: str, shape: tuple[int, int]) -> Tensor:
+    """int8 codes [out, in] from `pack_grid`. Raises FormatError for numbers that no code of the grid has."""
+    low, high, _ = CODE_RANGES[grid]
+    numbers = unpack_codes(packed, CODE_BITS[grid], shape[0] * shape[1]).to(torch.int16)
+    codes = (numbers.mul_(2) if grid == "binary" else numbers).add_(low).to(torch.int8).reshape(shape)
+    if int(codes.max()) > high:
+        raise FormatError(f"a {grid} matrix holds the code {int(codes.max())}; the largest is {high}")
+    return codes
 
 
 def load_quantized(
@@ -89,7 +80,7 @@ def load_quantized(
         if not torch.isfinite(step).all():
             raise FormatError(f"{folder}: the steps of {name} hold NaN or infinity")
         packed = PackedTensor(
-            unpack_codes(stored.pop(f"{name}.codes"), fields["grid"], tuple(fields["shape"])), step, fields["grid"]
+            unpack_grid(stored.pop(f"{name}.codes"), fields["grid"], tuple(fields["shape"])), step, fields["grid"]
         )
         _put(model, name, packed, dtype, fields)
     for name, source in shared.items():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.bits import pack_codes, packed_bytes, unpack_codes
 
 ROW_BITS = (2, 3, 4, 8)
 _HALF_LARGEST = 65504.0
@@ -57,14 +58,14 @@ class PackedRows:
 
     def scale_bias(self) -> Tensor:
         """Scale and bias of every row, float32 [n, 2]."""
-        width = _code_bytes(self.dim, self.bits)
+        width = packed_bytes(self.dim, self.bits)
         # a view as floats wants memory of its own, with the strides of a matrix even where there is one row
         ends = self.packed[:, width:].clone(memory_format=torch.contiguous_format)
         return ends.view(torch.float32 if self.bits == 8 else torch.float16).float()
 
     def codes(self) -> Tensor:
         """Codes of every row, uint8 [n, dim]."""
-        return _unpack(self.packed[:, : _code_bytes(self.dim, self.bits)], self.bits)[:, : self.dim]
+        return unpack_codes(self.packed[:, : packed_bytes(self.dim, self.bits)], self.bits, self.dim)
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """The float32 values [n, dim], or of the rows (int64 [m]) asked for: [m, dim]."""
@@ -76,7 +77,7 @@ class PackedRows:
 def row_bytes(dim: int, bits: int) -> int:
     """Bytes of a row of `dim` values at `bits` bits, scale and bias included."""
     _check_bits(bits)
-    return _code_bytes(dim, bits) + (8 if bits == 8 else 4)
+    return packed_bytes(dim, bits) + (8 if bits == 8 else 4)
 
 
 def unpackable_rows(weight: Tensor, bits: int) -> Tensor:
@@ -141,38 +142,7 @@ def _pack_chunk(rows: Tensor, bits: int, low: Tensor, high: Tensor) -> Tensor:
     codes = rows.sub(bias.unsqueeze(1)).mul_(inverse.unsqueeze(1)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     ends = torch.stack([scale, bias], 1)
     ends = ends if bits == 8 else ends.half()
-    return torch.cat([_pack(codes, bits), ends.contiguous().view(torch.uint8)], 1)
-
-
-def _code_bytes(dim: int, bits: int) -> int:
-    return -(-dim * bits // 8)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [n, d] as bytes [n, ceil(d * bits / 8)], the first code in the lowest bits."""
-    if bits == 8:
-        return codes
-    per, count = (8, 3) if bits == 3 else (8 // bits, 1)  # codes that end with a byte, and the bytes that they fill
-    width = _code_bytes(codes.shape[1], bits)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per)).unflatten(1, (-1, per))
-    word = torch.zeros(codes.shape[:2], dtype=torch.int32, device=codes.device)
-    for place in range(per):
-        word |= codes[:, :, place].to(torch.int32) << (bits * place)
-    found = torch.stack([(word >> (8 * byte)) & 255 for byte in range(count)], 2).to(torch.uint8)
-    return found.flatten(1)[:, :width]
-
-
-def _unpack(data: Tensor, bits: int) -> Tensor:
-    """The reverse of `_pack`: bytes [n, b] to codes uint8 [n, at least d]."""
-    if bits == 8:
-        return data
-    per, count = (8, 3) if bits == 3 else (8 // bits, 1)
-    data = torch.nn.functional.pad(data, (0, -data.shape[1] % count)).unflatten(1, (-1, count))
-    word = torch.zeros(data.shape[:2], dtype=torch.int32, device=data.device)
-    for byte in range(count):
-        word |= data[:, :, byte].to(torch.int32) << (8 * byte)
-    codes = torch.stack([(word >> (bits * place)) & (2**bits - 1) for place in range(per)], 2)
-    return codes.to(torch.uint8).flatten(1)
+    return torch.cat([pack_codes(codes, bits), ends.contiguous().view(torch.uint8)], 1)
 
 
 def _check_bits(bits: int) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgewright.errors import EdgewrightError, UsageError
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.kernels.build import load_kernel
 
 WORD = 64
@@ -29,22 +30,19 @@ WORDS_AT_ONCE = 1 << 20  # temporary of the twin: 8 MB
 
 def pack_bits(bits: Tensor) -> Tensor:
     """bool [rows, n] -> int64 words [rows, ceil(n / 64)]."""
-    rows, n = bits.shape
-    padded = F.pad(bits.to(torch.int64), (0, -n % WORD)).reshape(rows, -(-n // WORD), WORD)
-    return (padded << torch.arange(WORD, device=bits.device)).sum(-1)  # distinct powers: the sum is their union
+    return pack_codes(F.pad(bits, (0, -bits.shape[1] % WORD)), 1).view(torch.int64)
 
 
 def unpack_bits(words: Tensor, n: int) -> Tensor:
     """int64 words [rows, ceil(n / 64)] -> bool [rows, n]."""
-    places = torch.arange(WORD, device=words.device)
-    return ((words.unsqueeze(-1) >> places) & 1).bool().flatten(1)[:, :n]
+    return unpack_codes(words.contiguous().view(torch.uint8), 1)[:, :n].bool()
 
 
 def unpack_signs(words: Tensor, n: int) -> Tensor:
     """int64 words [rows, ceil(n / 64)] -> float32 -1 and +1 [rows, n], a byte at a time from a table of 256 rows."""
-    places = torch.arange(8, device=words.device)
-    table = ((torch.arange(256, device=words.device).unsqueeze(1) >> places) & 1).float() * 2 - 1  # [256, 8]
-    parts = (words.unsqueeze(-1) >> (8 * places)) & 0xFF  # [rows, k, 8], lowest byte first
+    bytes_ = torch.arange(256, dtype=torch.uint8, device=words.device).unsqueeze(1)
+    table = unpack_codes(bytes_, 1).float() * 2 - 1  # [256, 8]
+    parts = (words.unsqueeze(-1) >> torch.arange(0, WORD, 8, device=words.device)) & 0xFF  # [rows, k, 8], lowest first
     return F.embedding(parts, table).reshape(len(words), WORD * words.shape[1])[:, :n]
 
 

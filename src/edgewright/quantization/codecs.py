@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
+from edgewright.io.bits import pack_codes, unpack_codes
 
 GGML_BLOCK = 32
 STORED_BITS = 8  # codes are kept in int8
@@ -82,15 +83,12 @@ def _round_half_away_(x: Tensor) -> Tensor:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """int8 codes -8..7 [..., n] to uint8 [..., n / 2]: first half of a row in the low nibbles, second in the high."""
-    if codes.shape[-1] % 2:
-        raise UsageError(f"rows of {codes.shape[-1]} codes cannot be packed in pairs; the length must be even")
-    low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
-    return low | (high << 4)
+    return pack_codes(codes + 8, 4, "halves")
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """Inverse of `pack_nibbles`: uint8 [..., n / 2] to int8 [..., n]."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1).to(torch.int8) - 8
+    return unpack_codes(packed, 4, order="halves").to(torch.int8) - 8
 
 
 def ggml_bytes(codes: Tensor, scales: Tensor, name: str) -> Tensor:

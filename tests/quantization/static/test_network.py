@@ -12,7 +12,7 @@ from torch import nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.quantization.static.batchnorm import ConvBNQuant2d, StaticLayer
 from edgewright.quantization.static.config import StaticConfig, quantization
-from edgewright.quantization.static.file import load_static, pack_bits, save_static, unpack_bits
+from edgewright.quantization.static.file import load_static, save_static
 from edgewright.quantization.static.freezing import freeze_
 from edgewright.quantization.static.network import calibrate_, convert_static, quantize_static, static_report
 from edgewright.quantization.static.observers import FixedActivation
@@ -101,15 +101,6 @@ def test_checkpoints_of_the_float_model_load() -> None:
     other.load_state_dict(toy_net(seed=1).state_dict())
     other.load_state_dict(target.state_dict())
     assert torch.equal(other(x), target(x))
-
-
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_packed_bits_come_back(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (5, 7), generator=torch.Generator().manual_seed(0))
-    packed = pack_bits(codes, bits)
-    assert packed.numel() == -(-35 * bits // 8) and torch.equal(unpack_bits(packed, bits, 35).reshape(5, 7), codes)
-    with pytest.raises(FormatError, match="need"):
-        unpack_bits(packed[1:], bits, 35)
 
 
 @pytest.mark.parametrize("config", [StaticConfig(weight_bits=5), StaticConfig(symmetric=False, granularity="layer")])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgewright.errors import Unsupported
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.io.own_forward import refuse_own_forwards
 from edgewright.io.packed import CODE_RANGES, PackedConv2d, PackedEmbedding, PackedLinear, PackedTensor
 
@@ -52,10 +53,8 @@ class Blocks:
 
     def unpack(self) -> Tensor:
         """The float32 matrix that the blocks stand for: what `MatMulNBits` multiplies by."""
-        per = 8 // self.bits
-        shifts = torch.arange(per, dtype=torch.int32) * self.bits
-        codes = (self.words.to(torch.int32).unsqueeze(-1) >> shifts) & (2**self.bits - 1)
-        values = (codes.reshape(*self.scales.shape, self.block).float() - self.zero) * self.scales.unsqueeze(-1)
+        codes = unpack_codes(self.words, self.bits)  # [rows, blocks, block]
+        values = (codes.float() - self.zero) * self.scales.unsqueeze(-1)
         return values.reshape(len(self.words), -1)[:, : self.columns]
 
 
@@ -80,9 +79,7 @@ def pack_blocks(packed: PackedTensor, bits: int, block: int) -> Blocks:
     if count * block > columns:
         # zero is a stored number only where it is whole; elsewhere what stands there meets no input
         numbers = F.pad(numbers, (0, count * block - columns), value=int(zero))
-    per = 8 // bits
-    shifts = torch.arange(per, dtype=torch.int32) * bits
-    words = (numbers.reshape(rows, count, block // per, per) << shifts).sum(-1).to(torch.uint8)
+    words = pack_codes(numbers.reshape(rows, count, block), bits)
     return Blocks(words, scales.repeat_interleave(count // scales.shape[1], dim=1).contiguous(), bits, zero, columns)
 
 

@@ -15,11 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from edgewright.errors import EdgewrightError, FormatError, UsageError
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.io.typed import from_json
 from edgewright.quantization.affine import BITS
@@ -27,22 +27,6 @@ from edgewright.quantization.static.batchnorm import ConvBNQuant2d, StaticLayer
 from edgewright.quantization.static.config import StaticConfig, set_submodule
 from edgewright.quantization.static.network import quantize_static
 from edgewright.quantization.static.observers import ActivationQuantizer, FixedActivation
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes 0 .. 2^bits - 1 of any shape to ceil(n * bits / 8) bytes, uint8, least significant bit first."""
-    flat = codes.reshape(-1).cpu().numpy().astype(np.uint8)
-    planes = (flat[:, None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of `pack_bits`: int32 [count]. Raises FormatError when the number of bytes does not fit."""
-    if packed.dtype != torch.uint8 or packed.numel() != -(-count * bits // 8):
-        raise FormatError(f"{count} codes of {bits} bits need {-(-count * bits // 8)} bytes, found {packed.numel()}")
-    planes = np.unpackbits(packed.cpu().numpy(), bitorder="little")[: count * bits].reshape(count, bits)
-    weights = (1 << np.arange(bits)).astype(np.int32)
-    return torch.from_numpy(planes.astype(np.int32) @ weights)
 
 
 def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) -> int:
@@ -55,7 +39,8 @@ def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) ->
             activations[name] = [module.step, module.zero]
         elif isinstance(module, StaticLayer):
             if module.scheme is not None:
-                tensors[f"{name}.codes"] = pack_bits(module.codes - module.lowest, module.scheme.bits)
+                numbers = (module.codes - module.lowest).flatten().cpu()
+                tensors[f"{name}.codes"] = pack_codes(numbers, module.scheme.bits)
                 tensors |= {f"{name}.step": module.step, f"{name}.zero": module.zero}
                 layers[name] = list(module.weight.shape)
             else:
@@ -114,7 +99,8 @@ def _layer(name: str, module: ConvBNQuant2d, shape: list[int], tensors: dict[str
     if tuple(shape) != tuple(module.weight.shape):
         raise FormatError(f"layer {name} has the shape {tuple(module.weight.shape)}, the file's is {tuple(shape)}")
     lowest = scheme.code_range[0]
-    codes = unpack_bits(tensors[f"{name}.codes"], scheme.bits, module.weight.numel()).reshape(shape) + lowest
+    numbers = unpack_codes(tensors[f"{name}.codes"], scheme.bits, module.weight.numel())
+    codes = numbers.to(torch.int32).reshape(shape) + lowest
     step, zero = tensors[f"{name}.step"], tensors[f"{name}.zero"]
     wide = (-1, *(1,) * (codes.ndim - 1))
     weight = (codes - zero.reshape(wide)).float() * step.reshape(wide)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.io.row_codes import PackedRows, row_bytes, unpackable_rows
 from edgewright.io.row_ranges import quantize_rows, tune_range
 
@@ -134,10 +135,9 @@ def encode_ids(ids: Tensor) -> tuple[str, Tensor]:
     dtype = next(kind for kind in _DELTAS if most <= torch.iinfo(kind).max)
     span = int(ids[-1] - ids[0]) + 1
     if -(-span // 8) < len(deltas) * dtype.itemsize:
-        flags = torch.zeros(-(-span // 8) * 8, dtype=torch.uint8)
-        flags[ids - ids[0]] = 1
-        weights = (1 << torch.arange(8)).to(torch.uint8)
-        return "bitmap", (flags.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+        flags = torch.zeros(span, dtype=torch.bool)
+        flags[ids - ids[0]] = True
+        return "bitmap", pack_codes(flags, 1)
     return "delta", deltas.to(dtype)
 
 
@@ -156,8 +156,7 @@ def decode_ids(fields: Mapping[str, Any], tensors: Mapping[str, Tensor], total: 
             raise _broken(fields, "its ids do not ascend")
         ids = torch.cat([torch.zeros(1, dtype=torch.int64), steps.cumsum(0)]) + first
     else:
-        ids = (stored.unsqueeze(1) & (1 << torch.arange(8)).to(torch.uint8)).ne(0).flatten().nonzero().squeeze(1)
-        ids = ids + first
+        ids = unpack_codes(stored, 1).nonzero().squeeze(1) + first
     # every id is compared, not the last alone: sums of differences that wrap around may end in range
     if len(ids) != count or bool((ids.diff() < 1).any()) or _outside(ids, total):
         raise _broken(fields, f"its ids are not {count} ascending rows of {total}")

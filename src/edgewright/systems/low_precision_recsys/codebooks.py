@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError, UsageError
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.io.row_codes import unpackable_rows
 
 CENTRES = 16
@@ -56,12 +57,12 @@ class CodebookRows:
 
     def codes(self) -> Tensor:
         """Codes of every row, uint8 [n, dim]."""
-        return _unpack(self.packed, self.dim)
+        return unpack_codes(self.packed, self.bits, self.dim)
 
     def dequantize(self, rows: Tensor | None = None) -> Tensor:
         """The float32 values [n, dim], or of the rows (int64 [m]) asked for: [m, dim]."""
         places = torch.arange(len(self), device=self.packed.device) if rows is None else rows.long()
-        codes = _unpack(self.packed[places], self.dim).long()
+        codes = unpack_codes(self.packed[places], self.bits, self.dim).long()
         books = self.books[torch.div(places, self.block, rounding_mode="floor")].float()
         return books.gather(1, codes)
 
@@ -91,7 +92,7 @@ def kmeans_rows(weight: Tensor, block: int = 1, steps: int = STEPS) -> CodebookR
         found.append(_cluster(weight[whole:].unsqueeze(0), steps))
     codes = torch.cat([codes for codes, _ in found]) if found else weight.new_zeros((0, dim), dtype=torch.uint8)
     books = torch.cat([books for _, books in found]) if found else weight.new_zeros((0, CENTRES), dtype=torch.float16)
-    return CodebookRows(_pack(codes), books, block, dim)
+    return CodebookRows(pack_codes(codes, 4), books, block, dim)
 
 
 def _cluster(rows: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -117,12 +118,3 @@ def _nearest(books: Tensor, values: Tensor) -> Tensor:
     """The place of the nearest centre, books rising: int64 of the values' shape."""
     middles = (books[:, 1:] + books[:, :-1]) / 2
     return torch.searchsorted(middles.contiguous(), values.contiguous())
-
-
-def _pack(codes: Tensor) -> Tensor:
-    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
-def _unpack(data: Tensor, dim: int) -> Tensor:
-    return torch.stack([data & 15, data >> 4], 2).flatten(1)[:, :dim]

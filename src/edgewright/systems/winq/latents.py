@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
+from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.quantization.api import PACKED, quantized_modules
 from edgewright.quantization.layers import QuantEmbedding, WeightQuantizer
 from edgewright.systems.parq.proximal import ProxHard
@@ -26,16 +27,11 @@ class PackedCodes:
     def of(cls, codes: Tensor, low: int, width: int) -> PackedCodes:
         """From int8 codes of any shape whose smallest value is `low`."""
         flat = (codes.reshape(-1) - low).view(torch.uint8).cpu()  # wraps around as it should at 8 bits
-        per = 8 // width
-        padded = torch.nn.functional.pad(flat, (0, -flat.numel() % per)).view(-1, per)
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8)
-        return cls((padded << shifts).sum(-1, dtype=torch.uint8), width)
+        return cls(pack_codes(flat, width), width)
 
     def differing(self, other: PackedCodes) -> int:
         """How many codes are not the same."""
-        changed = self.data ^ other.data
-        mask = 2**self.width - 1
-        return sum(int((changed >> shift & mask).count_nonzero()) for shift in range(0, 8, self.width))
+        return int(unpack_codes(self.data ^ other.data, self.width).count_nonzero())
 
 
 @dataclass(frozen=True)
