@@ -40,6 +40,26 @@ OVER_BUDGET = {
     "r-sparse": "calibration, search, kernel and folder",
     "stem": "store, cache and reading ahead for tables outside of memory; editing",
 }
+# Small jobs that are done in one place: what the source says that does them, and the modules that may say it.
+ONE_PLACE: dict[str, tuple[str, ...]] = {
+    r"(import|from) hashlib\b|\bzlib\.crc32\b|from (zlib|binascii) import .*crc": ("io/hashing.py",),
+    # ggml's block formats, each an expression of its own, stand where they are written and read
+    r"(<<|>>) \(?(bits|width) \*|\bpackbits\(|\bunpackbits\(": (
+        "export/gguf/blocks.py",
+        "io/bits.py",
+        "io/gguf/types.py",
+    ),
+    r"0xBF58476D1CE4E5B9|\bSeedSequence\(.*>> ?1\b": ("io/hashing.py",),
+    r"rich\.progress": ("measure/progress.py",),
+    # the two optimizers whose own state is split make and read such tensors themselves
+    r"torch\.distributed\.(_?tensor)\b|\.(to_local|full_tensor)\(|\b_local_tensor\b|\.placements\b": (
+        "systems/apollo/sketch.py",
+        "systems/distributed_lion/exchange.py",
+        "training/distributed.py",
+    ),
+    r"points\.json\"": ("systems/run.py",),
+}
+
 # What must not be imported before a command has something to do with it.
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "matplotlib", "rich", "gguf", "safetensors", "tokenizers"}
 
@@ -83,6 +103,12 @@ def test_systems_keep_their_budget() -> None:
     for slug in sorted(over):
         told = f"over the budget of a system: {slug}, {sizes[slug].files} files, {sizes[slug].method} lines"
         warnings.warn(f"{told}: {OVER_BUDGET[slug]}", stacklevel=1)
+
+
+def test_a_small_job_is_done_in_one_place() -> None:
+    for pattern, places in ONE_PLACE.items():
+        modules = [path for path in MODULES if re.search(pattern, path.read_text("utf-8"))]
+        assert [path.relative_to(PACKAGE).as_posix() for path in modules] == list(places), pattern
 
 
 def test_modules_stay_readable() -> None:

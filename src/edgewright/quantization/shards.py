@@ -5,66 +5,17 @@ A row-wise rule is local to a shard of whole rows; a rule for the whole tensor n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import Unsupported, UsageError
+from edgewright.errors import UsageError
+from edgewright.training.distributed import is_split, local
 
 Granularity = Literal["row", "tensor"] | int
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")  # a DTensor; asked this way, nothing distributed need be imported
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part that lies here, sharing memory with `tensor`; without gradient."""
-    part: Any = tensor.detach()
-    return part.to_local() if is_sharded(tensor) else part
-
-
-def check(parameter: Tensor, name: str) -> None:
-    """Raise Unsupported unless whole rows lie together."""
-    placements = getattr(parameter, "placements", ())
-    if not all(placement.is_replicate() or placement.is_shard(0) for placement in placements):
-        raise Unsupported(f"parameter {name} is placed as {placements}; shard it along its first dimension")
-
-
-def reducer(parameter: Tensor) -> Callable[[Tensor, str], Tensor] | None:
-    """All-reduce ("sum" or "max") over the devices among which the parameter is split; None when it is whole here."""
-    if not is_sharded(parameter):
-        return None
-    import torch.distributed as dist
-
-    sharded: Any = parameter
-    groups = [sharded.device_mesh.get_group(i) for i, place in enumerate(sharded.placements) if place.is_shard()]
-    if not groups:
-        return None
-
-    def reduce(tensor: Tensor, how: str) -> Tensor:
-        for group in groups:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group=group)
-        return tensor
-
-    return reduce
-
-
-def as_global(part: Tensor, parameter: Tensor, sharded: bool = True) -> Tensor:
-    """`part` placed as `parameter` is, or replicated, so that a distributed checkpoint can store it whole."""
-    if not is_sharded(parameter):
-        return part
-    from torch.distributed.tensor import DTensor, Replicate
-
-    like: Any = parameter
-    if not sharded:
-        return DTensor.from_local(part, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    shape = torch.Size([parameter.shape[0], *part.shape[1:]])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
 
 
 def matrix_rows(p: Tensor, granularity: Granularity) -> int:
@@ -99,7 +50,7 @@ def holding(tensors: dict[nn.Parameter, Tensor], update: bool) -> Iterator[None]
     own: dict[nn.Parameter, Tensor] = {}
     try:
         for parameter, tensor in tensors.items():
-            if is_sharded(parameter):
+            if is_split(parameter):
                 own[parameter] = torch.empty(0) if update else local(parameter).clone()
                 local(parameter).copy_(tensor)
             else:
@@ -108,7 +59,7 @@ def holding(tensors: dict[nn.Parameter, Tensor], update: bool) -> Iterator[None]
         yield
     finally:
         for parameter, before in own.items():
-            if is_sharded(parameter):
+            if is_split(parameter):
                 if update:
                     tensors[parameter].copy_(local(parameter))
                 else:

@@ -24,7 +24,8 @@ from edgewright.io.atomic import atomic_directory, sync_file
 from edgewright.io.json_file import read_json
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import save_tensors
-from edgewright.training.sharded import FOLDER as PARTS, Part, begin_folder, finish_folder, is_split
+from edgewright.training.distributed import is_split
+from edgewright.training.sharded import FOLDER as PARTS, Part, begin_folder, finish_folder
 from edgewright.training.sharded_parts import part_names, write_parts
 
 FORMAT = 1

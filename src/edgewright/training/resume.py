@@ -16,6 +16,7 @@ from edgewright.errors import CheckFailed, EdgewrightError, FormatError, UsageEr
 from edgewright.protocols import DiffersByProcess, KeepsState
 from edgewright.training import checkpoint, sharded, snapshot
 from edgewright.training.background import Background
+from edgewright.training.distributed import is_split
 from edgewright.training.metrics import MetricsLog
 from edgewright.training.sharded_parts import new_parts
 
@@ -118,7 +119,7 @@ class Keeper:
         live = snapshot.model_tensors(self._model)
         values = checkpoint.read_model(path, live)
         for name in values:
-            if sharded.is_split(live[name]):
+            if is_split(live[name]):
                 raise UsageError(f"cannot resume from {path}: model tensor {name!r} was whole, now it is split")
         parts = {checkpoint.PART + name: live[name] for name in names - values.keys()}
         held = sharded.fill_optimizer(self._optimizer, state["optimizer"])

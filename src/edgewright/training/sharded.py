@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, OutputError, UsageError
+from edgewright.training.distributed import cuts, is_split, whole, zeros_like_split
 
 FOLDER = "sharded"
 
@@ -36,8 +37,7 @@ class Part:
     @classmethod
     def of(cls, key: str, tensor: Any) -> Part:
         """The stand-in of a split tensor."""
-        cuts = tuple(place.dim if place.is_shard() else None for place in tensor.placements)
-        return cls(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), cuts)
+        return cls(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), cuts(tensor))
 
     def empty(self, parameter: Tensor) -> Tensor:
         """Zeros for the tensor, on the mesh of the parameter whose state it is; whole where the parameter is whole."""
@@ -46,16 +46,13 @@ class Part:
             raise FormatError(f"the state {self.key!r} is of an unknown type {self.dtype[:20]!r}")
         if not is_split(parameter):
             return torch.zeros(self.shape, dtype=dtype, device=parameter.device)
-        from torch.distributed.tensor import Replicate, Shard, zeros
-
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
         if len(self.cuts) != mesh.ndim:
             raise UsageError(
                 f"the state {self.key!r} was split over a mesh of {len(self.cuts)} dimensions, and the model is over "
                 f"one of {mesh.ndim}; resume on a mesh of as many dimensions"
             )
-        places = [Replicate() if cut is None else Shard(cut) for cut in self.cuts]
-        return zeros(self.shape, dtype=dtype, device_mesh=mesh, placements=places)
+        return zeros_like_split(self.shape, dtype, parameter, self.cuts)
 
 
 def shard_(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
@@ -77,15 +74,6 @@ def shard_(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
     return model
 
 
-def is_split(tensor: Any) -> bool:
-    """Whether this process holds a part of the tensor alone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard_` was here."""
     return any(is_split(parameter) for parameter in model.parameters())
@@ -95,7 +83,7 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Every parameter and buffer by name, put together; every process calls, those with `keep` get them."""
     state = {}
     for name, tensor in model.state_dict().items():
-        full = tensor.full_tensor() if is_split(tensor) else tensor
+        full = whole(tensor)
         if keep:
             state[name] = full.detach().cpu()
     return state

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.training.config import PRECISIONS, TrainConfig
+from edgewright.training.distributed import whole
 from edgewright.training.metrics import Row
 from edgewright.training.progress import batch_amount
 from edgewright.training.resume import Keeper, Position
-from edgewright.training.sharded import is_split
 
 LossFunction = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, Mapping[str, float | Tensor]]"]
 OWN_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm")
@@ -140,7 +140,7 @@ def _clip(work: Work) -> float:
     if accelerator.distributed_type == "FSDP":
         return float(accelerator.clip_grad_norm_(parameters, math.inf if limit is None else limit))
     total: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad.layout == torch.strided])
-    norm = float(total.full_tensor() if is_split(total) else total)
+    norm = float(whole(total))
     if limit is not None and norm > limit:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
     return norm

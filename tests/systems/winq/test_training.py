@@ -15,13 +15,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from edgewright.errors import UsageError
+from edgewright.io.hashing import mixed_seed
 from edgewright.quantization.api import codes_of, convert_, quantize_, quantized_modules
 from edgewright.quantization.config import ActivationConfig, QuantConfig, Rule, WeightConfig
 from edgewright.quantization.elastic import ElasticConfig
 from edgewright.quantization.fake_quantize import Quantizer, fake_quantize, fake_quantized_linear
 from edgewright.quantization.grids import GRIDS, grid_named
 from edgewright.quantization.kv_cache import hadamard
-from edgewright.quantization.noise import Noise, noise_seed
+from edgewright.quantization.noise import Noise
 from edgewright.systems.winq.latents import Latent, PackedCodes, interpolate_, latent_weights
 from edgewright.systems.winq.training import WinQ
 from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit
@@ -243,7 +244,7 @@ def test_plateau() -> None:
 
 def test_the_noise_is_normal_and_as_wide_as_asked() -> None:
     weight, alpha = torch.zeros(1000, 1000), torch.full((2000, 50), 5.0)
-    noise = Noise(noise_seed(0, 1), 1e-3, 2e-3)
+    noise = Noise(mixed_seed(0, 1), 1e-3, 2e-3)
     noisy, scales = noise.perturb(weight, alpha)
     for values, sigma in ((noisy, 1e-3), (scales - 5, 2e-3)):
         values = values.double().flatten()
@@ -252,9 +253,9 @@ def test_the_noise_is_normal_and_as_wide_as_asked() -> None:
         assert abs(values.std() / sigma - 1) < 5 / math.sqrt(2 * n) + 1e-3 * (sigma > 1e-3)
         assert abs(values.mean()) < 5 * sigma / math.sqrt(n)
         assert abs((values / sigma).pow(4).mean() - 3) < 5 * math.sqrt(96 / n)
-    again = Noise(noise_seed(0, 1), 1e-3, 2e-3).perturb(weight, alpha)
+    again = Noise(mixed_seed(0, 1), 1e-3, 2e-3).perturb(weight, alpha)
     assert torch.equal(again[0], noisy) and torch.equal(again[1], scales)
-    other = Noise(noise_seed(0, 2), 1e-3, 2e-3).perturb(weight, alpha)[0]
+    other = Noise(mixed_seed(0, 2), 1e-3, 2e-3).perturb(weight, alpha)[0]
     correlation = float((other * noisy).mean() / 1e-6)
     assert abs(correlation) < 5e-3
 

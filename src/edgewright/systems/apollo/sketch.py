@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from edgewright.errors import Unsupported
-from edgewright.training.sharded import is_split
-
 from edgewright.io.hashing import mixed_seed
+from edgewright.training.sharded import is_split
 
 TINY = 1e-8  # keeps the two quotients of norms finite (official code)
 STACKED = 2**24  # numbers of gradients that one batched product stacks

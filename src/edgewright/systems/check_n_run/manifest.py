@@ -8,7 +8,6 @@ with their headers before a byte of their data is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from edgewright.errors import FormatError
+from edgewright.io.hashing import sha256
 from edgewright.io.row_codes import ROW_BITS, row_bytes
 from edgewright.io.safetensors_header import SafetensorsEntry
 from edgewright.systems.check_n_run.files import Files
@@ -165,7 +165,7 @@ def _too_deep(tree: Any, most: int = 64) -> bool:
 
 
 def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256(json.dumps(body, sort_keys=True, separators=(",", ":")))
 
 
 def dtype_of(name: str) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from edgewright import errors
 from edgewright.errors import OutputError, Unsupported, UsageError
@@ -24,7 +23,7 @@ from edgewright.systems.check_n_run.records import Rows
 from edgewright.systems.check_n_run.tables import RowShard, leaves, row_state
 from edgewright.training import snapshot
 from edgewright.training.checkpoint import check_state, encode_state
-from edgewright.training.sharded import is_split
+from edgewright.training.distributed import is_split, local, local_box
 
 
 class Ranks:
@@ -202,9 +201,9 @@ def _tree(state: Captured, value: Any, place: str, mine: bool) -> Any:
 def _keep(state: Captured, name: str, tensor: Tensor, mine: bool) -> None:
     """What is the same everywhere is written by one process, parts by those that hold them."""
     if is_split(tensor):
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+        shape, offset = local_box(tensor)
         if all(shape):
-            state.tensors[name] = _copy(tensor.to_local(), None)  # type: ignore[attr-defined]
+            state.tensors[name] = _copy(local(tensor), None)
             state.offsets[name] = list(offset)
     elif mine:
         state.tensors[name] = _copy(tensor, None)

@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard as Rows
 
 from edgewright.errors import UsageError
 from edgewright.systems.dlrm.bags import JaggedBatch
@@ -29,6 +28,7 @@ from edgewright.systems.dlrm.model import DLRM
 from edgewright.systems.dlrm.optimizers import RowwiseAdagrad
 from edgewright.systems.dlrm.plan import Shard, ShardingPlan, make_plan
 from edgewright.systems.dlrm.tables import EmbeddingTable, ProjectedTable, QREmbeddingBag, row_parameters
+from edgewright.training.distributed import join_rows
 from edgewright.training.sharded_parts import read_parts, write_parts_folder
 
 
@@ -154,8 +154,7 @@ class ShardedDLRM(nn.Module):
             return tensor
         ranks = dist.get_process_group_ranks(self.group or dist.group.WORLD)
         mesh = DeviceMesh(tensor.device.type, ranks)
-        shape = torch.Size([self.model.config.table_sizes[shard.table], *tensor.shape[1:]])
-        return DTensor.from_local(tensor, mesh, [Rows(0)], run_check=False, shape=shape, stride=tensor.stride())
+        return join_rows(tensor, mesh, self.model.config.table_sizes[shard.table])
 
     def save(self, folder: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
         """Write a checkpoint, every process its part: safetensors files, the folder whole or not at all."""

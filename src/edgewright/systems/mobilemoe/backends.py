@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
+from edgewright.training.distributed import local
 
 
 class Weights(NamedTuple):
@@ -182,7 +183,7 @@ def whole(stack: Any) -> Tensor:
     """All matrices [E, out, in] of a tensor, of this process's share of a distributed one, or of a quantised stack."""
     if isinstance(stack, nn.Module):
         return stack()
-    return stack.to_local() if hasattr(stack, "to_local") else stack
+    return local(stack, gradient=True)
 
 
 def matrices(stack: Any) -> Sequence[Tensor]:
@@ -198,7 +199,7 @@ def whole_shape(stack: Any) -> tuple[int, int, int]:
     """[E, out, in] of what this process holds, without decoding anything."""
     if isinstance(stack, nn.Module):
         return stack.stack_shape  # type: ignore[return-value]
-    return tuple((stack.to_local() if hasattr(stack, "to_local") else stack).shape)  # type: ignore[return-value]
+    return tuple(local(stack, gradient=True).shape)  # type: ignore[return-value]
 
 
 def count(stack: Any) -> int:

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from edgewright.errors import UsageError
 from edgewright.systems.mobilemoe import backends
 from edgewright.systems.mobilemoe.layer import Experts, Routing, moe_layers
+from edgewright.training.distributed import is_split, split
 
 
 class ExpertParallel:
@@ -94,12 +94,12 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for stack in Experts.weight_stacks:
             if not isinstance(getattr(layer.experts, stack), nn.Parameter):
                 raise UsageError(f"{name}.experts.{stack} is quantised; parallelise first, then call quantize_")
-            if isinstance(getattr(layer.experts, stack), DTensor):
+            if is_split(getattr(layer.experts, stack)):
                 raise UsageError(f"{name}.experts.{stack} is distributed already")
     for layer in layers.values():
         for stack in Experts.weight_stacks:
             weight = getattr(layer.experts, stack)
-            shard = distribute_tensor(weight.detach(), group, [Shard(0)])
+            shard = split(weight, group, 0)
             setattr(layer.experts, stack, nn.Parameter(shard, requires_grad=weight.requires_grad))
         layer.expert_parallel = ExpertParallel(layer.experts, group)
     return model
@@ -109,5 +109,5 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def parallel_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Optimizer groups that do not mix distributed and plain parameters, which torch's multi-tensor steps refuse."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    halves = ([p for p in trained if isinstance(p, DTensor)], [p for p in trained if not isinstance(p, DTensor)])
+    halves = ([p for p in trained if is_split(p)], [p for p in trained if not is_split(p)])
     return [{"params": half} for half in halves if half]

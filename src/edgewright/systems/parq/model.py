@@ -18,6 +18,7 @@ from edgewright.quantization.api import QUANTIZABLE, QUANTIZED
 from edgewright.quantization.config import QuantConfig
 from edgewright.systems.parq.lsbq import TargetConfig, Uniform
 from edgewright.systems.parq.optimizer import QuantOptimizer
+from edgewright.training.distributed import is_split
 from edgewright.training.optimizer import decays
 
 BINS = 81
@@ -143,7 +144,7 @@ def _pack(name: str, p: Tensor, config: TargetConfig, hard: Tensor, values: Tens
             f"the targets of {name} ({config.to_dict()}) have no integer grid and cannot be packed; refit to even "
             "levels: train on, or anew, with Uniform('seq2'), Uniform('int4') or LSBQ of 0 or 1 bits"
         )
-    if shards.is_sharded(p) or values.dtype != torch.float32:
+    if is_split(p) or values.dtype != torch.float32:
         raise Unsupported(f"{name} is {values.dtype}, sharded or not: only whole float32 weights are packed")
     rows = 1 if p.ndim < 2 else p.shape[0]
     steps = values.reshape(-1, 1)

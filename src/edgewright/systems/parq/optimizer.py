@@ -22,6 +22,7 @@ from edgewright.errors import Unsupported, UsageError
 from edgewright.quantization import shards
 from edgewright.systems.parq.lsbq import TargetConfig
 from edgewright.systems.parq.proximal import ProxHard, ProxMap, Targets
+from edgewright.training import distributed
 
 FLOATS = (torch.float32, torch.float64)
 LATENT, TARGETS = "parq_latent", "parq_targets"
@@ -99,7 +100,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         for p in group["params"]:
             if not p.requires_grad:
                 continue
-            local = shards.local(p)
+            local = distributed.local(p)
             if active and p not in self.latents:
                 self.latents[p] = local.clone()
             latent = self.latents.get(p, local)
@@ -114,7 +115,7 @@ class QuantOptimizer(torch.optim.Optimizer):
     def _fit(self, p: nn.Parameter, latent: Tensor, group: Mapping[str, Any]) -> Targets:
         config: TargetConfig = group["targets"]
         matrix = self.shrunk(latent, group).reshape(shards.rows_columns(p, latent, config.granularity))
-        reduce = shards.reducer(p) if shards.matrix_rows(p, config.granularity) == 1 else None
+        reduce = distributed.reducer(p) if shards.matrix_rows(p, config.granularity) == 1 else None
         if not matrix.numel() and reduce is None:  # this device's shard holds nothing: targets of the right width
             return Targets(config.fit(latent.new_ones(1, 2))[:0], config.ladder)
         return Targets(config.fit(matrix, reduce), config.ladder)
@@ -172,7 +173,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         found: dict[nn.Parameter, Tensor] = {}
         for group in self.quantized_groups():
             for p in (p for p in group["params"] if p.requires_grad):
-                local = shards.local(p)
+                local = distributed.local(p)
                 latent = self.latents.get(p, local)
                 if p not in self.targets:
                     self.targets[p] = self._fit(p, latent, group)
@@ -232,9 +233,9 @@ class QuantOptimizer(torch.optim.Optimizer):
             )
         if p.layout != torch.strided:
             raise Unsupported(f"parameter {name} is {p.layout}; only dense parameters can be quantised")
-        shards.check(p, name)
+        distributed.check_rows(p, name)
         try:
-            shards.rows_columns(p, shards.local(p), group["targets"].granularity)
+            shards.rows_columns(p, distributed.local(p), group["targets"].granularity)
         except UsageError as error:
             raise UsageError(f"parameter {name}: {error}") from None
 
@@ -254,10 +255,10 @@ def saved_state(optimizer: QuantOptimizer) -> dict[str, Any]:
             entry = entries.setdefault(index, {})
             rows = shards.matrix_rows(p, group["targets"].granularity)
             values = optimizer.targets[p].values
-            values = values.reshape(1 if rows == 1 else shards.local(p).shape[0], -1, values.shape[-1])
-            entry[TARGETS] = shards.as_global(values, p, sharded=rows > 1)
+            values = values.reshape(1 if rows == 1 else distributed.local(p).shape[0], -1, values.shape[-1])
+            entry[TARGETS] = distributed.part_like(values, p, 0 if rows > 1 else None)
             if p in optimizer.latents:
-                entry[LATENT] = shards.as_global(optimizer.latents[p], p)
+                entry[LATENT] = distributed.part_like(optimizer.latents[p], p)
     groups = [dict(group) for group in saved["param_groups"]]
     for group in groups:
         if group.get("targets") is not None:
@@ -293,12 +294,12 @@ def load_state(optimizer: QuantOptimizer, state_dict: Mapping[str, Any]) -> None
             live["targets"] = config
     optimizer.latents, optimizer.targets = {}, {}
     for index, (p, group) in enumerate(optimizer.numbered()):
-        entry, local = ours.get(index, {}), shards.local(p)
+        entry, local = ours.get(index, {}), distributed.local(p)
         if TARGETS in entry:
-            values = shards.local(entry[TARGETS]).to(local.device, local.dtype, copy=True)
+            values = distributed.local(entry[TARGETS]).to(local.device, local.dtype, copy=True)
             optimizer.targets[p] = Targets(values.reshape(-1, values.shape[-1]), group["targets"].ladder)
         if LATENT in entry:
-            optimizer.latents[p] = torch.empty_like(local).copy_(shards.local(entry[LATENT]))
+            optimizer.latents[p] = torch.empty_like(local).copy_(distributed.local(entry[LATENT]))
             optimizer.map_(p, optimizer.latents[p], group, optimizer.prox, done - 1, local)
 
 

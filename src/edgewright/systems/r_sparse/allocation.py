@@ -15,7 +15,6 @@ fitness is kept under the hash of its genome, so a search that starts again with
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
+from edgewright.io.hashing import sha256
 from edgewright.io.json_file import read_json
 from edgewright.measure.plot import plot
 from edgewright.measure.progress import ProgressBar
@@ -486,7 +486,7 @@ def _evolve(genomes: Genomes, score: Callable[[Tensor, int], float], sequences: 
 
 
 def _key(genome: Tensor) -> str:
-    return hashlib.sha256((genome * 1e6).round().to(torch.int64).numpy().tobytes()).hexdigest()[:24]
+    return sha256((genome * 1e6).round().to(torch.int64))[:24]
 
 
 def _stored(path: str | Path | None, identity: Mapping[str, str]) -> dict[str, float]:

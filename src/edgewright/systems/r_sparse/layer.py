@@ -11,7 +11,6 @@ are narrower still): up = (U_r S_r)^T [r, m], down = V_r [n, r]. A lower rank is
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, FormatError, Unsupported, UsageError
+from edgewright.io.hashing import sha256
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
@@ -65,13 +65,8 @@ def column_norms(layer: nn.Module) -> Tensor:
 
 def weight_hash(layer: nn.Module) -> str:
     """SHA-256 of what the layer stores."""
-    stored = (layer.codes, layer.step) if isinstance(layer, PackedLinear) else (layer.weight,)
-    digest = hashlib.sha256()
-    for tensor in stored:
-        raw: Any = tensor
-        digest.update(f"{raw.dtype}{tuple(raw.shape)}".encode())
-        digest.update(raw.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    stored: Any = (layer.codes, layer.step) if isinstance(layer, PackedLinear) else (layer.weight,)
+    return sha256(*(part for tensor in stored for part in (f"{tensor.dtype}{tuple(tensor.shape)}", tensor)))
 
 
 class RSparseLinear(nn.Module):
@@ -263,7 +258,7 @@ class Factors:
 
     def fingerprint(self, layers: Iterable[nn.Module]) -> str:
         """SHA-256 over the hashes of several layers' weights."""
-        return hashlib.sha256("".join(self._hash(layer) for layer in layers).encode()).hexdigest()
+        return sha256(*(self._hash(layer) for layer in layers))
 
     def prepare(self, layer: nn.Module, rank: int) -> None:
         """Decompose a layer up to `rank`, unless that is known."""

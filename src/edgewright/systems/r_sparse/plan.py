@@ -7,7 +7,6 @@ The first token of a sequence is left out: its activations are outliers, and it 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, Unsupported, UsageError
+from edgewright.io.hashing import sha256
 from edgewright.io.packed import PackedLinear
 from edgewright.measure.progress import ProgressBar
 from edgewright.systems.r_sparse.layer import LAYER_PATHS, RSparseLinear, column_norms
@@ -228,10 +228,7 @@ def check_text(batches: list[Tensor]) -> None:
 
 def text_hash(batches: Iterable[Tensor]) -> str:
     """SHA-256 of the token ids in order."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(batch.to(torch.int64).cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return sha256(*(batch.to(torch.int64) for batch in batches))
 
 
 class Tally:

@@ -21,11 +21,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from edgewright.errors import UsageError
 from edgewright.systems.stem.layer import stem_blocks
-from edgewright.training.distributed import sync_gradients
+from edgewright.training.distributed import is_split, local, split, sync_gradients
 
 
 class ShardedLookup:
@@ -45,8 +44,7 @@ class ShardedLookup:
         gathered = [torch.empty_like(padded) for _ in numbers]
         dist.all_gather(gathered, padded, group=self.group)
         everyone = torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
-        weight: Any = self.table.weight
-        columns = F.embedding(everyone, weight.to_local())  # [sum of numbers, f / size]
+        columns = F.embedding(everyone, local(self.table.weight, gradient=True))  # [sum of numbers, f / size]
         rows = _Exchange.apply(columns, numbers, self.rank, self.group)
         return F.embedding(places, rows)
 
@@ -97,7 +95,7 @@ def shard_tables(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
             raise UsageError("sparse_grad=True and sharded tables exclude each other")
     for layer in layers.values():
         table: Any = layer.table
-        shard = distribute_tensor(table.weight.detach(), group, [Shard(1)])
+        shard = split(table.weight, group, 1)
         table.weight = nn.Parameter(shard, requires_grad=table.weight.requires_grad)
         layer.lookup = ShardedLookup(table, group)
     return model
@@ -105,8 +103,8 @@ def shard_tables(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def sharded_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Parameters for an optimizer, tables apart: torch's fused updates do not mix DTensors with plain ones."""
-    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
-    plain = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    sharded = [p for p in model.parameters() if is_split(p)]
+    plain = [p for p in model.parameters() if not is_split(p)]
     return [{"params": plain}, {"params": sharded}]
 
 

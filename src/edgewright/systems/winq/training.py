@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from edgewright.errors import UsageError
+from edgewright.io.hashing import mixed_seed
 from edgewright.measure.report import Report
-from edgewright.quantization.noise import Noise, noise_seed
+from edgewright.quantization.noise import Noise
 from edgewright.systems.winq.latents import Latent, PackedCodes, interpolate_, latent_weights
 from edgewright.training import snapshot
 
@@ -328,7 +329,7 @@ class WinQRun:
                 continue
             size, scale = self._sizes.get(latent.name, (1.0, 1.0))
             latent.quantizer.noise = Noise(
-                noise_seed(winq.seed, _rank(), *place, index),
+                mixed_seed(winq.seed, _rank(), *place, index),
                 winq.sigma * size,
                 winq.sigma_scale * scale,
                 latent.quantizer.config.granularity == "tensor",
