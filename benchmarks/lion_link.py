@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from edgewright.io.bits import pack_codes
 from edgewright.measure.machine import machine
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, paired_ratio
@@ -36,7 +37,7 @@ from edgewright.systems.distributed_lion.distributed import (
     disable_gradient_allreduce,
     register_distributed_lion_hook,
 )
-from edgewright.systems.distributed_lion.exchange import pack_bits, wire_bytes
+from edgewright.systems.distributed_lion.exchange import wire_bytes
 
 WORLD, ELEMENTS, EXCHANGES, FEWER_EXCHANGES = 4, 4_000_000, 50, 10
 RATES = {"unlimited": None, "1 Gbit/s": 1e9, "100 Mbit/s": 1e8}
@@ -260,7 +261,7 @@ def packing(report: Report) -> None:
     seconds = []
     for _ in range(8):
         began = time.perf_counter()
-        pack_bits(values > 0)
+        pack_codes(values > 0, 1)
         seconds.append(time.perf_counter() - began)
     torch.set_num_threads(threads)
     speed = Measurement.of(values.nbytes / 1e9 / s for s in seconds[1:])

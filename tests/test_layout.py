@@ -51,10 +51,9 @@ ONE_PLACE: dict[str, tuple[str, ...]] = {
     ),
     r"0xBF58476D1CE4E5B9|\bSeedSequence\(.*>> ?1\b": ("io/hashing.py",),
     r"rich\.progress": ("measure/progress.py",),
-    # the two optimizers whose own state is split make and read such tensors themselves
+    # the optimizer whose projections are split makes and reads such tensors itself
     r"torch\.distributed\.(_?tensor)\b|\.(to_local|full_tensor)\(|\b_local_tensor\b|\.placements\b": (
         "systems/apollo/sketch.py",
-        "systems/distributed_lion/exchange.py",
         "training/distributed.py",
     ),
     r"points\.json\"": ("systems/run.py",),

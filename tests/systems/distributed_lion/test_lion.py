@@ -14,21 +14,12 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
+from edgewright.io.bits import pack_codes, pack_planes, pack_trits, unpack_codes, unpack_planes, unpack_trits
 from edgewright.systems.distributed_lion.distributed import DistributedLion, lion_groups
-from edgewright.systems.distributed_lion.exchange import (
-    alternate_votes,
-    count_bits,
-    pack_bits,
-    pack_codes,
-    pack_trits,
-    reply_bits,
-    unpack_bits,
-    unpack_codes,
-    unpack_trits,
-    wire_bytes,
-)
+from edgewright.systems.distributed_lion.exchange import reply_bits, wire_bytes
 from edgewright.systems.distributed_lion.lion import Lion
 from edgewright.systems.distributed_lion.simulated import SimulatedLion
+from edgewright.systems.distributed_lion.votes import alternate_votes, count_bits
 
 SHAPES = ((37, 5), (11,), (1,), (40,))
 MASK = 2**64 - 1
@@ -117,8 +108,8 @@ def test_packing_keeps_every_vote() -> None:
     generator = torch.Generator().manual_seed(0)
     for size in range(1, 258):
         bits = torch.randint(0, 2, (8 * size,), generator=generator, dtype=torch.uint8)
-        assert torch.equal(unpack_bits(pack_bits(bits)), bits)
-        assert pack_bits(bits).tolist() == np.packbits(bits.numpy(), bitorder="little").tolist()
+        assert torch.equal(unpack_codes(pack_codes(bits, 1), 1), bits)
+        assert pack_codes(bits, 1).tolist() == np.packbits(bits.numpy(), bitorder="little").tolist()
         trits = torch.randint(-1, 2, (5 * size,), generator=generator).to(torch.int8)
         assert torch.equal(unpack_trits(pack_trits(trits)), trits)
 
@@ -126,14 +117,14 @@ def test_packing_keeps_every_vote() -> None:
 @pytest.mark.parametrize("workers", [*range(1, 10), 300])
 def test_counting_is_adding(workers: int) -> None:
     bits = torch.randint(0, 2, (workers, 64), generator=torch.Generator().manual_seed(workers), dtype=torch.uint8)
-    assert torch.equal(count_bits(pack_bits(bits)).int(), bits.sum(0).int())
+    assert torch.equal(count_bits(pack_codes(bits, 1)).int(), bits.sum(0).int())
 
 
 @given(st.integers(1, 9), st.lists(st.integers(0, 2**9 - 1), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_codes_come_back(bits: int, values: list[int]) -> None:
     codes = torch.tensor([value % 2**bits for value in values] + [0] * (-len(values) % 8), dtype=torch.int16)
-    assert torch.equal(unpack_codes(pack_codes(codes, bits), bits), codes)
+    assert torch.equal(unpack_planes(pack_planes(codes, bits), bits), codes)
 
 
 def test_broken_bytes_are_votes_of_nobody() -> None:

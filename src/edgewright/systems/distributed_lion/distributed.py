@@ -38,7 +38,6 @@ from edgewright.systems.distributed_lion.exchange import (
     check_gradients_differ,
     check_replicas,
     check_shards,
-    local,
 )
 from edgewright.systems.distributed_lion.lion import (
     advance_,
@@ -48,6 +47,7 @@ from edgewright.systems.distributed_lion.lion import (
     check_settings,
     direction,
 )
+from edgewright.training.distributed import local
 
 ZEROS = ("auto", "alternate", "ternary")
 EMBEDDING_NAMES = ("embed", "wte", "wpe")  # parts of names of tables, most rows of which have no gradient

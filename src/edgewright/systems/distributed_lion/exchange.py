@@ -15,15 +15,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from edgewright.errors import CheckFailed, EdgewrightError, UsageError, in_one_line
+from edgewright.io.bits import TRITS, pack_codes, pack_planes, pack_trits, unpack_codes, unpack_planes, unpack_trits
+from edgewright.io.hashing import ordered_bit_sum
+from edgewright.systems.distributed_lion.votes import alternate_votes, count_bits
+from edgewright.training.distributed import is_split, local
 
 AGGREGATES = ("mavo", "avg")
 TOPOLOGIES = ("auto", "two_phase", "all_gather")
@@ -31,103 +33,6 @@ REPLIES = ("bits", "int8")
 SMALL_MESSAGE = 16 * 2**10  # bytes below which a second round costs more than it saves
 MOST_IN_INT8 = 127
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-SUMMED = 2**20  # elements of a checksum worked on at a time
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-GOLDEN = 0x9E3779B97F4A7C15  # the constants of splitmix64 (Steele, Lea & Flood, OOPSLA 2014)
-MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-# Byte i of a word (0 or 1) times 2^(56 - 7i) lands on bit 56 + i, and no two products share a bit: no carries.
-GATHER = 0x0102040810204080
-TRITS = 5  # in a byte: 3^5 = 243
-CHUNK = 2**16  # hashes worked on at a time, so that they stay in the cache
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of `value` modulo 2^64."""
-    value %= 2**64
-    return value - 2**64 if value >= 2**63 else value
-
-
-def alternate_votes(index: Tensor, step: int) -> Tensor:
-    """+1 where splitmix64(index XOR step * GOLDEN) is even, else -1: int64 [n] -> int8 [n].
-
-    `index` counts elements over all parameters of the optimizer, so that no layout of buckets changes the rule.
-    """
-    votes = torch.empty(index.shape, dtype=torch.int8, device=index.device)
-    for piece, out in zip(index.split(CHUNK), votes.split(CHUNK), strict=True):
-        mixed = piece.bitwise_xor(_signed(step * GOLDEN)).add_(_signed(GOLDEN))
-        for shift, multiplier in zip((30, 27), MULTIPLIERS, strict=True):
-            high = (mixed >> shift).bitwise_and_(2 ** (64 - shift) - 1)  # the shift of int64 drags the sign along
-            mixed.bitwise_xor_(high).mul_(_signed(multiplier))
-        lowest = (mixed ^ (mixed >> 31)).bitwise_and_(1)
-        out.copy_(1 - 2 * lowest)
-    return votes
-
-
-def pack_bits(bits: Tensor) -> Tensor:
-    """Zeros and ones, eight to a byte, the first in the lowest bit: bool or uint8 [..., 8n] -> uint8 [..., n]."""
-    words = bits.contiguous().view(torch.uint8).view(torch.int64)
-    return ((words * GATHER) >> 56).to(torch.uint8)
-
-
-def unpack_bits(packed: Tensor) -> Tensor:
-    """The inverse of `pack_bits`: uint8 [..., n] -> uint8 [..., 8n]."""
-    return _spread(packed).view(torch.uint8)
-
-
-def count_bits(packed: Tensor) -> Tensor:
-    """How many of the N rows have a one in each place: uint8 [N, n] -> uint8 [8n], or int32 where N > 255."""
-    total = None
-    for rows in packed.split(255):  # eight counters of a byte in one word: 255 rows cannot overflow them
-        words = _spread(rows[0])
-        for row in rows[1:]:
-            words += _spread(row)
-        counts = words.view(torch.uint8)
-        total = counts if total is None else total.to(torch.int32) + counts
-    assert total is not None
-    return total
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Numbers below 2^bits, one plane of bits after the other: integer [8n] -> uint8 [bits * n]."""
-    return torch.cat([pack_bits(((codes >> bit) & 1).to(torch.uint8)) for bit in range(bits)])
-
-
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `pack_codes`: uint8 [bits * n] -> int16 [8n]."""
-    planes = [unpack_bits(plane).to(torch.int16) << bit for bit, plane in enumerate(packed.view(bits, -1))]
-    return torch.stack(planes).sum(0, dtype=torch.int16)
-
-
-def pack_trits(votes: Tensor) -> Tensor:
-    """Votes of -1, 0, 1, five to a byte, the first in the lowest place: int8 [..., 5n] -> uint8 [..., n]."""
-    digits = (votes + 1).to(torch.uint8).unflatten(-1, (-1, TRITS))
-    packed = digits[..., TRITS - 1]
-    for place in range(TRITS - 2, -1, -1):
-        packed = packed * 3 + digits[..., place]
-    return packed
-
-
-def unpack_trits(packed: Tensor) -> Tensor:
-    """The inverse of `pack_trits`: uint8 [..., n] -> int8 [..., 5n]. Bytes above 242, which none packs, count as 0."""
-    return _trit_table(packed.device)[packed.int()].flatten(-2)
-
-
-def _spread(packed: Tensor) -> Tensor:
-    """uint8 [..., n] -> int64 [..., n]: bit i of the byte as byte i of the word."""
-    return _bit_table(packed.device).index_select(0, packed.flatten().int()).view(packed.shape)
-
-
-@lru_cache(maxsize=16)
-def _bit_table(device: torch.device) -> Tensor:
-    places = torch.arange(256).unsqueeze(1) >> torch.arange(8)
-    return (places & 1).to(torch.uint8).view(torch.int64).flatten().to(device)
-
-
-@lru_cache(maxsize=16)
-def _trit_table(device: torch.device) -> Tensor:
-    codes = torch.arange(256).unsqueeze(1)
-    digits = codes // 3 ** torch.arange(TRITS) % 3 - 1
-    return digits.masked_fill(codes >= 3**TRITS, 0).to(torch.int8).to(device)
 
 
 @dataclass(frozen=True)
@@ -246,7 +151,7 @@ class Exchange:
         unit = shares * (TRITS * 8 if bucket.ternary else 8)  # whole bytes up, and whole bytes of bit planes down
         padded = math.ceil(bucket.numel / unit) * unit
         votes = torch.nn.functional.pad(votes, (0, padded - bucket.numel))
-        packed = pack_trits(votes) if bucket.ternary else pack_bits(votes > 0)
+        packed = pack_trits(votes) if bucket.ternary else pack_codes(votes > 0, 1)
         if topology == "two_phase":
             received = torch.empty_like(packed)
             work = dist.all_to_all_single(received, packed, group=self.group, async_op=True)
@@ -265,11 +170,11 @@ class Exchange:
         share = round_.padded // self.world
         outcome = self._tally(round_, share * self.rank, share)
         if self.aggregate == "mavo":
-            packed = pack_trits(outcome) if round_.bucket.ternary else pack_bits(outcome > 0)
+            packed = pack_trits(outcome) if round_.bucket.ternary else pack_codes(outcome > 0, 1)
         elif self.reply_form == "int8":
             packed = outcome.to(torch.int8).view(torch.uint8)
         else:
-            packed = pack_codes(
+            packed = pack_planes(
                 self._code(outcome, round_.bucket.ternary), reply_bits(self.world, round_.bucket.ternary)
             )
         round_.received = packed.new_empty(self.world * packed.numel())
@@ -285,13 +190,13 @@ class Exchange:
             outcome = self._tally(round_, 0, round_.padded)
         elif self.aggregate == "mavo":
             outcome = (
-                unpack_trits(round_.received) if ternary else unpack_bits(round_.received).view(torch.int8) * 2 - 1
+                unpack_trits(round_.received) if ternary else unpack_codes(round_.received, 1).view(torch.int8) * 2 - 1
             )
         elif self.reply_form == "int8":
             outcome = round_.received.view(torch.int8)
         else:
             rows, bits = round_.received.view(self.world, -1), reply_bits(self.world, ternary)
-            codes = torch.cat([unpack_codes(row, bits) for row in rows])
+            codes = torch.cat([unpack_planes(row, bits) for row in rows])
             outcome = codes - self.world if ternary else 2 * codes - self.world
         return outcome[: round_.bucket.numel]
 
@@ -383,17 +288,9 @@ def sum_rows(rows: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def local(tensor: Any) -> Tensor:
-    """The part of a parameter or gradient that this process updates: the tensor itself, or its shard under FSDP."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return tensor
-
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
 def check_shards(parameter: Tensor, exchange: Exchange | None) -> None:
     """UsageError for a parameter that is split among the processes that vote: no two of them hold the same part."""
-    if local(parameter) is parameter or exchange is None:
+    if not is_split(parameter) or exchange is None:
         return
     split = set(parameter.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]
     if len(split & set(exchange.ranks())) > 1:
@@ -404,21 +301,9 @@ def check_shards(parameter: Tensor, exchange: Exchange | None) -> None:
         )
 
 
-def checksum(tensor: Tensor) -> int:
-    """64 bits that depend on every bit of a tensor and on its place; the same on every device."""
-    bits = tensor.detach().contiguous().flatten()
-    bits = bits.view(_INTEGERS[bits.element_size()])
-    total = 0
-    for start in range(0, len(bits), SUMMED):
-        piece = bits[start : start + SUMMED].to(torch.int64)
-        odd = torch.arange(2 * start + 1, 2 * (start + len(piece)) + 1, 2, device=piece.device)
-        total += int((piece * odd).sum()) + len(piece)
-    return (total + 2**63) % 2**64 - 2**63
-
-
 def check_replicas(exchange: Exchange | None, parameters: Sequence[Tensor], names: Sequence[str]) -> list[int]:
     """The checksums of `parameters`; CheckFailed, naming the first that differs, unless all processes have the same."""
-    found = [checksum(local(parameter)) for parameter in parameters]
+    found = [ordered_bit_sum(local(parameter)) for parameter in parameters]
     if exchange is None:
         return found
     device = local(parameters[0]).device
@@ -435,7 +320,7 @@ def check_replicas(exchange: Exchange | None, parameters: Sequence[Tensor], name
 
 def check_gradients_differ(exchange: Exchange, gradients: Sequence[Tensor | None]) -> None:
     """UsageError when all processes have the same gradients to the last bit: somebody has averaged them."""
-    found = [0 if gradient is None else checksum(gradient) for gradient in gradients]
+    found = [0 if gradient is None else ordered_bit_sum(gradient) for gradient in gradients]
     device = next((gradient.device for gradient in gradients if gradient is not None), torch.device("cpu"))
     if not spread(exchange, found, device) and any(found):
         raise UsageError(

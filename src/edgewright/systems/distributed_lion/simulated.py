@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from edgewright.errors import UsageError
 from edgewright.systems.distributed_lion.distributed import sends_zeros
-from edgewright.systems.distributed_lion.exchange import AGGREGATES, alternate_votes
+from edgewright.systems.distributed_lion.exchange import AGGREGATES
 from edgewright.systems.distributed_lion.lion import advance_, apply_, check_settings, direction
+from edgewright.systems.distributed_lion.votes import alternate_votes
 
 
 class SimulatedLion(torch.optim.Optimizer):

@@ -18,7 +18,7 @@ from edgewright.quantization.api import QUANTIZABLE, QUANTIZED
 from edgewright.quantization.config import QuantConfig
 from edgewright.systems.parq.lsbq import TargetConfig, Uniform
 from edgewright.systems.parq.optimizer import QuantOptimizer
-from edgewright.training.distributed import is_split
+from edgewright.training import distributed
 from edgewright.training.optimizer import decays
 
 BINS = 81
@@ -117,7 +117,7 @@ def on_target(optimizer: QuantOptimizer) -> float:
     """Fraction of the quantised weights that are exactly on a target now, 0..1."""
     hits = total = 0
     for p, hard in optimizer.hard_tensors().items():
-        hits += int((shards.local(p) == hard).sum())
+        hits += int((distributed.local(p) == hard).sum())
         total += hard.numel()
     return hits / max(total, 1)
 
@@ -129,7 +129,7 @@ def weight_histogram(optimizer: QuantOptimizer) -> Tensor:
     optimizer.hard_tensors()  # fits what has no targets yet
     for group in optimizer.quantized_groups():
         for p in (p for p in group["params"] if p in optimizer.targets):
-            local = shards.local(p)
+            local = distributed.local(p)
             weights = local.reshape(shards.rows_columns(p, local, group["targets"].granularity))
             outermost = optimizer.targets[p].levels().abs().amax(1, keepdim=True)
             counts += torch.histc((weights / outermost).clamp(-REACH, REACH).float().cpu(), BINS, -REACH, REACH)
@@ -144,7 +144,7 @@ def _pack(name: str, p: Tensor, config: TargetConfig, hard: Tensor, values: Tens
             f"the targets of {name} ({config.to_dict()}) have no integer grid and cannot be packed; refit to even "
             "levels: train on, or anew, with Uniform('seq2'), Uniform('int4') or LSBQ of 0 or 1 bits"
         )
-    if is_split(p) or values.dtype != torch.float32:
+    if distributed.is_split(p) or values.dtype != torch.float32:
         raise Unsupported(f"{name} is {values.dtype}, sharded or not: only whole float32 weights are packed")
     rows = 1 if p.ndim < 2 else p.shape[0]
     steps = values.reshape(-1, 1)
