@@ -56,7 +56,6 @@ ONE_PLACE: dict[str, tuple[str, ...]] = {
         "systems/apollo/sketch.py",
         "training/distributed.py",
     ),
-    r"points\.json\"": ("systems/run.py",),
 }
 
 # What must not be imported before a command has something to do with it.
