@@ -21,8 +21,8 @@ import torch
 from edgewright.measure.report import Report
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run
-from edgewright.systems.winq.bench import Bench
 from edgewright.systems.winq.spectrum import NEAR_ZERO, Spectrum, plot_spectra
+from edgewright.systems.winq.trainings import Trainings
 
 # Variant -> (with resets, with noise); the order of the table.
 VARIANTS = {"plain": (False, False), "reset": (True, False), "noise": (False, True), "both": (True, True)}
@@ -150,8 +150,8 @@ def plan(settings: WinQRecipe) -> Plan:
 
 def run(settings: WinQRecipe, output: Path) -> Report:
     run = Run(output, "WinQ: MiniLM-L6 distilled to itself, with resets and noise")
-    whole = Bench(settings, settings.layers)
-    sliced = whole if settings.slice_layers == settings.layers else Bench(settings, settings.slice_layers)
+    whole = Trainings(settings, settings.layers)
+    sliced = whole if settings.slice_layers == settings.layers else Trainings(settings, settings.slice_layers)
     runs = {
         f"{width} bit, {variant}": run.over_seeds(
             f"{width} bit, {variant}", settings.seeds, partial(whole.trained, width, *_strength(settings, variant))
@@ -201,7 +201,7 @@ def _compare(settings: WinQRecipe, run: Run, runs: dict[str, list[dict[str, Any]
         run.add("target_reached", mean(step is not None for step in reached), subject, n=len(reached))
 
 
-def _sweep(settings: WinQRecipe, run: Run, bench: Bench) -> list[dict[str, Any]]:
+def _sweep(settings: WinQRecipe, run: Run, bench: Trainings) -> list[dict[str, Any]]:
     """Errors by pull without noise, and by noise without resets; then four times the best noise. Returns the runs."""
     every: list[dict[str, Any]] = []
 
@@ -235,7 +235,7 @@ def _resets(run: Run, points: list[dict[str, Any]]) -> None:
     run.add("flipped_between", mean(flips), "resets", "share of codes", n=len(flips))
 
 
-def _spectrum(settings: WinQRecipe, run: Run, bench: Bench, subject: str) -> Spectrum:
+def _spectrum(settings: WinQRecipe, run: Run, bench: Trainings, subject: str) -> Spectrum:
     """The Hessian spectrum after a training ("1 bit", "2 bit, WinQ")."""
     strength = _strength(settings, "both" if subject.endswith(", WinQ") else "plain")
     point = run.memo(f"spectrum {subject}", lambda: bench.spectrum(subject.partition(" ")[0], *strength))

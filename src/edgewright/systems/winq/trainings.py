@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 GRIDS = {"1": "binary", "1.58": "ternary", "2": "seq2", "3": "int3", "4": "int4"}
 
 
-class Bench:
+class Trainings:
     """A slice of the encoder and its sentences, loaded when a figure needs them.
 
     Args:
