@@ -111,10 +111,10 @@ class LSBQ:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Evenly spaced targets: a grid of the house, or half3, half4, symmetric3, symmetric4, symmetric8.
+    """Evenly spaced targets: a grid of the package, or half3, half4, symmetric3, symmetric4, symmetric8.
 
     scale: "mean" (outermost level at min(bits * mean|w|, max|w|)), "max" (at max|w|; ternary: step max|w| / 1.5) or
-        "range" (step (max w - min w) / (levels - 1)), the paper's rules; or a rule of the house: "absmax", "absmean",
+        "range" (step (max w - min w) / (levels - 1)), the paper's rules; or a rule of the package: "absmax", "absmean",
         "entropy", "mse" (searched). It is applied anew at every update of the targets.
     """
 

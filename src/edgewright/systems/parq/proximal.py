@@ -92,7 +92,7 @@ class Targets:
             middles = (self.values[:, :-1] + self.values[:, 1:]).mul_(0.5)
             return out.copy_(self.values.gather(1, _count_below(weights, middles)))
         torch.div(weights, self.values, out=out)
-        if self.ladder.count == 2:  # sign(0) is +1, as on every binary grid of the house
+        if self.ladder.count == 2:  # sign(0) is +1, as on every binary grid of the package
             out.ge_(0).mul_(self.ladder.spacing).add_(self.ladder.first)
         else:
             shift = self.ladder.shift
