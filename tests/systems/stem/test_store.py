@@ -21,7 +21,7 @@ from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.stem.cache import MOST, FrequencySketch, RowCache
 from edgewright.systems.stem.files import load_offloaded, save_stem
 from edgewright.systems.stem.layer import stem_blocks
-from edgewright.systems.stem.offload import offload_, restore_, table_file, table_name
+from edgewright.systems.stem.offload import offload_, table_file, table_name
 from edgewright.systems.stem.report import capacity_report
 from edgewright.systems.stem.rows import FileRows, MemoryRows, RowFormat, write_rows
 from edgewright.systems.stem.store import EmbeddingStore
@@ -56,8 +56,6 @@ def test_the_bits_are_those_in_memory(device: str, cache: int, prefetch: int, th
     stats = store.stats()
     assert stats["bytes"] == stats["misses"] * 48 * 4
     assert (stats["hits"] > 0) == (cache > 0)
-    restore_(model, store)
-    assert torch.equal(logits(model, ids), expected) and torch.equal(model.generate(ids, **OPTIONS), made)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "int8", "int4"])

@@ -122,7 +122,9 @@ def export_stem(
     layers = stem_blocks(model)
     kept = {block: (layer.table, layer.lookup) for block, layer in layers.items()}
     if rows == "table" and any(table is None for table, _ in kept.values()):
-        raise UsageError("rows='table' needs the tables in the model; call restore_(model, store) first")
+        raise UsageError(
+            "rows='table' needs the tables in the model; save_stem(..., store=store) puts them back into a folder"
+        )
     program = StemDecodeProgram(model, context, rows).eval()
     keys, values = program.empty()
     generator = torch.Generator().manual_seed(0)

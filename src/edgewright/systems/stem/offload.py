@@ -102,7 +102,9 @@ def offload_(
     if device not in DEVICES or (device == "disk") != (path is not None):
         raise UsageError(f"device={device!r}, path={path}; give device='cpu', or device='disk' with path=FOLDER")
     if any(layer.lookup is not None for layer in layers.values()):
-        raise UsageError("the tables of this model are elsewhere already; call restore_(model) first")
+        raise UsageError(
+            "the tables of this model are elsewhere already; save_stem(..., store=store) puts them back into a folder"
+        )
     optimizer = RowAdamW() if trainable is True else trainable or None
     read_only = optimizer is None
     tables: dict[int, Rows] = {}
@@ -128,23 +130,6 @@ def offload_(
     for layer in layers.values():
         layer.table = None
     return store
-
-
-@torch.no_grad()
-def restore_(model: nn.Module, store: EmbeddingStore) -> nn.Module:
-    """Put the tables of a store back into its model, overlays included, and close the store."""
-    for hook_id, hook in list(model.model._forward_pre_hooks.items()):  # type: ignore[union-attr,operator]
-        if isinstance(getattr(hook, "__self__", None), _Decoded):
-            model.model._forward_pre_hooks.pop(hook_id)  # type: ignore[union-attr,operator]
-            model.model._forward_pre_hooks_with_kwargs.pop(hook_id, None)  # type: ignore[union-attr,operator]
-    for block, layer in stem_blocks(model).items():
-        rows = store.tables[block].read(torch.arange(layer.vocabulary))
-        for key, row in store.overlays[block].items():
-            rows[key] = row.to("cpu", rows.dtype)
-        layer.table = nn.Embedding.from_pretrained(rows.to(store.device), freeze=False, sparse=layer.config.sparse_grad)
-        layer.lookup = None
-    store.close()
-    return model
 
 
 def table_file(folder: Path, block: int) -> Path:
