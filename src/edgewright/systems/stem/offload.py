@@ -7,6 +7,7 @@ once. A layer waits for its rows only where they enter the product, behind its o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from torch import Tensor, nn
 from edgewright.errors import UsageError
 from edgewright.io.packed import PackedEmbedding
 from edgewright.systems.stem.layer import StemFeedForward, stem_blocks
-from edgewright.systems.stem.rows import FLOATS, FileRows, MemoryRows, RowFormat, Rows, slices, write_rows
+from edgewright.systems.stem.rows import (
+    AT_ONCE,
+    CODES,
+    FLOATS,
+    FileRows,
+    MemoryRows,
+    Parts,
+    RowFormat,
+    Rows,
+    write_rows,
+)
 from edgewright.systems.stem.store import EmbeddingStore
 from edgewright.systems.stem.training import RowAdamW
 
@@ -43,15 +54,14 @@ class _Decoded:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             return  # the decoder itself says what is missing
-        self._plan(ids)
+        self.ids, (self.distinct, self.places) = ids, self._distinct(ids)
         depth = len(self.order) if ids.shape[-1] == 1 else self.store.prefetch
         self.ahead = 0
         self._request(depth if self.store.prefetch else 0)
 
-    def _plan(self, ids: Tensor) -> None:
-        self.ids = ids
-        self.distinct, self.places = torch.unique(ids.cpu(), return_inverse=True)
-        self.places = self.places.to(self.store.device)
+    def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        distinct, places = torch.unique(ids.cpu(), return_inverse=True)
+        return distinct, places.to(self.store.device)
 
     def _request(self, count: int) -> None:
         for block in self.order[self.ahead : self.ahead + count]:
@@ -61,11 +71,8 @@ class _Decoded:
     def rows(self, block: int, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, f]."""
         planned = self.ids is not None and (ids is self.ids or torch.equal(ids, self.ids))
-        if planned:
-            distinct, places = self.distinct, self.places
-        else:  # an edit asks for other tokens
-            distinct, places = torch.unique(ids.cpu(), return_inverse=True)
-            places = places.to(self.store.device)
+        # an edit asks for other tokens
+        distinct, places = (self.distinct, self.places) if planned else self._distinct(ids)
         rows = self.store.fetch(block, distinct)
         if planned and self.store.prefetch:
             self._request(1)
@@ -110,21 +117,26 @@ def offload_(
     tables: dict[int, Rows] = {}
     for block, layer in layers.items():
         if device == "cpu":
-            tables[block] = _in_memory(layer, dtype, group, read_only)
+            format, _, pieces = _stored(layer, dtype, group)
+            parts = list(pieces)
+            whole = parts[0] if len(parts) == 1 else {n: torch.cat([p[n] for p in parts]) for n in format.parts}
+            tables[block] = MemoryRows(whole, format, read_only)
         else:
             file = table_file(Path(path or ""), block)
             if layer.table is not None:
-                _write(layer, file, block, dtype, group)
+                format, count, pieces = _stored(layer, dtype, group)
+                write_rows(file, table_name(block), count, format, pieces)
             tables[block] = FileRows(file, table_name(block), access=access, read_only=read_only)
             if tables[block].count != layer.vocabulary or tables[block].format.width != layer.intermediate:
                 raise UsageError(
                     f"{file} holds {tables[block].count} rows of {tables[block].format.width}; layer {block} has "
                     f"{layer.vocabulary} of {layer.intermediate}"
                 )
-    first: Any = next(iter(layers.values())).down_proj
+    weight: Any = next(iter(layers.values())).down_proj.weight
     store = EmbeddingStore(
         tables, cache_rows=cache_rows, prefetch=prefetch, threads=threads,
-        device=first.weight.device, dtype=_value_type(first.weight), optimizer=optimizer,
+        device=weight.device,
+        dtype=weight.dtype if weight.dtype in FLOATS.values() else torch.float32, optimizer=optimizer,
     )  # fmt: skip
     _Decoded(model, store)
     for layer in layers.values():
@@ -142,40 +154,20 @@ def table_name(block: int) -> str:
     return f"model.layers.{block}.mlp.table"
 
 
-def _value_type(weight: Tensor) -> torch.dtype:
-    """Rows are handed over in the type of the matrices, unless that is wider than any table."""
-    return weight.dtype if weight.dtype in FLOATS.values() else torch.float32
-
-
-def _own_format(layer: StemFeedForward, dtype: str | None, group: int | None) -> tuple[RowFormat, Any]:
-    """(format, what is stored: a float tensor [V, f] or a PackedTensor)."""
+def _stored(layer: StemFeedForward, dtype: str | None, group: int | None) -> tuple[RowFormat, int, Iterator[Parts]]:
+    """(format, rows, their stored form piece by piece; floats in one piece, without a copy where none is needed)."""
     table: Any = layer.table
     if table is None:
         raise UsageError("the model was loaded without its tables; offload it with device='disk' and their folder")
     if isinstance(table, PackedEmbedding):
         packed = table.packed
-        if packed.grid not in ("int8", "int4") or dtype not in (None, packed.grid):
+        if packed.grid not in CODES or dtype not in (None, packed.grid):
             raise UsageError(f"the table is packed as {packed.grid}; tables in a store are int8, int4 or floats")
-        size = None if packed.group == packed.codes.shape[1] else packed.group
-        return RowFormat(packed.grid, packed.codes.shape[1], size), packed
-    weight = table.weight
+        count, width = packed.codes.shape
+        format = RowFormat(packed.grid, width, None if packed.group == width else packed.group)
+        return format, count, iter([format.of_codes(packed.codes, packed.step)])
+    weight = table.weight.detach()
     names = {value: name for name, value in FLOATS.items()}
-    return RowFormat(dtype or names.get(weight.dtype, "fp32"), weight.shape[1], group), weight
-
-
-def _in_memory(layer: StemFeedForward, dtype: str | None, group: int | None, read_only: bool) -> MemoryRows:
-    format, source = _own_format(layer, dtype, group)
-    if not isinstance(source, Tensor):
-        return MemoryRows(format.of_codes(source.codes, source.step), format, read_only)
-    if format.dtype in FLOATS:
-        return MemoryRows({"weight": source.detach().cpu().to(FLOATS[format.dtype])}, format, read_only)
-    pieces = [format.encode(part) for part in slices(source)]
-    return MemoryRows({name: torch.cat([p[name] for p in pieces]) for name in format.parts}, format, read_only)
-
-
-def _write(layer: StemFeedForward, file: Path, block: int, dtype: str | None, group: int | None) -> None:
-    format, source = _own_format(layer, dtype, group)
-    if isinstance(source, Tensor):
-        write_rows(file, table_name(block), len(source), format, slices(source))
-    else:
-        write_rows(file, table_name(block), len(source.codes), format, [format.of_codes(source.codes, source.step)])
+    format = RowFormat(dtype or names.get(weight.dtype, "fp32"), weight.shape[1], group)
+    pieces = [weight] if format.dtype in FLOATS else weight.split(AT_ONCE)
+    return format, len(weight), (format.encode(piece.cpu()) for piece in pieces)

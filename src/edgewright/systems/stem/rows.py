@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,39 +95,56 @@ class RowFormat:
         return PackedTensor(codes, parts["step"], self.dtype).dequantize()
 
 
-class Rows(Protocol):
-    """A table of `count` rows in a format. `read`: ids ascending, distinct, int64 [n] -> rows; from any thread."""
+class Rows(ABC):
+    """A table of `count` rows in a format. Ids are ascending, distinct, int64 [n]; `read` may come from any thread."""
 
     format: RowFormat
     count: int
     read_only: bool
+    path: Path | None = None
 
-    def read(self, ids: Tensor) -> Tensor: ...
+    def read(self, ids: Tensor) -> Tensor:
+        """Rows [n, width], decoded."""
+        return self.format.decode(self.get(ids))
 
     def write(self, ids: Tensor, rows: Tensor) -> Tensor:
-        """Replace rows; what they became, decoded."""
+        """Replace rows; what they became, decoded. Raises UsageError where the table is read-only."""
+        if self.read_only:
+            where = f" {self.path}" if self.path else ""
+            raise UsageError(f"the table{where} is read-only; open the store with trainable=True to write rows")
+        encoded = self.format.encode(rows)
+        self.put(ids, encoded)
+        return self.format.decode(encoded)
 
-    def flush(self) -> None: ...
+    @abstractmethod
+    def get(self, ids: Tensor) -> Parts:
+        """The stored form of rows."""
 
+    @abstractmethod
+    def put(self, ids: Tensor, parts: Parts) -> None:
+        """Write the stored form of rows."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Have the operating system write what it holds back."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
-class MemoryRows:
+class MemoryRows(Rows):
     """Rows in tensors. A float tensor is used as it is, without a copy."""
 
     def __init__(self, parts: Parts, format: RowFormat, read_only: bool = False) -> None:
         self.parts, self.format, self.read_only = parts, format, read_only
         self.count = len(next(iter(parts.values())))
 
-    def read(self, ids: Tensor) -> Tensor:
-        return self.format.decode({name: part.index_select(0, ids) for name, part in self.parts.items()})
+    def get(self, ids: Tensor) -> Parts:
+        return {name: part.index_select(0, ids) for name, part in self.parts.items()}
 
-    def write(self, ids: Tensor, rows: Tensor) -> Tensor:
-        _check_writable(self)
-        encoded = self.format.encode(rows)
+    def put(self, ids: Tensor, parts: Parts) -> None:
         for name, part in self.parts.items():
-            part.index_copy_(0, ids, encoded[name])
-        return self.format.decode(encoded)
+            part.index_copy_(0, ids, parts[name])
 
     def flush(self) -> None:
         """Nothing waits."""
@@ -134,70 +153,51 @@ class MemoryRows:
         self.parts = {}
 
 
-class FileRows:
+class FileRows(Rows):
     """Rows of a safetensors file whose tensors are called `name`.weight, or .codes and .step."""
 
-    def __init__(
-        self, path: str | Path, name: str, *, group: int | None = None, access: str = "pread", read_only: bool = True
-    ) -> None:
+    path: Path
+
+    def __init__(self, path: str | Path, name: str, *, access: str = "pread", read_only: bool = True) -> None:
         self._file = -1
         if access not in ACCESS:
             raise UsageError(f"access={access!r}; choose from {', '.join(ACCESS)}")
-        self.path, self.read_only, self._maps = Path(path), read_only, {}
+        self.path, self.read_only = Path(path), read_only
+        self._maps: dict[str, Any] = {}
         if not self.path.is_file():
             raise FormatError(f"the table shard {self.path} is missing; the rows of {name} should be in it")
-        self.format, self.count, self._starts = _layout(self.path, name, group)
+        self.format, self.count, self._starts = _layout(self.path, name)
         try:
             self._file = os.open(self.path, os.O_RDONLY if read_only else os.O_RDWR)
         except OSError as error:
-            raise OutputError(
-                f"cannot open {self.path} for {'reading' if read_only else 'writing'}: {error}"
-            ) from error
+            how = "reading" if read_only else "writing"
+            raise OutputError(f"cannot open {self.path} for {how}: {error}") from error
         if access == "mmap":
             for part, (dtype, columns) in self.format.parts.items():
                 shape = (self.count, columns * dtype.itemsize)
                 self._maps[part] = np.memmap(self.path, np.uint8, "r", self._starts[part], shape)
 
-    _maps: dict[str, Any]
-
-    def read(self, ids: Tensor) -> Tensor:
-        index = ids.numpy()
-        parts = {}
+    def get(self, ids: Tensor) -> Parts:
+        index, parts = ids.numpy(), {}
         for name, (dtype, columns) in self.format.parts.items():
-            data = self._maps[name][index] if self._maps else self._pread(name, index, columns * dtype.itemsize)
+            if self._maps:
+                data = self._maps[name][index]
+            else:
+                data = np.empty((len(index), columns * dtype.itemsize), np.uint8)
+                for view, place in self._runs(name, index, data):
+                    while view:
+                        got = os.preadv(self._file, [view], place)
+                        if got == 0:
+                            raise FormatError(
+                                f"{self.path} ended at byte {place} while a row was read; it was cut short"
+                            )
+                        view, place = view[got:], place + got
             parts[name] = torch.from_numpy(data).view(dtype).view(len(index), columns)
-        return self.format.decode(parts)
-
-    def _pread(self, name: str, index: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
-        """One call for every run of neighbouring rows."""
-        data = np.empty((len(index), size), np.uint8)
-        firsts = np.flatnonzero(np.diff(index, prepend=-2) != 1).tolist()
-        for first, end in zip(firsts, [*firsts[1:], len(index)], strict=True):
-            view = memoryview(data[first:end].reshape(-1))  # type: ignore[arg-type]
-            place = self._starts[name] + int(index[first]) * size
-            while view:
-                got = os.preadv(self._file, [view], place)
-                if got == 0:
-                    raise FormatError(f"{self.path} ended at byte {place} while a row was read; it was cut short")
-                view, place = view[got:], place + got
-        return data
-
-    def write(self, ids: Tensor, rows: Tensor) -> Tensor:
-        _check_writable(self)
-        encoded = self.format.encode(rows)
-        self.put(ids, encoded)
-        return self.format.decode(encoded)
+        return parts
 
     def put(self, ids: Tensor, parts: Parts) -> None:
-        """Write the stored form of rows."""
         for name, part in parts.items():
-            data = part.contiguous().view(torch.uint8).numpy()
-            size = data.shape[1]
-            index = ids.numpy()
-            firsts = np.flatnonzero(np.diff(index, prepend=-2) != 1).tolist()
-            for first, end in zip(firsts, [*firsts[1:], len(index)], strict=True):
-                view = memoryview(data[first:end].reshape(-1))  # type: ignore[arg-type]
-                place = self._starts[name] + int(index[first]) * size
+            for view, place in self._runs(name, ids.numpy(), part.contiguous().view(torch.uint8).numpy()):
                 while view:
                     try:
                         done = os.pwrite(self._file, view, place)
@@ -205,8 +205,13 @@ class FileRows:
                         raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
                     view, place = view[done:], place + done
 
+    def _runs(self, name: str, index: Any, data: Any) -> Iterator[tuple[memoryview, int]]:
+        """(bytes, place in the file) of every run of neighbouring rows of `data`, uint8 [n, bytes of a row]."""
+        firsts = np.flatnonzero(np.diff(index, prepend=-2) != 1).tolist()
+        for first, end in pairwise([*firsts, len(index)]):
+            yield memoryview(data[first:end].reshape(-1)), self._starts[name] + int(index[first]) * data.shape[1]
+
     def flush(self) -> None:
-        """Have the operating system write what it holds back."""
         if not self.read_only:
             os.fsync(self._file)
 
@@ -236,7 +241,7 @@ def write_rows(path: str | Path, name: str, count: int, format: RowFormat, chunk
         with temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
-        rows = FileRows(temporary, name, group=format.group, read_only=False)
+        rows = FileRows(temporary, name, read_only=False)
         try:
             first = 0
             for chunk in chunks:
@@ -250,35 +255,18 @@ def write_rows(path: str | Path, name: str, count: int, format: RowFormat, chunk
             raise UsageError(f"{first} rows were given for a table of {count}")
 
 
-def slices(table: Tensor) -> Iterable[Tensor]:
-    """The rows of a tensor in pieces."""
-    return (part.detach().cpu() for part in table.split(AT_ONCE))
-
-
-def _layout(path: Path, name: str, group: int | None) -> tuple[RowFormat, int, dict[str, int]]:
+def _layout(path: Path, name: str) -> tuple[RowFormat, int, dict[str, int]]:
     """(format, rows, first byte of each part) of a table in a safetensors file."""
     entries = check_safetensors(path)
-    found = {e.rpartition(".")[2]: entry for e, entry in entries.items() if e.rpartition(".")[0] == name}
-    if "weight" in found and len(found["weight"].shape) == 2:
-        kind = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}.get(found["weight"].dtype)
-        if kind is not None:
-            return (
-                RowFormat(kind, found["weight"].shape[1]),
-                found["weight"].shape[0],
-                {"weight": found["weight"].start},
-            )
-    if {"codes", "step"} <= found.keys() and all(len(found[part].shape) == 2 for part in ("codes", "step")):
-        codes, step = found["codes"], found["step"]
+    found = {part: entries.get(f"{name}.{part}") for part in ("weight", "codes", "step")}
+    weight, codes, step = (entry if entry is not None and len(entry.shape) == 2 else None for entry in found.values())
+    floats = {NAMES[dtype]: kind for kind, dtype in FLOATS.items()}
+    if weight is not None and weight.dtype in floats:
+        return RowFormat(floats[weight.dtype], weight.shape[1]), weight.shape[0], {"weight": weight.start}
+    if codes is not None and step is not None and codes.dtype in ("U8", "I8") and step.dtype == "F32":
         width = codes.shape[1] * (2 if codes.dtype == "U8" else 1)
-        fits = codes.dtype in ("U8", "I8") and step.dtype == "F32" and step.shape[0] == codes.shape[0]
-        if fits and step.shape[1] and width % step.shape[1] == 0:
+        if step.shape[0] == codes.shape[0] and step.shape[1] and width % step.shape[1] == 0:
             size = width // step.shape[1]
             format = RowFormat("int4" if codes.dtype == "U8" else "int8", width, None if size == width else size)
             return format, codes.shape[0], {"codes": codes.start, "step": step.start}
     raise FormatError(f"{path} does not hold the rows of {name} (as .weight, or .codes and .step) in a form known here")
-
-
-def _check_writable(rows: MemoryRows | FileRows) -> None:
-    if rows.read_only:
-        where = f" {rows.path}" if isinstance(rows, FileRows) else ""
-        raise UsageError(f"the table{where} is read-only; open the store with trainable=True to write rows")
