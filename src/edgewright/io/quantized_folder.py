@@ -194,8 +194,8 @@ def _put(
     model: nn.Module, name: str, packed: PackedTensor, dtype: torch.dtype, fields: dict[str, Any] | None = None
 ) -> None:
     """Replace a layer of the skeleton by its packed twin; a bias is filled in later with the other floats."""
-    parent, _, child = name.rpartition(".")
     if fields is not None and fields["kind"] == "stack":
+        parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         stack = PackedStack(packed, fields["count"], fields["group_axis"])
         if not hasattr(owner, "weight_stacks"):
@@ -210,7 +210,7 @@ def _put(
         new = PackedEmbedding(packed, old.padding_idx, dtype)
     else:
         new = PackedLinear(packed, old.bias)  # type: ignore[arg-type]
-    setattr(model.get_submodule(parent), child, keeping_forward(old, new))
+    model.set_submodule(name, keeping_forward(old, new))
 
 
 def _fill(folder: Path, model: PreTrainedModel, stored: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -275,8 +275,7 @@ def _initialised(model: PreTrainedModel, module: nn.Module, key: str) -> bool:
 def _recompute(folder: Path, model: PreTrainedModel, name: str, module: nn.Module) -> None:
     """Rebuild a module whose buffers are derived from the configuration (rotary frequencies, position ids)."""
     if hasattr(module, "inv_freq"):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, type(module)(config=model.config))  # type: ignore[call-arg]
+        model.set_submodule(name, type(module)(config=model.config))  # type: ignore[call-arg]
         return
     for key, buffer in list(module.named_buffers(recurse=False)):
         if key in ("position_ids", "token_type_ids"):

@@ -229,8 +229,7 @@ def replace_packed_(model: nn.Module, storage: Storage) -> list[str]:
         if isinstance(twin, _Blocked):
             tables.setdefault(layer.codes.data_ptr(), twin)
         twin.train(layer.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, twin)
+        model.set_submodule(name, twin)
     return [name for name, _ in layers]
 
 

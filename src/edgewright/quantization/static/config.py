@@ -101,12 +101,6 @@ def activation_quantizers(model: nn.Module) -> list[ActivationQuantizer]:
     return found
 
 
-def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
 @contextmanager
 def _modes(model: nn.Module) -> Any:
     modes = [(module, module.training) for module in model.modules()]

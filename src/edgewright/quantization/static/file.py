@@ -24,7 +24,7 @@ from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.io.typed import from_json
 from edgewright.quantization.affine import BITS
 from edgewright.quantization.static.batchnorm import ConvBNQuant2d, StaticLayer
-from edgewright.quantization.static.config import StaticConfig, set_submodule
+from edgewright.quantization.static.config import StaticConfig
 from edgewright.quantization.static.network import quantize_static
 from edgewright.quantization.static.observers import ActivationQuantizer, FixedActivation
 
@@ -78,10 +78,10 @@ def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
     try:
         for name, module in list(loaded.named_modules()):
             if isinstance(module, ConvBNQuant2d):
-                set_submodule(loaded, name, _layer(name, module, shapes[name], tensors))
+                loaded.set_submodule(name, _layer(name, module, shapes[name], tensors))
             elif isinstance(module, ActivationQuantizer):
                 step, zero = activations[name]
-                set_submodule(loaded, name, FixedActivation(module.name, module.scheme, float(step), int(zero)))
+                loaded.set_submodule(name, FixedActivation(module.name, module.scheme, float(step), int(zero)))
         inside = tuple(f"{name}." for name in shapes)
         loaded.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(inside)}, strict=False)
     except EdgewrightError:

@@ -28,7 +28,6 @@ from edgewright.quantization.static.config import (
     _modes,
     activation_quantizers,
     quantization,
-    set_submodule,
 )
 from edgewright.quantization.static.observers import ActivationQuantizer, FixedActivation
 from edgewright.quantization.static.prepare import prepare
@@ -100,11 +99,11 @@ def convert_static(model: nn.Module) -> nn.Module:
     if not layers:
         raise UsageError("the model has no layer to convert; prepare it with quantize_static(model, example) first")
     for name, layer in layers:
-        set_submodule(converted, name, layer.static())
+        converted.set_submodule(name, layer.static())
     for name, module in list(converted.named_modules()):
         if isinstance(module, ActivationQuantizer):
             step, zero = module.parameters_of_codes()
-            set_submodule(converted, name, FixedActivation(module.name, module.scheme, float(step), int(zero)))
+            converted.set_submodule(name, FixedActivation(module.name, module.scheme, float(step), int(zero)))
     for parameter in converted.parameters():
         parameter.requires_grad_(False)
     if isinstance(converted, fx.GraphModule):

@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from edgewright.errors import UsageError
 from edgewright.quantization.static.batchnorm import BATCHNORMS, ConvBNQuant2d
-from edgewright.quantization.static.config import StaticConfig, StaticReport, quantization, set_submodule
+from edgewright.quantization.static.config import StaticConfig, StaticReport, quantization
 from edgewright.quantization.static.observers import ActivationQuantizer, RangeObserver
 from edgewright.quantization.static.rules import is_tensor, kind_of, rectified_limit, tensor_inputs
 
@@ -99,7 +99,7 @@ def _fold(model: fx.GraphModule, config: StaticConfig, report: StaticReport) -> 
             continue
         bn_node = _batchnorm_behind(node, model, uses)
         bn: Any = None if bn_node is None else model.get_submodule(str(bn_node.target))
-        set_submodule(model, name, ConvBNQuant2d(layer, bn, config.weight_scheme, config.bn, name))
+        model.set_submodule(name, ConvBNQuant2d(layer, bn, config.weight_scheme, config.bn, name))
         node.meta["kind"] = "compute"
         report.layers.append((name, "" if bn_node is None else str(bn_node.target)))
         if bn_node is not None:

@@ -160,9 +160,7 @@ def pack_binary_(model: nn.Module, path: str = "auto") -> nn.Module:
     if not found:
         raise UsageError("no layer is on the binary grid; pack_binary_ needs a model that went through bit_")
     for name, module in found:
-        packed = _packed(name, module, path).train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
+        model.set_submodule(name, _packed(name, module, path).train(module.training))
     return model
 
 

@@ -268,8 +268,7 @@ def _take_apart(model: Any) -> dict[str, torch.Tensor]:
             else:
                 raise Unsupported(f"{name} is a {type(module).__name__}, which no encoder has")
         plain.weight = module.weight
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain.train(module.training))
+        model.set_submodule(name, plain.train(module.training))
     attended = False
     for module in model.modules():
         if isinstance(getattr(module, "attention_quantizers", None), AttentionQuantizers):

@@ -36,6 +36,5 @@ def export_binary_onnx(
     if not found:
         raise UsageError("the model has no packed binary layer; call pack_binary_(model) first, or export_onnx")
     for name, module in found:
-        parent, _, child = name.rpartition(".")
-        setattr(exported.get_submodule(parent), child, module.exportable())
+        exported.set_submodule(name, module.exportable())
     return export_onnx(exported, path, example_inputs=example_inputs, tolerance=tolerance, storage="smallest")

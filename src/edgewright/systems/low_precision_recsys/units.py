@@ -136,17 +136,17 @@ def build(model: nn.Module, unit: Unit, option: str, ranges: Range | None = None
 @contextmanager
 def swapped(model: nn.Module, *parts: nn.ModuleDict) -> Iterator[None]:
     """The model with these modules in place, put back afterwards whatever happens."""
-    before: list[tuple[nn.Module, str, nn.Module]] = []
+    before: list[tuple[str, nn.Module]] = []
     try:
         for part in parts:
             for key, module in part.items():
-                parent, name = _parent(model, key.replace("/", "."))
-                before.append((parent, name, parent._modules[name]))  # type: ignore[arg-type]
-                parent._modules[name] = module
+                path = key.replace("/", ".")
+                before.append((path, model.get_submodule(path)))
+                model.set_submodule(path, module)
         yield
     finally:
-        for parent, name, module in reversed(before):
-            parent._modules[name] = module
+        for path, module in reversed(before):
+            model.set_submodule(path, module)
 
 
 def replaced_copy(model: nn.Module, *parts: nn.ModuleDict) -> nn.Module:
@@ -232,11 +232,6 @@ def _matrix_bytes(n: int, d: int, option: str) -> int:
     if method == "kmeans":
         return n * -(-d // 2) + 2 * CENTRES * -(-n // block)
     return n * row_bytes(d, bits)
-
-
-def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    where, _, name = path.rpartition(".")
-    return model.get_submodule(where), name
 
 
 def _key(path: str) -> str:

@@ -106,9 +106,8 @@ def convert_parq_(model: nn.Module, optimizer: QuantOptimizer) -> nn.Module:
             packed[p] = _pack(name, p, group["targets"], hard[p], optimizer.targets[p].values)
     for p, tensor in packed.items():
         for name, module in layers[p]:
-            parent, _, child = name.rpartition(".")
             made = keeping_forward(module, _layer(module, tensor).train(module.training))
-            setattr(model.get_submodule(parent), child, made)
+            model.set_submodule(name, made)
     return model
 
 

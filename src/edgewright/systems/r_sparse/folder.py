@@ -83,7 +83,7 @@ def save_rsparse(
     finally:
         for name, layer in layers.items():
             by_input_(layer.inner)
-            _put(model, name, layer)
+            model.set_submodule(name, layer)
     return Path(folder)
 
 
@@ -132,13 +132,8 @@ def load_rsparse(
             dense_tokens=None if config.dense_prefill else 1,
             path=config.path,
         )
-        _put(model, name, sparse.eval())
+        model.set_submodule(name, sparse.eval())
     return model, tokenizer, config
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def _linear(folder: Path, model: nn.Module, name: str) -> Any:

@@ -95,7 +95,7 @@ def apply_rsparse(
             path=config.path,
         )
         sparse.training = layer.training
-        _replace(model, name, sparse)
+        model.set_submodule(name, sparse)
     apply_plan(model, stats, plan, factors)
     return model
 
@@ -113,7 +113,7 @@ def remove_rsparse(model: nn.Module) -> nn.Module:
     """Put the dense layers back in place, in their ordinary layout, and return the model."""
     for name, layer in sparse_layers(model).items():
         by_output_(layer.inner)
-        _replace(model, name, layer.inner)
+        model.set_submodule(name, layer.inner)
     return model
 
 
@@ -130,11 +130,6 @@ def _budget(name: str, layer: Any, wanted: LayerPlan) -> int:
             f"{wanted.rho:g}; take a lower sparsity or a larger rho"
         )
     return rank
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
