@@ -43,6 +43,13 @@ OVER_BUDGET = {
 # Small jobs that are done in one place: what the source says that does them, and the modules that may say it.
 ONE_PLACE: dict[str, tuple[str, ...]] = {
     r"(import|from) hashlib\b|\bzlib\.crc32\b|from (zlib|binascii) import .*crc": ("io/hashing.py",),
+    r"\brich\.progress\b": ("measure/progress.py",),
+    r"setattr\(\w+\.get_submodule\(|\bdef set_submodule\b": (),  # nn.Module has set_submodule
+    # the optimizer whose projections are split makes and reads such tensors itself
+    r"torch\.distributed\.(_?tensor)\b|\.(to_local|full_tensor)\(|\b_local_tensor\b|\.placements\b": (
+        "systems/apollo/sketch.py",
+        "training/distributed.py",
+    ),
     # ggml's block formats, each an expression of its own, stand where they are written and read
     r"(<<|>>) \(?(bits|width) \*|\bpackbits\(|\bunpackbits\(": (
         "export/gguf/blocks.py",
@@ -50,12 +57,6 @@ ONE_PLACE: dict[str, tuple[str, ...]] = {
         "io/gguf/types.py",
     ),
     r"0xBF58476D1CE4E5B9|\bSeedSequence\(.*>> ?1\b": ("io/hashing.py",),
-    r"rich\.progress": ("measure/progress.py",),
-    # the optimizer whose projections are split makes and reads such tensors itself
-    r"torch\.distributed\.(_?tensor)\b|\.(to_local|full_tensor)\(|\b_local_tensor\b|\.placements\b": (
-        "systems/apollo/sketch.py",
-        "training/distributed.py",
-    ),
 }
 
 # What must not be imported before a command has something to do with it.
