@@ -18,13 +18,12 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.io.packed import PackedEmbedding
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
-from edgewright.systems.stem.cache import MOST, FrequencySketch, RowCache
 from edgewright.systems.stem.files import load_offloaded, save_stem
 from edgewright.systems.stem.layer import stem_blocks
 from edgewright.systems.stem.offload import offload_, table_file, table_name
 from edgewright.systems.stem.report import capacity_report
 from edgewright.systems.stem.rows import FileRows, MemoryRows, RowFormat, write_rows
-from edgewright.systems.stem.store import EmbeddingStore
+from edgewright.systems.stem.store import SAMPLE, EmbeddingStore, RowCache
 from edgewright.systems.stem.training import RowAdamW, StemAdamW, stem_groups
 from edgewright.training import BlockBatches, TrainConfig, fit
 from tests.systems.stem.toys import dense, logits, stem, tokens
@@ -84,42 +83,31 @@ def test_packed_tables_keep_their_codes() -> None:
 
 
 def test_the_cache_is_the_reference_simulator() -> None:
-    """The policy again, over dicts and lists; tokens by Zipf's law."""
+    """The policy again, one id after the other over lists; tokens by Zipf's law."""
     generator = np.random.default_rng(0)
     capacity, count = 6, 40
     cache = RowCache(capacity, count, 1, torch.float32, "cpu")
-    sketch, slots, frequency = FrequencySketch(capacity), [-1] * capacity, [0] * capacity
+    slots, counts, requests = [-1] * capacity, Counter[int](), 0
     for _ in range(300):
-        ids = np.unique(np.minimum(generator.zipf(1.3, size=int(generator.integers(1, 5))) - 1, count - 1))
-        if sketch.add(ids):
-            frequency = [f // 2 for f in frequency]
+        ids = np.unique(np.minimum(generator.zipf(1.3, size=int(generator.integers(1, 9))) - 1, count - 1))
+        counts.update(ids.tolist())
+        requests += len(ids)
+        if requests >= SAMPLE * capacity:
+            counts, requests = Counter({key: times // 2 for key, times in counts.items()}), requests // 2
         expected = [slots.index(key) if key in slots else -1 for key in ids.tolist()]
-        for key in ids.tolist():
-            if key in slots:
-                frequency[slots.index(key)] = int(sketch.estimate(np.array([key]))[0])
         assert cache.request(ids).tolist() == expected
         missing = np.array([key for key in ids.tolist() if key not in slots], np.int64)
         cache.offer(missing, torch.tensor(missing, dtype=torch.float32).unsqueeze(1))
-        for key in missing.tolist():
-            estimate = int(sketch.estimate(np.array([key]))[0])
-            if -1 in slots:
-                slot = slots.index(-1)
-            else:
-                slot = frequency.index(min(frequency))
-                if estimate <= frequency[slot]:
-                    continue
-            slots[slot], frequency[slot] = key, estimate
-        assert cache.id_in.tolist() == slots and cache.frequency.tolist() == frequency
+        fresh: set[int] = set()
+        for key in sorted(missing.tolist(), key=lambda key: -counts[key]):
+            held = [counts[other] if other >= 0 else -1 for other in slots]
+            old = [slot for slot in range(capacity) if slot not in fresh]
+            slot = min(old, key=lambda slot: held[slot], default=None)
+            if slot is not None and counts[key] > held[slot]:
+                slots[slot] = key
+                fresh.add(slot)
+        assert cache.id_in.tolist() == slots
         assert cache.rows[: cache.used, 0].tolist() == slots[: cache.used]
-
-
-def test_the_sketch_never_counts_too_few() -> None:
-    sketch, seen = FrequencySketch(1000), Counter()
-    for key in np.random.default_rng(0).zipf(1.2, 2000) % 5000:
-        sketch.add(np.array([key]))
-        seen[int(key)] += 1
-    for key, times in seen.items():
-        assert int(sketch.estimate(np.array([key]))[0]) >= min(times, MOST)
 
 
 def test_a_cache_finds_frequent_tokens() -> None:

@@ -13,13 +13,68 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
-from edgewright.systems.stem.cache import RowCache
 from edgewright.systems.stem.rows import Rows
 from edgewright.systems.stem.training import RowAdamW
+
+SAMPLE = 30  # times the capacity: requests after which all counts are halved
+
+Ids = np.ndarray[Any, Any]
+
+
+class RowCache:
+    """`capacity` rows of width `width`, on a device. Not for several threads; the store calls it from one alone.
+
+    Requests are counted for every id, also of rows that are not here, and all counts are halved now and then, so that
+    what was frequent long ago leaves. Of the rows that are here or were just read, those of the largest counts stay; of
+    equal counts, those that are here and then the smaller id. A table of counts costs less than one of its columns.
+    """
+
+    def __init__(self, capacity: int, count: int, width: int, dtype: torch.dtype, device: str | torch.device) -> None:
+        self.capacity = min(capacity, count)
+        self.rows = torch.empty(self.capacity, width, dtype=dtype, device=device)
+        self.counts = np.zeros(count, np.int32)
+        self.slot_of = np.full(count, -1, np.int64)  # by id
+        self.id_in = np.full(self.capacity, -1, np.int64)
+        self.used = self.requests = 0
+
+    def request(self, ids: Ids) -> Ids:
+        """Count a request of distinct ids; their slots [n], -1 where a row is not here."""
+        self.counts[ids] += 1
+        self.requests += len(ids)
+        if self.requests >= SAMPLE * self.capacity:
+            self.counts >>= 1
+            self.requests //= 2
+        return self.slot_of[ids]
+
+    def offer(self, ids: Ids, rows: Tensor) -> None:
+        """Rows [n, width] of distinct ascending ids that were requested and not here."""
+        order = np.flatnonzero(self.slot_of[ids] < 0)
+        order = order[np.argsort(-self.counts[ids[order]], kind="stable")][: self.capacity]  # the most frequent first
+        slots = np.arange(self.used, min(self.used + len(order), self.capacity))
+        self.used += len(slots)
+        if (rest := order[len(slots) :]).size:
+            held = self.counts[self.id_in]
+            least = np.argsort(held, kind="stable")[: len(rest)] if len(rest) > 1 else np.array([held.argmin()])
+            least = least[self.counts[ids[rest]] > held[least]]
+            slots = np.concatenate([slots, least])
+        if slots.size:
+            order = order[: len(slots)]
+            gone = self.id_in[slots]
+            self.slot_of[gone[gone >= 0]] = -1
+            self.slot_of[ids[order]], self.id_in[slots] = slots, ids[order]
+            chosen = torch.from_numpy(order).to(rows.device)
+            self.rows[torch.from_numpy(slots).to(self.rows.device)] = rows[chosen]
+
+    def update(self, ids: Ids, rows: Tensor) -> None:
+        """New values of ids, for those that are here."""
+        slots = self.slot_of[ids]
+        here = np.flatnonzero(slots >= 0)
+        self.rows[torch.from_numpy(slots[here])] = rows[torch.from_numpy(here)].to(self.rows.device, self.rows.dtype)
 
 
 @dataclass
@@ -75,7 +130,7 @@ class EmbeddingStore:
         self._versions = dict.fromkeys(self.tables, 0)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stem") if prefetch else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._counts = {"hits": 0, "misses": 0, "bytes": 0, "stall_ms": 0.0}
+        self.reset_stats()
 
     def request(self, layer: int, ids: Tensor) -> None:
         """Begin to fetch the rows of distinct ascending ids, int64 [U] on the CPU, without waiting for them."""
@@ -87,22 +142,19 @@ class EmbeddingStore:
     def fetch(self, layer: int, ids: Tensor) -> Tensor:
         """Rows of distinct ascending ids, int64 [U] on the CPU -> [U, f] on the store's device; waits where it must."""
         job = self._jobs.pop(layer, None)
-        if job is None or not torch.equal(job.ids, ids):
+        if job is None or job.version != self._versions[layer] or not torch.equal(job.ids, ids):
             self._check(layer, ids)
-            job = self._start(layer, ids, None)
-        elif job.version != self._versions[layer]:
-            job = self._start(layer, ids, None)  # rows were written meanwhile
-        rows = torch.empty(len(ids), self.tables[layer].format.width, dtype=self.dtype, device=self.device)
-        if job.cached is not None:
-            rows[job.here.to(self.device)] = job.cached
+            job = self._start(layer, ids, None)  # nobody asked, for other rows, or before they were written
+        rows = job.cached
         if len(job.missing):
-            read = self._wait(layer, job)
-            if job.cached is None:
-                rows = read
-            else:
-                rows[(~job.here).to(self.device)] = read
+            read = rows = self._wait(layer, job)
+            if job.cached is not None:
+                rows = read.new_empty(len(ids), read.shape[1])
+                rows[job.here.to(self.device)], rows[(~job.here).to(self.device)] = job.cached, read
             if layer in self.caches:
                 self.caches[layer].offer(job.missing.numpy(), read)
+        elif rows is None:
+            rows = torch.empty(0, self.tables[layer].format.width, dtype=self.dtype, device=self.device)
         self._counts["hits"] += len(ids) - len(job.missing)
         self._counts["misses"] += len(job.missing)
         self._counts["bytes"] += len(job.missing) * self.tables[layer].format.row_bytes
@@ -114,7 +166,7 @@ class EmbeddingStore:
         self._versions[layer] += 1
         written = self.tables[layer].write(ids, rows.detach().to("cpu", torch.float32))
         if layer in self.caches:
-            self.caches[layer].update(ids.numpy(), written.to(self.dtype))
+            self.caches[layer].update(ids.numpy(), written)
 
     def overlay(self, layer: int, ids: Tensor, rows: Tensor | None) -> None:
         """Answer with these rows for these ids from now on, whatever the table holds; None: with the table's again."""
