@@ -1,8 +1,12 @@
-"""JSON files from outside, read with a limit: each failure is one sentence that names the file."""
+"""JSON: files from outside, read with a limit, each failure one sentence that names the file; and values for files."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +48,32 @@ def read_object(path: str | Path, largest: int = LARGEST, hint: str = "") -> dic
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds {type(value).__name__} where a JSON object is needed")
     return value
+
+
+def json_value(value: Any, other: Callable[[Any], Any] = str) -> Any:
+    """Any value as JSON values; numbers that JSON cannot hold (NaN, infinities) become None.
+
+    Dataclasses and mappings become objects; tuples, sets and other iterables lists, sets sorted; numbers of numpy plain
+    ones; paths texts, and the rest what `other` makes of it.
+    """
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, numbers.Real):
+        number = plain_number(value)
+        return number if math.isfinite(number) else None
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: json_value(getattr(value, field.name), other) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): json_value(entry, other) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((json_value(entry, other) for entry in value), key=str)
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        return [json_value(entry, other) for entry in value]
+    return other(value)
+
+
+def plain_number(value: Any) -> float:
+    """An int where the value is a whole number by its type (numpy's too; a bool is 0 or 1), else a float."""
+    return int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_json
+from edgewright.io.json_file import json_value, plain_number, read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +71,7 @@ class Report:
     ) -> Row:
         """Add one number; a second one of the same metric and subject takes the place of the first."""
         error, count = None if se is None else float(se), None if n is None else int(n)
-        row = self._rows[metric, subject] = Row(metric, _number(value), error, count, unit, subject)
+        row = self._rows[metric, subject] = Row(metric, plain_number(value), error, count, unit, subject)
         return row
 
     def value(self, metric: str, subject: str = "") -> float:
@@ -95,10 +94,10 @@ class Report:
             self._machine, self._versions = machine(), versions()
         return {
             "title": self.title,
-            "rows": [_plain(dataclasses.asdict(row)) for row in self.rows],
-            "machine": _plain(self._machine),
-            "versions": _plain(self._versions),
-            "settings": _plain(self.settings),
+            "rows": [json_value(row) for row in self.rows],
+            "machine": json_value(self._machine),
+            "versions": json_value(self._versions),
+            "settings": json_value(self.settings),
             "notes": list(self.notes),
         }
 
@@ -224,30 +223,6 @@ def format_value(value: float, se: float | None = None) -> str:
     if not 1e-4 <= abs(value) < 1e15:
         return f"{value:.3e}"
     return f"{value:.{max(3 - math.floor(math.log10(abs(value))), 0)}f}"
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, numbers.Integral):  # numpy's integers too; a bool becomes 0 or 1
-        return int(value)
-    return float(value)
-
-
-def _plain(value: Any) -> Any:
-    """Any settings value as JSON: dataclasses and mappings to objects, sets and tuples to lists, the rest as text."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, numbers.Real):
-        number = _number(value)
-        return number if math.isfinite(number) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(v) for v in value), key=str)
-    if isinstance(value, Iterable) and not isinstance(value, bytes | Path):
-        return [_plain(v) for v in value]
-    return str(value)
 
 
 def _inline(value: Any) -> str:

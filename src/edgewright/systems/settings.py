@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgewright.errors import UsageError
+from edgewright.io.json_file import json_value
 from edgewright.systems.catalogue import did_you_mean
 
 T = TypeVar("T")
@@ -44,17 +45,11 @@ def fields_of(settings: Any) -> Iterator[tuple[str, Any]]:
 
 def plain(settings: Any) -> Any:
     """The settings as JSON values, so that two runs can be told apart by comparing them."""
-    if dataclasses.is_dataclass(settings):
-        return {field.name: plain(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-    if isinstance(settings, tuple | list):
-        return [plain(item) for item in settings]
-    if settings is None or isinstance(settings, bool | int | float | str):
-        return settings
-    if isinstance(settings, Path):
-        return str(settings)
-    raise TypeError(
-        f"a recipe's settings hold {settings!r}; only numbers, texts, paths, tuples and dataclasses are kept"
-    )
+    return json_value(settings, _no_setting)
+
+
+def _no_setting(value: Any) -> None:
+    raise TypeError(f"a recipe's settings hold {value!r}; only numbers, texts, paths, tuples and dataclasses are kept")
 
 
 def _replace(settings: Any, keys: list[str], text: str, root: Any) -> Any:

@@ -10,7 +10,7 @@ end of the one-sided interval, and not the estimate, is within the budget.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
+from edgewright.io.json_file import json_value
 from edgewright.systems.dlrm.metrics import auc, base_entropy, log_loss
 from edgewright.systems.low_precision_recsys.examples import Examples
 
@@ -49,7 +50,8 @@ class Judgement:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; numbers that JSON does not have become None."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        values: dict[str, Any] = json_value(self)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Judgement:
@@ -168,14 +170,6 @@ def _groups(examples: Examples, group: str | None) -> Tensor:
     if group is None or examples.groups is None:
         return torch.arange(len(examples))
     return torch.unique(examples.groups, return_inverse=True)[1]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 def _back(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory, write_text
 from edgewright.io.hashing import sha256, tensors_hash
-from edgewright.io.json_file import read_object
+from edgewright.io.json_file import json_value, read_object
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.systems.dlrm.model import CONFIG, DLRM, MODEL_TYPE as DLRM_TYPE, read_config
 from edgewright.systems.low_precision_recsys.calibration import correct_biases, histograms
@@ -110,7 +109,7 @@ class QuantRecipe:
     def save(self, path: str | Path) -> None:
         """Write the recipe as JSON, whole or not at all."""
         body = {"model_type": MODEL_TYPE, "format": FORMAT, "architecture": self.architecture, **asdict(self)}
-        write_text(path, json.dumps(_finite(body), indent=1, allow_nan=False) + "\n")
+        write_text(path, json.dumps(json_value(body), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> QuantRecipe:
@@ -203,14 +202,6 @@ def _choice(name: str, values: dict[str, Any]) -> Choice:
     if edges and len(shares) != len(edges) + 1:
         raise ValueError(f"{name}: {len(edges)} edges and {len(shares)} shares")
     return Choice(option, kind, shapes, str(values["weights"]), str(values["values"]), fixed, edges, shares)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
 class QuantizedModel(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.json_file import read_object
+from edgewright.io.json_file import json_value, read_object
 from edgewright.io.models import load
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
@@ -63,7 +63,7 @@ def save_rsparse(
         described[name] = {
             **asdict(plan[name]),
             "rank": layer.rank,
-            "threshold": limit if math.isfinite(limit) else None,
+            "threshold": json_value(limit),
         }
         parts = {"scale": layer.scale, "down": layer.down, "up": layer.up}
         tensors |= {f"{name}.{key}": t.detach().cpu().contiguous() for key, t in parts.items() if t is not None}
