@@ -32,8 +32,8 @@ from results import ROOT, save
 
 sys.path.insert(0, str(ROOT))
 
-from tests.systems.check_n_run.faults import MemoryFiles, Operation, crashed  # noqa: E402
-from tests.systems.check_n_run.toy import Run, same  # noqa: E402
+from tests.systems.check_n_run.faults import MemoryFiles, Operation, crashed
+from tests.systems.check_n_run.toy import Run, same
 
 POLICIES = ("full", "one-shot", "consecutive", "intermittent")
 SAVES = 4

@@ -14,10 +14,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edgewright.measure.report import Report  # noqa: E402
-from results import save  # noqa: E402
-from tests.kill_jobs import JOBS  # noqa: E402
-from tests.kills import kill_everywhere  # noqa: E402
+from edgewright.measure.report import Report
+from results import save
+from tests.kill_jobs import JOBS
+from tests.kills import kill_everywhere
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from edgewright.export.gguf.exporter import export_gguf
 from edgewright.measure.report import Report
 from edgewright.quantization.api import convert_
 from edgewright.runtime.benchmark import benchmark_files
-from edgewright.systems.ternary_binary_nlg.model import tbt_
+from edgewright.systems.ternary_binary_nlg.model import quantize_encoder_decoder_
 from results import save
 
 LAYOUTS = ("small", "auto")  # "fast" picks the same types as "auto" here
@@ -25,7 +25,7 @@ LAYOUTS = ("small", "auto")  # "fast" picks the same types as "auto" here
 def measure(folder: Path, repeats: int, decode_tokens: int = 64) -> Report:
     """Export, run the smallest file against PyTorch, and time all files in turns."""
     model, tokenizer = edgewright.load("smollm2-135m")
-    ternary = convert_(tbt_(copy.deepcopy(model), "ternary", embedding="int8"))
+    ternary = convert_(quantize_encoder_decoder_(copy.deepcopy(model), "ternary", embedding="int8"))
     files = []
     types: dict[str, str] = {}
     for layout in LAYOUTS:

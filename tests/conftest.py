@@ -35,7 +35,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file, _, test = nodeid.partition("::")
+            file, _, _test = nodeid.partition("::")
             return nodeid.partition("[")[2] or file if "contract" in file else file
 
     return ByFile(config, log)

@@ -103,10 +103,10 @@ def build_binary(folder: Path) -> None:
 
     from edgewright.systems.bit.folder import save_binary
     from edgewright.systems.bit.linear import pack_binary_
-    from edgewright.systems.bit.model import BitConfig, bit_
+    from edgewright.systems.bit.model import BitConfig, binarize_encoder_
 
     config = BertConfig(vocab_size=99, max_position_embeddings=40, **SMALL)
-    model = bit_(BertModel(config).eval(), BitConfig())
+    model = binarize_encoder_(BertModel(config).eval(), BitConfig())
     with torch.no_grad():
         model(torch.randint(5, 99, (2, 8)))
     save_binary(pack_binary_(model), BitConfig(), folder / "model")
@@ -152,7 +152,7 @@ def read_stem(folder: Path) -> None:
     from tests.systems.stem.toys import stem
 
     load_edit(stem(vocab_size=256), folder / "edit.safetensors")
-    model, store = load_offloaded(folder / "model")
+    model, _store = load_offloaded(folder / "model")
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
 

@@ -35,7 +35,7 @@ def shape(**changes: Any) -> EdgeDecoderConfig:
 
 def documents(count: int = 60) -> list[str]:
     chance = random.Random(0)
-    words = "the cat sat on a mat and saw 12 dogs run to some far house".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "12", "dogs", "run", "to", "some", "far", "house"]
     return [" ".join(chance.choice(words) for _ in range(60)) + f" {number}.\n" for number in range(count)]
 
 
@@ -125,9 +125,9 @@ def _group(folder: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     import accelerate.utils  # noqa: F401
-    import torch.distributed.checkpoint  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
-    import transformers.generation  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import transformers.generation
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.set_num_threads(1)

@@ -106,7 +106,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         code: int = module.run(args)
     except EdgewrightError as error:
-        from edgewright.commands.words import in_command_words
+        from edgewright.commands.option_names import in_command_words
 
         return _complain(in_command_words(str(error), parser, getattr(module, "WORDS", ())), error.exit_code)
     return code

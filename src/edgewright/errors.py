@@ -38,7 +38,7 @@ class OutputError(EdgewrightError, OSError):
 
 
 class CheckFailed(EdgewrightError):
-    """The work was done but its proof did not hold: a file that does not decode to its model, a claim that failed."""
+    """The work was done but its verification failed: a file that does not decode to its model, a claim that failed."""
 
 
 class Unsupported(EdgewrightError, NotImplementedError):

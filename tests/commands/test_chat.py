@@ -7,7 +7,7 @@ import builtins
 import pytest
 
 from edgewright.cli import main
-from edgewright.runtime.llamacpp import LlamaCppEngine  # noqa: E402  (after the package is known to be there)
+from edgewright.runtime.llamacpp import LlamaCppEngine
 from tests.toy_gguf import write_toy
 
 QUICK = ["--max-tokens", "4", "--threads", "1", "--context", "256"]

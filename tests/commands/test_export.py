@@ -93,7 +93,7 @@ def test_a_quantised_folder_to_pte_that_writes_text(quantized, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    ("arguments", "error", "message"),
     [
         (["--to", "pte", "--min-delegated", "2"], UsageError, "share from 0 to 1"),
         (["--to", "gguf,pte", "--table", "int5"], UsageError, "auto, exact, int8, float"),

@@ -17,7 +17,7 @@ import pytest
 
 import edgewright
 from edgewright import cli
-from edgewright.commands.words import in_command_words
+from edgewright.commands.option_names import in_command_words
 
 PACKAGE = Path(edgewright.__file__).parent
 ERRORS = {
@@ -160,7 +160,9 @@ def test_every_command_that_is_named_can_be_typed(where: str, line: str) -> None
             parser.parse_args(given)
         except (argparse.ArgumentError, SystemExit) as error:
             # a sentence may name a command without all it needs ("edgewright export" writes ...), not with wrong parts
-            assert "required" in str(error) or isinstance(error, SystemExit) and not words, f"{where}: {line}: {error}"
+            assert "required" in str(error) or (isinstance(error, SystemExit) and not words), (
+                f"{where}: {line}: {error}"
+            )
 
 
 @pytest.mark.parametrize("line", ["edgewright systems", "edgewright systems dlrm", "edgewright run nonsense"])

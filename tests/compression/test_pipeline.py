@@ -89,7 +89,7 @@ def test_the_model_can_write_its_own_training_text(toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bits, grid", [(1.0, "binary"), (1.58, "ternary"), (2.0, "int2"), (3.0, "int3"), (8.0, "int8")]
+    ("bits", "grid"), [(1.0, "binary"), (1.58, "ternary"), (2.0, "int2"), (3.0, "int3"), (8.0, "int8")]
 )
 def test_other_widths_export_and_decode(toy, text, tmp_path, bits, grid):
     chosen = settings(toy, text, bits=bits, method="rtn", baselines=())
@@ -129,14 +129,14 @@ def test_rounding_the_table_twice_changes_nothing(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "text, budget", [("40", Budget(40)), ("4m", Budget(None, 4.0)), ("1.5 min", Budget(None, 1.5))]
+    ("text", "budget"), [("40", Budget(40)), ("4m", Budget(None, 4.0)), ("1.5 min", Budget(None, 1.5))]
 )
 def test_budgets(text, budget):
     assert Budget.parse(text) == budget
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (["--bits", "5"], "1, 1.58, 2, 3, 4, 8"),
         (["--method", "awq"], "rtn, mse, gptq, qat"),

@@ -27,7 +27,7 @@ def test_what_is_stored_is_the_head_of_the_distribution(tiny_llama, tmp_path):
     cache = cache_teacher(tiny_llama, blocks(), tmp_path / "t", k=8, shard_blocks=4, batch_size=3, progress=False)
     stored = cache.blocks()
     p = torch.softmax(tiny_llama(blocks()).logits, -1)
-    values, indices = p.topk(8)
+    values, _indices = p.topk(8)
     assert len(cache) == 10 and torch.equal(stored["tokens"], blocks())
     assert stored["values"].dtype == torch.float16 and stored["indices"].dtype == torch.int32
     # Batches of another size give logits with other float32 rounding: order may differ only between equals.

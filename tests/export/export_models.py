@@ -24,10 +24,7 @@ def rounded(weight: Tensor, grid: str, group: int | None = None) -> PackedTensor
     """Round to nearest on a grid with bf16 steps from the largest weight of each group."""
     low, high, offset = CODE_RANGES[grid]
     groups = weight.detach().float().unflatten(1, (-1, group or weight.shape[1]))
-    if grid == "binary":
-        step = groups.abs().mean(-1)
-    else:
-        step = groups.abs().amax(-1) / (high + offset)
+    step = groups.abs().mean(-1) if grid == "binary" else groups.abs().amax(-1) / (high + offset)
     step = step.clamp_min(1e-4).bfloat16().float()
     codes = (groups / step.unsqueeze(-1) - offset).round().clamp(low, high)
     if grid == "binary":

@@ -20,7 +20,7 @@ def test_same_weights_and_logits(tiny, write_gguf, architecture):
     types = gguf.GGMLQuantizationType
     quantize = {"blk.0.ffn_gate.weight": types.Q4_1, "blk.1.attn_q.weight": types.Q8_0}
     path = write_gguf(tiny(architecture), quantize=quantize)
-    ours, tokenizer = load_gguf(path)
+    ours, _tokenizer = load_gguf(path)
     theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     for name, value in theirs.state_dict().items():

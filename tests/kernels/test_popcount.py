@@ -78,7 +78,7 @@ def test_kernel_twin_and_float_agree_in_every_bit(n, out, rows, signed):
     words = pack_bits(weight)
     for given in ({"shift": shift, "bias": bias}, {"shift": None, "bias": None}):
         arguments = {"alpha_x": alpha_x, "alpha_w": alpha_w, "signed": signed, **given}
-        twin = binary_linear(x, words, path="twin", **arguments)
+        twin = binary_linear(x, words, path="torch", **arguments)
         assert torch.equal(binary_linear(x, words, path="float", **arguments), twin)
         if popcount.why_no_kernel() is None:
             assert torch.equal(binary_linear(x, words, path="kernel", **arguments), twin)
@@ -90,7 +90,7 @@ def test_the_portable_kernel_is_the_same_function(signed):
     x, weight, shift, bias, alpha_x, alpha_w = layer(200, 21, 6)
     words = pack_bits(weight)
     wanted = binary_linear(
-        x, words, alpha_x=alpha_x, alpha_w=alpha_w, shift=shift, bias=bias, signed=signed, path="twin"
+        x, words, alpha_x=alpha_x, alpha_w=alpha_w, shift=shift, bias=bias, signed=signed, path="torch"
     )
     found = popcount._through_kernel(x, tile(words), shift, alpha_x, alpha_w * alpha_x, bias, signed, PORTABLE)
     assert torch.equal(found, wanted)
@@ -99,7 +99,7 @@ def test_the_portable_kernel_is_the_same_function(signed):
 def test_threads_do_not_change_a_bit(monkeypatch):
     needs_kernel()
     monkeypatch.setattr(popcount, "PRODUCTS_PER_THREAD", 1)
-    x, weight, shift, bias, alpha_x, alpha_w = layer(130, 50, 11)
+    x, weight, _shift, _bias, alpha_x, alpha_w = layer(130, 50, 11)
     words = pack_bits(weight)
     results = []
     before = torch.get_num_threads()
@@ -158,7 +158,7 @@ def test_without_a_compiler_the_float_path_serves(empty_cache, monkeypatch):
     x, weight, _, _, alpha_x, alpha_w = layer(70, 6, 8)
     arguments = {"alpha_x": alpha_x, "alpha_w": alpha_w}
     words = pack_bits(weight)
-    assert torch.equal(binary_linear(x, words, **arguments), binary_linear(x, words, path="twin", **arguments))
+    assert torch.equal(binary_linear(x, words, **arguments), binary_linear(x, words, path="torch", **arguments))
     with pytest.raises(UsageError, match="path='auto' takes another"):
         binary_linear(x, words, path="kernel", **arguments)
 

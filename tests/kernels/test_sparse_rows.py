@@ -70,7 +70,7 @@ def test_the_kernel_is_the_plain_sum_in_every_bit(n, out, rank, threshold, dtype
 def test_the_twin_is_the_same_product(n, out, rank, threshold, dtype):
     x, weight, scale, more = layer(n, out, rank, dtype)
     wanted, count = plain(x, weight.rows, scale, threshold, **more)
-    found, kept = sparse_rows(x, weight, scale, threshold, path="twin", **more)
+    found, kept = sparse_rows(x, weight, scale, threshold, path="torch", **more)
     assert kept == count
     # another order of up to 129 float32 sums
     torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-5, atol=1e-4)
@@ -133,9 +133,9 @@ def test_what_does_not_fit_is_refused():
         sparse_rows(x, weight, scale, 0.1, path="fast")
     for arguments in ((x[:-1], weight, scale), (x, weight, scale[:-1])):
         with pytest.raises(UsageError, match="do not fit a weight of 40 inputs, 33 outputs"):
-            sparse_rows(*arguments, 0.1, path="twin")
+            sparse_rows(*arguments, 0.1, path="torch")
     with pytest.raises(UsageError, match="do not fit"):
-        sparse_rows(x, weight, scale, 0.1, down=more["down"], path="twin")
+        sparse_rows(x, weight, scale, 0.1, down=more["down"], path="torch")
     with pytest.raises(UsageError, match="contiguous"):
         RowMatrix(weight.rows.t())
     with pytest.raises(UsageError, match="codes need steps"):

@@ -148,7 +148,7 @@ def test_kept_words_come_from_the_real_tokenisation(smollm2) -> None:
     kept = output_vocabulary(tokenizer, ["User: hi\nVerdict:"], ANSWERS)
     pieces = {tokenizer.decode([token]) for token in kept}
     assert pieces == {" safe", " unsafe", "\n", "S", ",", *"0123456789", "<|im_end|>"} and len(kept) == 16
-    prompt, answers = answer_ids(tokenizer, "Verdict:", [" unsafe\nS12"])
+    _prompt, answers = answer_ids(tokenizer, "Verdict:", [" unsafe\nS12"])
     assert [tokenizer.decode([t]) for t in answers[0]] == [" unsafe", "\n", "S", "1", "2"]
     # a control token in a text is plain text
     assert tokenizer.eos_token_id not in answer_ids(tokenizer, "<|im_end|> Verdict:", [" safe"])[0]

@@ -155,7 +155,7 @@ def test_weights_that_are_not_finite_are_named(tiny_llama, bad):
 
 
 @pytest.mark.parametrize(
-    "call, words",
+    ("call", "words"),
     [
         (lambda: WeightConfig("int5"), "binary, ternary"),
         (lambda: WeightConfig(scale="best"), "absmax"),

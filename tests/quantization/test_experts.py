@@ -81,7 +81,7 @@ def test_logits_stay_those_of_the_original(family: str, implementation: str) -> 
     assert [name for name, _ in quantized_modules(model)] == stacks(original) == names_of_stacks(original)
     fake = logits(model)
     assert 0 < float((fake - expected).norm() / expected.norm()) < 0.03
-    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # noqa: S301 - our own bytes
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert torch.equal(logits(again), fake)
     plain = dequantize_(copy.deepcopy(model))
     assert torch.equal(logits(plain), fake) and [type(module) for module in plain.modules()] == kinds

@@ -119,7 +119,7 @@ def test_gradient_of_the_scale_is_the_derivative_for_fixed_codes(name):
     alpha = torch.full((4, 1), 0.5 * grid.steps_per_alpha)
     upstream = torch.randn(4, 32, generator=generator)
     quantizer = Quantizer(grid, scale_dtype=None)
-    phi, mask = grid.straight_through(weight / quantizer.step(alpha))
+    _phi, mask = grid.straight_through(weight / quantizer.step(alpha))
     _, gradient = quantizer.gradients(weight, alpha, upstream.clone())
     # Inside the range STE moves weight and level together, so only clipped weights (and signs) contribute.
     expected = torch.where(mask.bool() & (grid.kind != "binary"), 0.0, codes / grid.steps_per_alpha)

@@ -79,7 +79,7 @@ def test_logits_stay_those_of_the_original(family: str) -> None:
     assert own or family == "Gemma2"
     fake = logits(model)
     assert 0 < float((fake - expected).norm() / expected.norm()) < 0.03
-    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # noqa: S301 - our own bytes
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert torch.equal(logits(again), fake)
     plain = dequantize_(copy.deepcopy(model))
     assert torch.equal(logits(plain), fake)

@@ -33,9 +33,17 @@ class Settings:
 def test_overrides_are_typed_by_their_fields() -> None:
     settings = override(
         Settings(),
-        "seed=3;walk.steps=7;walk.scale=1e-1;bits=1.58;widths=1,2.5;pair=2, b;limit=9;data=x.txt;verbose=yes".split(
-            ";"
-        ),
+        [
+            "seed=3",
+            "walk.steps=7",
+            "walk.scale=1e-1",
+            "bits=1.58",
+            "widths=1,2.5",
+            "pair=2, b",
+            "limit=9",
+            "data=x.txt",
+            "verbose=yes",
+        ],
     )
     assert settings == Settings(3, Walk(7, 0.1), "1.58", (1.0, 2.5), (2, "b"), 9, Path("x.txt"), True)
     assert override(settings, ["limit=none", "data=none", "verbose=false", "widths="]) == replace(

@@ -84,8 +84,8 @@ def whole(output: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     import accelerate.utils  # noqa: F401
-    import torch.distributed.checkpoint  # noqa: F401
-    import torch.distributed.fsdp  # noqa: F401
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
 
     for world, part in ((2, split), (1, alone), (2, whole)):
         run_group(world, partial(part, Path(sys.argv[1])))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgewright.runtime.interfaces import Engine, Generation
 
 CACHE_TYPES = ("f16", "q8_0", "q4_0")
-# Calls of the Python interface as this command says them (see `verbs.words`).
+# Calls of the Python interface as this command says them (see `commands.option_names`).
 WORDS = (
     (r"continue a plain text with generate\(text\) instead", "--plain goes on with a text as it is"),
     (r"open the file with more, e\.g\. open_engine\(path, context=(\d+)\),", r"give it more with --context \1,"),

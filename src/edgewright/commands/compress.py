@@ -25,7 +25,7 @@ from edgewright.io.run_folder import working_in
 from edgewright.measure.report import Report
 
 DEFAULT_BUDGET = "24"
-# Arguments of the Python interface as this command calls them (see `verbs.words`).
+# Arguments of the Python interface as this command calls them (see `commands.option_names`).
 WORDS = ((r"\bevaluation_blocks=", "blocks="),)
 COLUMNS = ("file_size", "bits_per_weight", "kl", "perplexity", "top1_agreement", "decode", "roofline")
 

@@ -19,7 +19,7 @@ from edgewright.compression.settings import VISION_MODELS
 from edgewright.errors import UsageError
 
 TARGETS = ("gguf", "pte", "onnx", "hf", "hf-float")
-# Calls and arguments of the Python interface as this command says them (see `verbs.words`).
+# Calls and arguments of the Python interface as this command says them (see `commands.option_names`).
 WORDS = (
     (r"give tensors to trace it with, e\.g\. export_executorch\(.*\)$", "--to onnx writes other classes"),
     (r"give them, e\.g\. export_onnx\(.*\)$", "--to hf writes it as a folder"),

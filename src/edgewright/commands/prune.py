@@ -28,7 +28,7 @@ from edgewright.measure.size import bytes_by_part, parameter_counts
 if TYPE_CHECKING:
     from edgewright.pruning.importance import Importance
 
-# An argument of the Python interface as this command calls it (see `verbs.words`).
+# An argument of the Python interface as this command calls it (see `commands.option_names`).
 WORDS = ((r"\bblock_length=", "length="), (r"\bwidth=", "mlp="), (r"\bprotect=\(\)", "--protect ''"))
 
 

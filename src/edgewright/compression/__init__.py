@@ -1,1 +1,1 @@
-"""The main job: a language model shrunk to a chosen width, shipped as a file, with the proof beside it."""
+"""The main job: a language model shrunk to a chosen width, shipped as a file, verified."""

@@ -90,10 +90,7 @@ def run_chain(
         figures[name] = {key: float(value) for key, value in (evaluate(model) if evaluate else {}).items()}
         write_text(output / name / "done.json", json.dumps(figures[name], indent=1) + "\n")
 
-    if count >= 2:
-        model = stages[count - 2].load(output / names[count - 2] / "model")
-    else:
-        model = start()
+    model = stages[count - 2].load(output / names[count - 2] / "model") if count >= 2 else start()
     if count == 0:
         finish("start", model)
         count = 1

@@ -88,17 +88,17 @@ def packed(model: nn.Module) -> nn.Module:
 
 def round_to_nearest(model: nn.Module, bits: float, scale: str = "absmax") -> nn.Module:
     """A packed copy with steps from absmax, or with steps of least squared error (scale="mse"). No data needed."""
-    twin = with_rounded_table(model)
-    return packed(quantize_(twin, linear_config(twin, bits, scale)))
+    student = with_rounded_table(model)
+    return packed(quantize_(student, linear_config(student, bits, scale)))
 
 
 def calibrated(
     model: nn.Module, bits: float, blocks: Tensor, on_layer: Callable[[int, int], None] | None = None
 ) -> nn.Module:
     """A copy under quantisation with trainable scales, its codes chosen by second-order calibration on `blocks`."""
-    twin = with_rounded_table(model)
-    gptq_(twin, linear_config(twin, bits, "learned"), blocks, on_layer=on_layer)
-    return twin
+    student = with_rounded_table(model)
+    gptq_(student, linear_config(student, bits, "learned"), blocks, on_layer=on_layer)
+    return student
 
 
 def train(

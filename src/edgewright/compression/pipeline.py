@@ -96,7 +96,7 @@ class Compression:
         return method in self.settings.wanted and not self.file(method).exists()
 
     def export(self, name: str, model: Any, layout: str | None = None) -> None:
-        """Write and prove one file; its layout table is shown for the method that was asked for."""
+        """Write and verify one file; its layout table is shown for the method that was asked for."""
         settings = self.settings
         if name == settings.method:  # before the file itself, whose presence says that all of it is there
             line = summary(coverage(model))
@@ -299,10 +299,10 @@ class Compression:
         try:
             with open_engine(self.file(method)) as engine:
                 if self.tokenizer.chat_template:
-                    prompt, verb = engine.chat_prompt([{"role": "user", "content": QUESTION}]), "answers"
+                    prompt, answer_word = engine.chat_prompt([{"role": "user", "content": QUESTION}]), "answers"
                 else:
-                    prompt, verb = QUESTION, "goes on"
-                notes.append(f"{QUESTION} {method} {verb}: {engine.generate(prompt, 48).text.strip()}")
+                    prompt, answer_word = QUESTION, "goes on"
+                notes.append(f"{QUESTION} {method} {answer_word}: {engine.generate(prompt, 48).text.strip()}")
         except EdgewrightError as error:  # the figures are there: a template that refuses costs one sentence only
             notes.append(f"{method} was not asked {QUESTION!r}: {error}")
         if (self.output / COVERAGE).exists():

@@ -36,7 +36,8 @@ TARGETS = ("onnx", "pte")
 class VisionSettings:
     """bits: of the weights, 2 to 8, per output channel; activations have 8. steps: of training under quantisation, 0
     for calibration alone. batch: of calibration and training. runs: timings of one image; 0 leaves them out. targets:
-    files to write, "onnx" (always) and "pte" (for ExecuTorch, one image a call)."""
+    files to write, "onnx" (always) and "pte" (for ExecuTorch, one image a call).
+    """
 
     bits: int = 8
     steps: int = 0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgewright.export.executorch.exporter import ExecuTorchExport
     from edgewright.export.onnx.exporter import OnnxExport
 
-ONNX_TOLERANCE = 0.25  # of an int8 network's proof: a code next door in each of many layers adds up
+ONNX_TOLERANCE = 0.25  # of an int8 network's verification: a code next door in each of many layers adds up
 SMALL_BATCH = 16
 DESCRIPTION = "network.json"  # what the folder of a compressed classifier holds
 

@@ -10,6 +10,7 @@ A student far from its teacher learns badly; over students in between it gets fu
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import warnings
@@ -123,7 +124,7 @@ def distill_in_stages(
         )
     if teaches not in ("previous", "first"):
         raise UsageError(f"teaches={teaches!r}; choose 'previous' or 'first'")
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in itertools.pairwise(stages):
         if any(b < a for b, a in zip(before.bits, after.bits, strict=True)):
             warnings.warn(f"stage {after.name} has more bits than {before.name} before it", stacklevel=2)
     digest = _digest(teacher)

@@ -95,7 +95,7 @@ class ExactQuantiles:
         return self._parts[0]
 
     def quantile(self, probabilities: Sequence[float]) -> dict[float, float]:
-        """probability -> the smallest value with at least that share of all values at or below it; 1.0 is the maximum.
+        """Probability -> the smallest value with at least that share of all values at or below it; 1.0 is the maximum.
 
         An order statistic rather than an interpolation: it is a value that occurred, and one infinite outlier cannot
         turn its neighbours into nan. Raises ValueError when nothing was added.

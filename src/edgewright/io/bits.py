@@ -127,7 +127,8 @@ def _words(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _steps(bits: int) -> list[tuple[int, int, int]]:
     """(lane, bits of a field, mask of the lower field in every two lanes) on the way from 8 numbers in lanes of 8 bits
-    to 8 * bits bits without gaps."""
+    to 8 * bits bits without gaps.
+    """
     return [
         (lane, lane * bits // 8, sum(((1 << lane * bits // 8) - 1) << start for start in range(0, 64, 2 * lane)))
         for lane in (8, 16, 32)

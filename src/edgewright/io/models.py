@@ -214,7 +214,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_sentence(folder: Path) -> Iterator[None]:
-    """transformers' many-line complaints as one typed sentence."""
+    """Transformers' many-line complaints as one typed sentence."""
     try:
         yield
     except EdgewrightError:

@@ -1,4 +1,4 @@
-"""Storage of every low-bit tensor of the house: value = step * (code + offset).
+"""Storage of every low-bit tensor of the package: value = step * (code + offset).
 
 Grids (in `quantization`) produce these, exporters pack the integer codes, and nothing ever re-quantises the floats.
 """

@@ -68,7 +68,7 @@ def _header(start: bytes, size: int, path: Path) -> tuple[int, int]:
     end = struct.unpack_from("<Q", start, DATA_SIZE_AT)[0] if length >= 32 else 0
     if length < 24 or not HEADER_AT + 32 <= program <= size:
         raise FormatError(f"{path} is truncated or damaged: it names {program} bytes of program and has {size} in all")
-    if base and not program <= base <= size or base + end > size:
+    if (base and not program <= base <= size) or base + end > size:
         raise FormatError(f"{path} is truncated: its data should end at byte {base + end}, the file has {size}")
     return program, base
 

@@ -193,7 +193,7 @@ def _has_stack(owner: nn.Module | None, name: str, fields: dict[str, Any]) -> bo
 def _put(
     model: nn.Module, name: str, packed: PackedTensor, dtype: torch.dtype, fields: dict[str, Any] | None = None
 ) -> None:
-    """Replace a layer of the skeleton by its packed twin; a bias is filled in later with the other floats."""
+    """Replace a layer of the skeleton by its packed form; a bias is filled in later with the other floats."""
     if fields is not None and fields["kind"] == "stack":
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)

@@ -81,7 +81,7 @@ def row_bytes(dim: int, bits: int) -> int:
 
 
 def unpackable_rows(weight: Tensor, bits: int) -> Tensor:
-    """bool [n]: rows with NaN or infinity, or, below 8 bits, values whose scale or bias float16 cannot hold."""
+    """Bool [n]: rows with NaN or infinity, or, below 8 bits, values whose scale or bias float16 cannot hold."""
     low, high = weight.aminmax(dim=1)
     low, high = low.float(), high.float()
     bad = ~(torch.isfinite(low) & torch.isfinite(high) & torch.isfinite(high - low))

@@ -1,1 +1,1 @@
-"""CPU kernels that no library has: C++ compiled on first use, beside each a plain-torch twin as oracle and fallback."""
+"""CPU kernels that no library has: C++ compiled on first use, each with a plain-torch reference and fallback."""

@@ -21,7 +21,7 @@ from edgewright.io.hashing import sha256
 
 COMPILERS = ("c++", "g++", "clang++")
 COMMON = ("-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread")
-# Tried in turn. Contraction stays off: results must equal the twin's bit for bit.
+# Tried in turn. Contraction stays off: results must equal the torch path's bit for bit.
 TUNED: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ())
 SECONDS = 120
 

@@ -3,7 +3,7 @@
 Inputs are {-1, +1} (signed) or {0, 1} times one scale, weights are signs; bit 1 means +1 or 1, bit 0 means -1 or 0.
 Column c of a row of n entries is bit c % 64 of word c // 64; unused bits of the last word are 0. Then
     signed     dot = n - 2 * ones(a xor w)            {0, 1}     dot = 2 * ones(a and w) - ones(a)
-`binary_linear` has three ways that agree in every bit: the compiled kernel (popcount.cpp), its twin in plain torch, and
+`binary_linear` has three ways that agree in every bit: the compiled kernel (popcount.cpp), plain torch, and
 a float matrix product of the codes, which is exact as well because the sums are integers below 2^24.
 """
 
@@ -22,14 +22,14 @@ from edgewright.kernels.build import load_kernel
 
 WORD = 64
 LANES = 8  # outputs that the kernel computes side by side, as in popcount.cpp
-PATHS = ("auto", "kernel", "twin", "float")
+PATHS = ("auto", "kernel", "torch", "float")
 MOST_INPUTS = 1 << 24  # beyond it float32 no longer holds every integer
 PRODUCTS_PER_THREAD = 1 << 24  # below it a second thread costs more than it saves
-WORDS_AT_ONCE = 1 << 20  # temporary of the twin: 8 MB
+WORDS_AT_ONCE = 1 << 20  # temporary of the torch path: 8 MB
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """bool [rows, n] -> int64 words [rows, ceil(n / 64)]."""
+    """Bool [rows, n] -> int64 words [rows, ceil(n / 64)]."""
     return pack_codes(F.pad(bits, (0, -bits.shape[1] % WORD)), 1).view(torch.int64)
 
 
@@ -93,7 +93,7 @@ def binary_linear(
     """dot(codes of x, signs of the weight) * (alpha_w * alpha_x) + bias. float32 [..., n] -> [..., out].
 
     words: int64 [out, ceil(n / 64)]. alpha_x: scalar. alpha_w: [out] or [1]. shift: [n], added before the codes are
-    taken. tiles: `tile(words)` where it is at hand. path: "kernel" (compiled, CPU), "twin" (torch), "float" (a matrix
+    taken. tiles: `tile(words)` where it is at hand. path: "kernel" (compiled, CPU), "torch" (torch), "float" (a matrix
     product of the codes); "auto" takes the kernel where there is one, else float. Without gradients.
     """
     if path not in PATHS:
@@ -109,7 +109,7 @@ def binary_linear(
         y = _through_kernel(rows, tile(words) if tiles is None else tiles, shift, alpha_x, scale, bias, signed)
         return y.reshape(*x.shape[:-1], out)
     bits = input_bits(rows, shift, alpha_x, signed)
-    if path == "twin":
+    if path == "torch":
         dots = binary_dot(pack_bits(bits), words, n, signed).float()
     else:
         dots = F.linear(bits.float() * 2 - 1 if signed else bits.float(), unpack_signs(words, n))

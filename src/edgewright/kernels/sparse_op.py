@@ -18,7 +18,8 @@ from edgewright.kernels.sparse_rows import RowMatrix, sparse_rows
 @functools.cache
 def operator() -> Any:
     """sparse_gemv(x [..., n], rows [n, m], scale [n], threshold [], down [n, r] | None, up [r, m] | None,
-    bias [m] | None) -> [..., m] in x's dtype; every leading row is a token of its own."""
+    bias [m] | None) -> [..., m] in x's dtype; every leading row is a token of its own.
+    """
 
     @torch.library.custom_op("edgewright::sparse_gemv", mutates_args=())
     def sparse_gemv(

@@ -2,7 +2,7 @@
 
 k_i = 1 where |x_i| * scale_i > threshold. Weights lie transposed, one contiguous row an input channel, so that a
 channel left out is memory not read. `sparse_rows` has two ways: the compiled kernel (sparse_rows.cpp), whose every
-output is the sum in the order of the channels, and its vectorised twin in plain torch, which sums as torch's product.
+output is the sum in the order of the channels, and its vectorised form in plain torch, which sums as torch's product.
 Weights may be float32, bfloat16, or int8 codes with steps: value = step * (code + offset).
 Shapes: n inputs, m outputs, r rank, g groups of inputs.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from edgewright.errors import EdgewrightError, UsageError
 from edgewright.kernels.build import load_kernel
 
-PATHS = ("auto", "kernel", "twin")
+PATHS = ("auto", "kernel", "torch")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 FACTOR_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 PRODUCTS_PER_THREAD = 1 << 19  # below it a second thread costs more than it saves
@@ -68,14 +68,14 @@ def sparse_rows(
     """(y float32 [m], channels kept) for one input x [n].
 
     scale: float32 [n]. down [n, r] and up [r, m], contiguous: B and A transposed. bias: float32 [m].
-    path: "kernel" (compiled, CPU), "twin" (torch, any device); "auto": the kernel where there is one. No gradients.
+    path: "kernel" (compiled, CPU), "torch" (torch, any device); "auto": the kernel where there is one. No gradients.
     """
     if path not in PATHS:
         raise UsageError(f"path={path!r} is unknown; choose one of {', '.join(PATHS)}")
     if path == "auto":
-        path = "kernel" if x.device.type == "cpu" and why_no_kernel() is None else "twin"
+        path = "kernel" if x.device.type == "cpu" and why_no_kernel() is None else "torch"
     _check_shapes(x, weight, scale, down, up)
-    if path == "twin":
+    if path == "torch":
         return _twin(x.detach().float(), weight, scale, threshold, down, up, bias)
     return PreparedRows(weight, scale, threshold, down, up, bias)(x)
 
@@ -153,7 +153,7 @@ class PreparedRows:
         if library is None:
             raise UsageError(f"path='kernel' cannot be taken: {reason}; path='auto' takes another")
         if weight.rows.device.type != "cpu":
-            raise UsageError(f"the kernel runs on the CPU, the weight is on {weight.rows.device}; take path='twin'")
+            raise UsageError(f"the kernel runs on the CPU, the weight is on {weight.rows.device}; take path='torch'")
         self.inputs, self.outputs = weight.rows.shape
         rank = 0 if up is None else len(up)
         factor = torch.float32 if up is None else up.dtype

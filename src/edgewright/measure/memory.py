@@ -24,7 +24,8 @@ _CHILD = "from edgewright.measure.memory import _child; _child()"
 @dataclass(frozen=True)
 class PeakMemory:
     """Bytes: `peak` resident set of the whole process (memory-mapped weights that were touched included), `baseline`
-    of it before the call (interpreter and imports), `cuda` the peak that torch allocated on a GPU; and the `result`."""
+    of it before the call (interpreter and imports), `cuda` the peak that torch allocated on a GPU; and the `result`.
+    """
 
     peak: int
     baseline: int

@@ -54,7 +54,8 @@ def parameter_counts(model: torch.nn.Module) -> ParameterCounts:
 
 def bytes_by_part(source: torch.nn.Module | GGUFFile | str | Path) -> dict[str, int]:
     """Bytes of every part (`PARTS`): of a model in memory (parameters and saved buffers, shared storage once), or of a
-    GGUF file, whose parts add up to the file's size (headers and padding are "metadata")."""
+    GGUF file, whose parts add up to the file's size (headers and padding are "metadata").
+    """
     parts = dict.fromkeys(PARTS, 0)
     if hasattr(source, "named_parameters"):
         for name, tensor, _ in _unique_tensors(source):

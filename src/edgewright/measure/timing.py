@@ -72,7 +72,7 @@ def alternate(
 
 
 def paired_ratio(a: Measurement, b: Measurement) -> Measurement:
-    """a / b, sample by sample: the spread of the ratio, which is narrower than the spreads of both sides suggest."""
+    """A / b, sample by sample: the spread of the ratio, which is narrower than the spreads of both sides suggest."""
     if len(a.samples) != len(b.samples) or not a.samples:
         raise UsageError(
             f"a paired ratio needs as many samples on both sides, got {len(a.samples)} and {len(b.samples)}; "

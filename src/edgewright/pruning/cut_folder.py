@@ -33,7 +33,8 @@ DESCRIPTION, ROWS = "pruned_head.json", "pruned_head.safetensors"
 
 def save_checkpoint(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Write an ordinary checkpoint, whole or not at all: packed layers keep their codes, floats are as transformers
-    saves them. `edgewright.load` reads both. Raises OutputError."""
+    saves them. `edgewright.load` reads both. Raises OutputError.
+    """
     if any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules()):
         return save_quantized(model, tokenizer, folder)
     with atomic_directory(folder) as temporary:

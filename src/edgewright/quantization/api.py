@@ -1,8 +1,8 @@
 """`quantize_` and `convert_`: one call puts a model under quantisation, one call turns it into packed integer weights.
 
 config = QuantConfig.weights("int4", granularity=32)
-quantize_(model, config)      # linear layers become fake-quantised twins: train, calibrate or evaluate
-convert_(model)               # twins become packed layers: exactly the values that were trained
+quantize_(model, config)      # linear layers become fake-quantised: train, calibrate or evaluate
+convert_(model)               # they become packed layers: exactly the values that were trained
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def quantize_(model: M, config: QuantConfig) -> M:
-    """Replace, in place, the modules that the rules select by their fake-quantised twins; returns the model.
+    """Replace, in place, the modules that the rules select by fake-quantised ones; returns the model.
 
     A layer whose class has a forward of its own keeps it (`io.own_forward`). Nothing is changed unless the whole
     configuration fits. `coverage(model)` of `quantization.coverage` tells what is quantised then and what is not; where

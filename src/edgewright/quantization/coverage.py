@@ -43,10 +43,9 @@ def coverage(model: nn.Module) -> list[CoverageRow]:
     rows: list[CoverageRow] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, PACKED):
-            if module.codes.data_ptr() not in seen:
-                seen.add(module.codes.data_ptr())
-                rows.append(CoverageRow(name, module.codes.numel(), module.grid))
+        if isinstance(module, PACKED) and module.codes.data_ptr() not in seen:
+            seen.add(module.codes.data_ptr())
+            rows.append(CoverageRow(name, module.codes.numel(), module.grid))
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or key == "weight_scale":
                 continue

@@ -151,7 +151,7 @@ class _QuantizingCache:
         self.updates = 0
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """keys after rotation and values, both [B, heads, T, head_dim]; returns all that attention is to see."""
+        """Keys after rotation and values, both [B, heads, T, head_dim]; returns all that attention is to see."""
         self.updates += 1
         stored = getattr(self.cache, "kv_config", None)
         if stored is None:

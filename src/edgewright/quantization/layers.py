@@ -1,6 +1,6 @@
-"""Fake-quantised twins of nn.Linear, nn.Embedding, nn.Conv2d, and of stacks of matrices such as a layer's experts.
+"""Fake-quantised forms of nn.Linear, nn.Embedding, nn.Conv2d, and of stacks of matrices such as a layer's experts.
 
-A twin shares the parameter object of the layer it replaces (same state_dict name, tied weights stay tied) and adds
+Each shares the parameter object of the layer it replaces (same state_dict name, tied weights stay tied) and adds
 `weight_scale` [out, groups]: the clip scale alpha, a trained parameter or a fixed buffer, absent where the scale is
 recomputed from the weight at every forward.
 """

@@ -92,7 +92,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """{% generation %} marks the assistant's part for training; the text inside is rendered as it is."""
 
-        tags = {"generation"}  # noqa: RUF012
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

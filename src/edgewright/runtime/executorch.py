@@ -143,7 +143,8 @@ class ExecuTorchEngine:
 
     def next_logits(self, ids: Sequence[int], *, reuse: bool = False) -> NDArray[np.float32]:
         """float32 [vocabulary]: the logits after the last of `ids`; with `reuse`, only what the cache does not hold
-        already is computed."""
+        already is computed.
+        """
         checked = self._checked(ids)
         self._fits(len(checked))
         return self.prefill(checked, reuse)[0].copy()
@@ -206,7 +207,7 @@ class ExecuTorchEngine:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         if not array.size and not empty_is_fine:
             raise UsageError("there are no tokens to run: the text is empty and the model adds no start token")
-        if array.size and not (0 <= array.min() and array.max() < self.tokens):
+        if array.size and not (array.min() >= 0 and array.max() < self.tokens):
             bad = array[(array < 0) | (array >= self.tokens)][0]
             raise UsageError(f"token {bad} is not in the vocabulary of {self.path.name} (0 to {self.tokens - 1})")
         return [int(token) for token in array]

@@ -17,7 +17,8 @@ Row = NDArray[np.float32]  # logits [vocabulary]
 
 class Decoder(Protocol):
     """What an engine gives: prompt and tokens in, logits of the next token out. `kept_ids[i]` is the token of output i
-    where the head was cut, else None."""
+    where the head was cut, else None.
+    """
 
     context: int
     kept_ids: tuple[int, ...] | None

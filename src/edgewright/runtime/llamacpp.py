@@ -119,7 +119,7 @@ class LlamaCppEngine:
                 f"llama.cpp cannot start {self.path} with context={context} "
                 f"and cache types {cache_type_k}/{cache_type_v}: {reason}"
             )
-        # a second proof that the offsets are right: llama.cpp tells what it understood
+        # a second verification that the offsets are right: llama.cpp tells what it understood
         told = (self._c.llama_n_batch(self._context), self._c.llama_n_threads(self._context))
         if told != (batch, self.threads) or self._c.llama_n_ctx(self._context) < context:
             self.close()
@@ -257,7 +257,8 @@ class LlamaCppEngine:
 
     def next_logits(self, ids: Sequence[int], *, reuse: bool = False) -> NDArray[np.float32]:
         """float32 [vocabulary]: the logits after the last of `ids`; with `reuse`, only what the cache does not hold
-        already is computed."""
+        already is computed.
+        """
         return self.prefill(self.prompt_ids(ids, 0), reuse)[0].copy()
 
     # ---- what `generation.write_on` asks for
@@ -326,7 +327,7 @@ class LlamaCppEngine:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         if not array.size and not empty_is_fine:
             raise UsageError("there are no tokens to run: the text is empty and the model adds no start token")
-        if array.size and not (0 <= array.min() and array.max() < self.vocabulary):
+        if array.size and not (array.min() >= 0 and array.max() < self.vocabulary):
             bad = array[(array < 0) | (array >= self.vocabulary)][0]
             raise UsageError(f"token {bad} is not in the vocabulary of {self.path.name} (0 to {self.vocabulary - 1})")
         return array.astype(np.int32)

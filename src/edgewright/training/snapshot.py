@@ -81,7 +81,8 @@ def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def option_fits(value: Any, live: Any) -> bool:
     """Whether a saved option of an optimizer can stand where the live one does: a number for a number, a pair for a
-    pair, a tensor for one of the same shape."""
+    pair, a tensor for one of the same shape.
+    """
     if isinstance(value, Tensor) and isinstance(live, Tensor):
         return value.shape == live.shape
     number = (int, float, Tensor)

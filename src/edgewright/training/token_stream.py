@@ -62,7 +62,7 @@ class TokenStream:
         return self.rows / self.batch_size
 
     def numbers(self, start: int, count: int) -> NDArray[np.int64]:
-        """Which rows stand at places start .. start + count of the endless stream. [count]"""
+        """Which rows stand at places start .. start + count of the endless stream. [count]."""
         places = np.arange(start, start + count, dtype=np.int64)
         epochs, inside = places // self.rows, places % self.rows
         parts = [permuted(inside[epochs == e], self.rows, (self.seed, int(e))) for e in np.unique(epochs)]
@@ -70,7 +70,8 @@ class TokenStream:
 
     def read(self, numbers: NDArray[np.int64]) -> Tensor:
         """The rows of these numbers, in the order of the text. int64 [len(numbers), length]; FormatError for ids
-        beyond the vocabulary."""
+        beyond the vocabulary.
+        """
         batch = np.empty((len(numbers), self.length), dtype=np.int64)
         for place, number in enumerate(numbers):
             part = int(np.searchsorted(self._ends, number, side="right"))

@@ -1,4 +1,4 @@
-"""The house's decoder as .pte: blocks that run twice are stored once, each executed layer has its own cache."""
+"""the package's decoder as .pte: blocks that run twice are stored once, each executed layer has its own cache."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_the_reference_is_8da4w_written_out(grid, group):
 
 
 def test_file_computes_what_the_packed_model_computes(language):
-    model, export = language
+    _model, export = language
     assert export.checks["relative_error"] <= executorch_tolerance() and export.checks["top1_agreement"] >= 0.95
     assert export.checks["kl_to_model"] < 1e-2  # what 8-bit inputs change
     assert export.delegation.share >= 0.5 and "llama.custom_sdpa" in export.delegation.kept

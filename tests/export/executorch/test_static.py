@@ -205,7 +205,7 @@ def test_asymmetric_weights_name_their_layer():
 
 
 def test_another_answer_is_not_kept(tmp_path, monkeypatch):
-    """A scale that is off by a tenth must not pass the proof, however generous its tolerance."""
+    """A scale that is off by a tenth must not pass the verification, however generous its tolerance."""
     from edgewright.errors import CheckFailed
     from edgewright.export.executorch import exporter as executorch
 

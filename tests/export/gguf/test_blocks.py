@@ -24,7 +24,7 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("grid, name, group", PAIRS)
+@pytest.mark.parametrize(("grid", "name", "group"), PAIRS)
 def test_pack_is_exact(grid, name, group):
     packed = random_packed(grid, ROWS, COLUMNS, group, seed=group)
     expected = packed.dequantize().numpy()
@@ -34,14 +34,14 @@ def test_pack_is_exact(grid, name, group):
     assert np.array_equal(decode(raw.reshape(-1), TYPE_IDS[name]).reshape(ROWS, COLUMNS), expected)
 
 
-@pytest.mark.parametrize("grid, name, group", PAIRS)
+@pytest.mark.parametrize(("grid", "name", "group"), PAIRS)
 def test_llama_cpp_decodes_the_same(grid, name, group):
     packed = random_packed(grid, ROWS, COLUMNS, group, seed=group + 1)
     values = ggml.dequantize(pack(packed, name), name).reshape(ROWS, COLUMNS)
     assert np.array_equal(values, packed.dequantize().numpy())
 
 
-@pytest.mark.parametrize("grid, name, group", [pair for pair in PAIRS if pair[1] not in ("Q1_0", "Q2_0")])
+@pytest.mark.parametrize(("grid", "name", "group"), [pair for pair in PAIRS if pair[1] not in ("Q1_0", "Q2_0")])
 def test_the_gguf_package_decodes_the_same(grid, name, group):
     from gguf import GGMLQuantizationType, quants
 
@@ -94,7 +94,7 @@ def test_misfits_name_the_reason():
         pack(random_packed("int4", 2, 256), "Q2_K")
 
 
-@pytest.mark.parametrize("grid, bad", [("binary", 0), ("ternary", 2), ("seq2", -3), ("int3", 4), ("int4", 8)])
+@pytest.mark.parametrize(("grid", "bad"), [("binary", 0), ("ternary", 2), ("seq2", -3), ("int3", 4), ("int4", 8)])
 def test_codes_outside_the_grid_are_refused(grid, bad):
     packed = random_packed(grid, 2, 64)
     packed.codes[1, 5] = bad

@@ -221,7 +221,7 @@ def test_models_that_cannot_be_written(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, message",
+    ("settings", "message"),
     [
         ({"layout": "tiny"}, "auto, portable, small, fast"),
         ({"float_type": "Q4_0"}, "F32, F16"),

@@ -40,7 +40,7 @@ def test_preferences_order_all_types(grid):
 
 
 @pytest.mark.parametrize(
-    "grid, columns, auto, small, fast",
+    ("grid", "columns", "auto", "small", "fast"),
     [
         ("ternary", 1536, "TQ2_0", "TQ1_0", "TQ2_0"),
         ("ternary", 576, "Q4_0", "Q2_0", "Q4_0"),

@@ -114,10 +114,7 @@ def large_sums(kind: str, signed: bool) -> tuple[LargeSums, torch.Tensor, np.nda
     shape = {"convolution": (2, 16, 6, 6), "depthwise": (2, 8, 6, 6), "linear": (2, 16)}[kind]
     x = torch.randint(200, 256, shape, generator=torch.Generator().manual_seed(1)).double()
     codes = LargeSums(kind, signed, 1.0).codes.double()  # float64 holds every sum exactly
-    if kind == "linear":
-        sums = x @ codes.T
-    else:
-        sums = nn.functional.conv2d(x, codes, groups=8 if kind == "depthwise" else 1)
+    sums = x @ codes.T if kind == "linear" else nn.functional.conv2d(x, codes, groups=8 if kind == "depthwise" else 1)
     out_step = float(np.float32(float(sums.max()) * 0.01 / 250))
     answer = (sums.clamp(min=0).numpy() * float(np.float32(0.01)) / out_step).round().clip(0, 255)
     return LargeSums(kind, signed, out_step).eval(), x.float(), (answer * out_step).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 import time
@@ -342,6 +343,6 @@ def test_accepted_tensors_always_lie_inside_and_apart(parse, rows):
     spans = sorted((t.offset, t.offset + t.nbytes) for t in file.tensors.values())
     assert len(spans) == len(rows)
     assert all(file.data_start <= start < end <= len(content) for start, end in spans)
-    assert all(first[1] <= second[0] for first, second in zip(spans, spans[1:], strict=False))
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(spans))
     for name, tensor in file.tensors.items():
         assert len(file.raw(name)) == tensor.nbytes

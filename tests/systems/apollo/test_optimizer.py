@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import sys
 import warnings
 
@@ -182,7 +183,7 @@ def test_an_update_grows_by_one_percent_at_most():
         run(p, optimizer, 1, step, change=lambda g, step=step: g * (50.0 if step == 20 else 1.0))
         norms.append(float(optimizer.state[p]["last_norm"]))
         cut.append(optimizer.summary()["limited"])
-    assert all(b <= 1.01 * a * (1 + 1e-5) for a, b in zip(norms, norms[1:], strict=False))
+    assert all(b <= 1.01 * a * (1 + 1e-5) for a, b in itertools.pairwise(norms))
     assert cut[0] == 0 and cut[20] == 1
 
 

@@ -17,7 +17,7 @@ from edgewright.kernels.popcount import pack_bits
 from edgewright.quantization.elastic import ElasticConfig, ElasticQuantizer
 from edgewright.systems.bit.folder import KEY, load_binary, save_binary
 from edgewright.systems.bit.linear import BinaryEmbedding, BinaryLinear, pack_binary_, size_rows
-from edgewright.systems.bit.model import BitConfig, bit_, elastic_quantizers
+from edgewright.systems.bit.model import BitConfig, binarize_encoder_, elastic_quantizers
 
 IDS = torch.randint(5, 99, (16, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(16, 12, dtype=torch.long)
@@ -40,7 +40,7 @@ def student(config: BitConfig | None = None, **sizes: int) -> nn.Module:
     shape |= {"num_attention_heads": 4, "intermediate_size": 72, **sizes}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = bit_(BertModel(BertConfig(**shape)).eval(), config)
+        model = binarize_encoder_(BertModel(BertConfig(**shape)).eval(), config)
         for _, quantizer in elastic_quantizers(model):
             if quantizer.shift is not None:
                 nn.init.normal_(quantizer.shift, std=0.1)
@@ -135,7 +135,7 @@ def test_sizes_follow_the_arithmetic_of_the_real_encoder():
     import edgewright
 
     model, _ = edgewright.load("minilm-l6")
-    bit_(model)
+    binarize_encoder_(model)
     for _, q in elastic_quantizers(model):
         q.calibrate(torch.ones(1))
     rows = {row.name: row for row in size_rows(pack_binary_(model))}
@@ -159,7 +159,7 @@ def test_what_cannot_be_packed_is_refused():
     with pytest.raises(UsageError, match="no layer is on the binary grid"):
         pack_binary_(plain)
     with pytest.raises(UsageError, match="has no scale yet: run a batch"):
-        pack_binary_(bit_(plain))
+        pack_binary_(binarize_encoder_(plain))
     with pytest.raises(UsageError, match="do not fit 70 inputs"):
         BinaryLinear(pack_bits(torch.ones(3, 64, dtype=torch.bool)), 70, torch.ones(1))
     with pytest.raises(UsageError, match="path='gpu'"):

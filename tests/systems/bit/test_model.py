@@ -12,7 +12,7 @@ from torch import nn
 from edgewright.errors import CheckFailed, Unsupported, UsageError
 from edgewright.quantization.attention import AttentionQuantizers
 from edgewright.quantization.layers import QuantEmbedding, QuantLinear
-from edgewright.systems.bit.model import BitConfig, bit_, elastic_quantizers, parameter_groups
+from edgewright.systems.bit.model import BitConfig, binarize_encoder_, elastic_quantizers, parameter_groups
 
 IDS = torch.randint(5, 99, (16, 12), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(16, 12, dtype=torch.long)
@@ -66,8 +66,8 @@ def captured(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_thirty_two_bits_are_the_teacher_bit_for_bit(kind):
     teacher = encoder(kind)
-    for start in (teacher, bit_(copy.deepcopy(teacher), BitConfig(weight_bits=1, activation_bits=32))):
-        student = bit_(copy.deepcopy(start), BitConfig(weight_bits=32, activation_bits=32))
+    for start in (teacher, binarize_encoder_(copy.deepcopy(teacher), BitConfig(weight_bits=1, activation_bits=32))):
+        student = binarize_encoder_(copy.deepcopy(start), BitConfig(weight_bits=32, activation_bits=32))
         assert all(torch.equal(a, b) for a, b in zip(states(student), states(teacher), strict=True))
         assert set(student.state_dict()) == set(teacher.state_dict())
 
@@ -90,7 +90,7 @@ def test_every_binary_tensor_has_two_values(kind):
     for name, p in model.named_parameters():
         if "query" in name or "q_lin" in name:
             p.data.mul_(40)  # random attention is so even that every probability would round to 0
-    bit_(model)
+    binarize_encoder_(model)
     given, results = captured(model)
     unsigned = {"bert": "output.dense", "roberta": "output.dense", "distilbert": "ffn.lin2"}[kind]
     pooler = kind != "distilbert"
@@ -109,7 +109,7 @@ def test_every_binary_tensor_has_two_values(kind):
 
 def test_weights_follow_the_papers_formula():
     teacher = encoder()
-    model = bit_(copy.deepcopy(teacher))
+    model = binarize_encoder_(copy.deepcopy(teacher))
     linear = model.encoder.layer[0].attention.self.query
     assert isinstance(linear, QuantLinear) and isinstance(model.embeddings.word_embeddings, QuantEmbedding)
     w = linear.weight.detach()
@@ -126,7 +126,7 @@ def test_weights_follow_the_papers_formula():
 
 
 def test_straight_through_gradient_is_exact():
-    model = bit_(encoder())
+    model = binarize_encoder_(encoder())
     linear = model.encoder.layer[0].intermediate.dense
     x, upstream = torch.randn(5, 32), torch.randn(5, 64)
     linear(x).backward(upstream)
@@ -135,14 +135,14 @@ def test_straight_through_gradient_is_exact():
 
 def test_gelu_gives_way_only_where_both_sets_are_used():
     for config, kept in ((BitConfig(), nn.ReLU), (BitConfig(1, 32), None), (BitConfig(two_sets=False), None)):
-        model = bit_(encoder(), config)
+        model = binarize_encoder_(encoder(), config)
         activation = model.encoder.layer[0].intermediate.intermediate_act_fn
         assert isinstance(activation, nn.ReLU) is (kept is nn.ReLU)
         assert (model.config.hidden_act == "relu") is (kept is nn.ReLU)
 
 
 def test_the_next_stage_keeps_weights_and_thresholds_and_starts_scales_anew():
-    model = bit_(encoder(), BitConfig(activation_bits=2))
+    model = binarize_encoder_(encoder(), BitConfig(activation_bits=2))
     states(model)
     for _, quantizer in elastic_quantizers(model):
         if quantizer.shift is not None:
@@ -150,7 +150,7 @@ def test_the_next_stage_keeps_weights_and_thresholds_and_starts_scales_anew():
         quantizer.alpha.data.fill_(7.0)
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("dense.weight")}
     identity = {name: id(p) for name, p in model.named_parameters() if name in weights}
-    bit_(model, BitConfig(activation_bits=1))
+    binarize_encoder_(model, BitConfig(activation_bits=1))
     assert identity == {name: id(p) for name, p in model.named_parameters() if name in weights}
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in weights.items())
     for name, quantizer in elastic_quantizers(model):
@@ -162,22 +162,24 @@ def test_the_next_stage_keeps_weights_and_thresholds_and_starts_scales_anew():
 
 def test_choices_of_the_configuration():
     def shifts(config):
-        return {name for name, q in elastic_quantizers(bit_(encoder(), config)) if q.shift is not None}
+        return {name for name, q in elastic_quantizers(binarize_encoder_(encoder(), config)) if q.shift is not None}
 
     ours, official = shifts(BitConfig()), shifts(BitConfig(official_qkv_shift=True))
     assert len(ours - official) == 2 * 3 and all("attention_quantizers" in name for name in ours - official)
     assert shifts(BitConfig(shift=False)) == set()
-    quantizers = dict(elastic_quantizers(bit_(encoder(), BitConfig(two_sets=False, learn_scale=False))))
+    quantizers = dict(elastic_quantizers(binarize_encoder_(encoder(), BitConfig(two_sets=False, learn_scale=False))))
     assert all(q.config.signed and not q.alpha.requires_grad for q in quantizers.values())
-    model = bit_(encoder(), BitConfig(sets=(("*.0.output.dense", "signed"), ("*.1.output.dense", "float"))))
+    model = binarize_encoder_(
+        encoder(), BitConfig(sets=(("*.0.output.dense", "signed"), ("*.1.output.dense", "float")))
+    )
     assert model.encoder.layer[0].output.dense.input_quantizer.config.signed
     assert model.encoder.layer[1].output.dense.input_quantizer is None
-    model = bit_(encoder(), BitConfig(embeddings=False, pooler=False))
+    model = binarize_encoder_(encoder(), BitConfig(embeddings=False, pooler=False))
     assert type(model.pooler.dense) is nn.Linear and type(model.embeddings.word_embeddings) is nn.Embedding
 
 
 def test_groups_hold_every_parameter_once_and_scales_apart():
-    model = bit_(encoder())
+    model = binarize_encoder_(encoder())
     groups = parameter_groups(model, 1e-3, scale_rate=1e-4, weight_decay=0.01)
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters()) and len(set(ids)) == len(ids)
@@ -192,21 +194,21 @@ def test_fused_attention_is_switched_with_a_note():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with pytest.raises(UserWarning, match="attention 'sdpa' .* switched to eager"):
-            bit_(model)
+            binarize_encoder_(model)
 
 
 def test_models_that_cannot_be_binarised_are_refused_by_name(tiny_llama):
     import transformers as t
 
     with pytest.raises(Unsupported, match="LlamaForCausalLM .llama.: decoders take quantize_"):
-        bit_(tiny_llama)
+        binarize_encoder_(tiny_llama)
     with pytest.raises(Unsupported, match="knows the encoders bert, roberta, distilbert"):
-        bit_(nn.Linear(2, 2))
+        binarize_encoder_(nn.Linear(2, 2))
     decoder = t.BertConfig(**SMALL, **SIZES, is_decoder=True)
     with pytest.raises(Unsupported, match="decoders take"):
-        bit_(t.BertModel(decoder))
+        binarize_encoder_(t.BertModel(decoder))
     with pytest.raises(UsageError, match="tied to the output layer"):
-        bit_(t.BertForMaskedLM(t.BertConfig(**SMALL, **SIZES)))
+        binarize_encoder_(t.BertForMaskedLM(t.BertConfig(**SMALL, **SIZES)))
 
 
 def test_values_that_cannot_be_meant_are_refused():
@@ -214,11 +216,11 @@ def test_values_that_cannot_be_meant_are_refused():
         with pytest.raises(UsageError):
             BitConfig(**wrong)
     with pytest.raises(UsageError, match="matches no linear layer"):
-        bit_(encoder(), BitConfig(sets=(("decoder.*", "signed"),)))
+        binarize_encoder_(encoder(), BitConfig(sets=(("decoder.*", "signed"),)))
 
 
 def test_negative_inputs_of_the_unsigned_set_name_their_layer():
-    model = bit_(encoder(), BitConfig(check=True))
+    model = binarize_encoder_(encoder(), BitConfig(check=True))
     states(model)
     model.encoder.layer[1].intermediate.intermediate_act_fn = nn.Identity()
     with pytest.raises(CheckFailed, match=r"encoder.layer.1.output.dense has negative values"):

@@ -364,7 +364,7 @@ def import_everything() -> None:
     import accelerate.utils  # noqa: F401
     import torch._dynamo
     import torch.distributed.checkpoint
-    import torch.distributed.fsdp  # noqa: F401
+    import torch.distributed.fsdp
 
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)

@@ -30,7 +30,7 @@ def test_a_bag_longer_than_its_room_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "offsets, message",
+    ("offsets", "message"),
     [
         ([1, 2, 3], "must begin with 0"),
         ([0, 3, 2, 3], "never fall"),

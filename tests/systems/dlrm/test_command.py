@@ -62,7 +62,7 @@ def test_the_model_leaves_as_a_file(log: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (["--categorical", "shop,colour"], "has no column 'colour'"),
         (["--bottom", "wide"], "--bottom 'wide': widths of layers, e.g. --bottom 512,256"),

@@ -76,7 +76,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, given, message",
+    ("text", "given", "message"),
     [
         ("a,b\n1,2\n", {}, "has no column label or click or clicked or target; its columns are a, b"),
         ("label,I1,b\n1,2,3\n", {}, "has no columns C1, C2, .* --categorical user,item"),
@@ -91,7 +91,7 @@ def test_missing_columns_are_named(tmp_path: Path, text: str, given: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "row, message",
+    ("row", "message"),
     [
         ("nan,1,a", "row 3: column label is 'nan'; a label is 0 or 1"),
         (",1,a", "row 3: column label is ''"),
@@ -154,7 +154,7 @@ def test_the_vocabulary(tmp_path: Path) -> None:
     path = table(tmp_path, "label,I1,C1\n" + rows)
     layout = read_layout(path)
     options: dict[str, Any] = {"hash_rows": 1000, "min_count": 2, "valid": 3 / 13}
-    train, valid, vocabulary = prepare_clicks(path, layout, tmp_path / "data", **options)
+    train, valid, _vocabulary = prepare_clicks(path, layout, tmp_path / "data", **options)
     assert (len(train), len(valid)) == (10, 3) and train.schema.sizes == (4,)
     often, twice = train.ids[0, 0], train.ids[6, 0]
     assert {int(often), int(twice)} == {2, 3} and len(set(hash_texts(["often", "twice", "once", "new"], 1000))) == 4

@@ -156,7 +156,7 @@ def test_dense_features_are_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         ({"bottom": (6, 5)}, r"ends with 5 units, the vectors have dim=4; e.g. bottom=\(6, 4\)"),
         ({"top": (5, 2)}, "top=.*widths that end in 1"),

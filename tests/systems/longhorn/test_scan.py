@@ -234,7 +234,7 @@ def test_without_the_denominator_it_diverges() -> None:
 
 
 def refused() -> list[tuple[dict[str, Any], str]]:
-    x, k, q, beta, D, S0 = draw(2, 4)
+    x, k, _q, beta, D, S0 = draw(2, 4)
     return [
         ({"k": k[..., :2]}, r"q is \(2, 4, 3\); with x \(2, 4, 5\) and k \(2, 4, 2\) it must be \(2, 4, 2\)"),
         ({"beta": beta[:, :3]}, "beta is"),

@@ -234,7 +234,7 @@ def test_weight_decay_falls_with_the_slope():
     assert optimizer.param_groups[1]["weight_decay"] == 0.01
 
 
-# -- with the house's loop, transformers, several devices --------------------------------------------------------------
+# -- with the package's loop, transformers, several devices ------------------------------------------------------------
 
 
 def fitted(folder: Path | None, interrupt_at: int = 0, checkpoint_every: int = 0) -> tuple[nn.Module, QuantOptimizer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_schedule_vectors():
 @pytest.mark.parametrize("prox", [ProxPARQ(10, 50, s, c) for s in (0.5, 10, 75, 1000) for c in (0.3, 0.5, 0.7)])
 def test_slope_falls_from_one_to_zero(prox):
     slopes = [prox.inverse_slope(step) for step in range(70)]
-    assert all(a >= b for a, b in zip(slopes, slopes[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(slopes))
     assert slopes[:11] == [1.0] * 11 and slopes[50:] == [0.0] * 20
 
 

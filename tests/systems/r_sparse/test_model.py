@@ -142,7 +142,7 @@ def test_leading_tokens_and_prompts_stay_dense():
 
 def test_a_batch_on_the_kernel_path_falls_back_and_says_so_once(caplog):
     r_sparse_layer._say_once.cache_clear()
-    layer = sparse(linear(24, 16), 0.4, path="twin")
+    layer = sparse(linear(24, 16), 0.4, path="torch")
     x = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(2))
     with caplog.at_level(logging.WARNING):
         first = layer(x)

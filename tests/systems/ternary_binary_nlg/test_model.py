@@ -16,7 +16,7 @@ from edgewright.quantization.attention import attention_modules
 from edgewright.quantization.clipped_activation import ClippedActivation
 from edgewright.quantization.elastic import ElasticQuantizer
 from edgewright.quantization.stored_size import stored_bytes
-from edgewright.systems.ternary_binary_nlg.model import ActivationSet, tbt_
+from edgewright.systems.ternary_binary_nlg.model import ActivationSet, quantize_encoder_decoder_
 from tests.toy_encoder_decoders import FAMILIES, fixed_attention, tiny_batch, tiny_encoder_decoder
 
 
@@ -31,7 +31,7 @@ def is_unsigned(module: object) -> bool:
 
 def quantized(family: str = "bart", *arguments: Any, tied: bool = True, **settings: Any) -> Any:
     """A tiny model under quantisation, its elastic scales set by one batch."""
-    model = tbt_(tiny_encoder_decoder(family, tie_word_embeddings=tied), *arguments, **settings)
+    model = quantize_encoder_decoder_(tiny_encoder_decoder(family, tie_word_embeddings=tied), *arguments, **settings)
     logits(model)
     return model
 
@@ -41,7 +41,7 @@ def quantized(family: str = "bart", *arguments: Any, tied: bool = True, **settin
 def test_full_width_is_the_untouched_model(family: str, weight: int | None) -> None:
     model = tiny_encoder_decoder(family)
     expected, state = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
-    assert tbt_(model, weight=weight, activation=weight) is model
+    assert quantize_encoder_decoder_(model, weight=weight, activation=weight) is model
     assert model.config._attn_implementation == "eager" and not quantized_modules(model)
     assert torch.equal(logits(model), expected)
     assert {n: v.tolist() for n, v in model.state_dict().items()} == {n: v.tolist() for n, v in state.items()}
@@ -159,7 +159,7 @@ def arithmetic(head: int) -> int:
 
 @pytest.mark.parametrize(("head", "head_bytes"), [("shared", 0), ("int8", 64 * 32 + 2 * 64), ("fp", 4 * 64 * 32)])
 def test_the_size_is_the_arithmetic_of_its_parts_and_counts_the_head(head: Any, head_bytes: int) -> None:
-    size = stored_bytes(tbt_(tiny_encoder_decoder(), "ternary", head=head))
+    size = stored_bytes(quantize_encoder_decoder_(tiny_encoder_decoder(), "ternary", head=head))
     assert size["head"] == head_bytes
     assert size["total"] == sum(value for part, value in size.items() if part != "total") == arithmetic(head_bytes)
 
@@ -170,7 +170,7 @@ def test_a_float_model_weighs_its_parameters() -> None:
 
 
 def test_widths_are_cut_in_encoder_decoders_only(tiny_llama: Any) -> None:
-    tbt_(tiny_llama, "ternary", 8)
+    quantize_encoder_decoder_(tiny_llama, "ternary", 8)
     clips = {m.config.clip for m in tiny_llama.modules() if isinstance(m, ClippedActivation)}
     assert clips == {None}
     clips = {m.config.clip for m in quantized("bart", "ternary", 8).modules() if isinstance(m, ClippedActivation)}
@@ -184,7 +184,7 @@ def test_a_decoder_only_model_exports(tmp_path: Path) -> None:
     from tests.toy_llama import make_tiny_llama
 
     tokenizer = make_tokenizer()
-    model = convert_(tbt_(make_tiny_llama(vocab_size=len(tokenizer)), "ternary"))
+    model = convert_(quantize_encoder_decoder_(make_tiny_llama(vocab_size=len(tokenizer)), "ternary"))
     export = export_gguf(model, tokenizer, tmp_path / "tiny.gguf", layout="small", progress=False)
     kinds = {row.written for row in export.table if row.holds.startswith("ternary")}
     assert kinds == {"Q2_0"} and export.checks
@@ -204,15 +204,15 @@ def test_a_decoder_only_model_exports(tmp_path: Path) -> None:
 def test_ambiguous_widths_are_refused(settings: dict[str, Any], sentence: str) -> None:
     model = tiny_encoder_decoder()
     with pytest.raises(UsageError, match=sentence):
-        tbt_(model, **settings)
+        quantize_encoder_decoder_(model, **settings)
     assert not quantized_modules(model)
 
 
 def test_a_model_is_quantised_once() -> None:
     for settings in ({"weight": "ternary"}, {"weight": None, "activation": 8}):
-        model = tbt_(tiny_encoder_decoder(), **settings)
+        model = quantize_encoder_decoder_(tiny_encoder_decoder(), **settings)
         with pytest.raises(UsageError, match="under quantisation already"):
-            tbt_(model)
+            quantize_encoder_decoder_(model)
 
 
 def test_zero_rows_of_a_binary_model_are_flagged() -> None:
@@ -220,4 +220,4 @@ def test_zero_rows_of_a_binary_model_are_flagged() -> None:
     with torch.no_grad():
         model.model.encoder.layers[0].fc1.weight[3] = 0
     with pytest.warns(UserWarning, match=r"model.encoder.layers.0.fc1: 1 rows are zero"):
-        tbt_(copy.deepcopy(model), "binary")
+        quantize_encoder_decoder_(copy.deepcopy(model), "binary")

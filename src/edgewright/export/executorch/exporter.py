@@ -1,4 +1,4 @@
-"""`export_executorch`: a model as a .pte file for ExecuTorch's XNNPACK backend, with the proof beside it.
+"""`export_executorch`: a model as a .pte file for ExecuTorch's XNNPACK backend, verified.
 
 Packed layers keep their codes (`executorch_layers`), statically quantised networks theirs (`executorch_static`),
 language models get a cache and one program for prompt and decoding (`executorch_language`), everything that XNNPACK
@@ -103,7 +103,7 @@ def export_executorch(
     verify: bool = True,
     original: Original | None = None,
 ) -> ExecuTorchExport:
-    """Write `model` (float or converted) as `path` (.pte) and prove that the file computes what the model computes.
+    """Write `model` (float or converted) as `path` (.pte) and verify that the file computes what the model computes.
 
     A causal language model of transformers gets a static key-value cache of `context` tokens (default 1024, or as many
     as the model knows), and its tokenizer travels inside the file. Any other module is traced with `example_inputs`;

@@ -166,7 +166,7 @@ def _attend(
     layer_idx: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, T, d], key and value [1, key heads, T, d] -> [1, T, heads, d]; causal over the cache.
+    """Query [1, heads, T, d], key and value [1, key heads, T, d] -> [1, T, heads, d]; causal over the cache.
 
     layer_idx: of the executed layer, from models whose modules run in several.
     """

@@ -29,8 +29,8 @@ TABLES = ("auto", "exact", "int8", "float")
 def import_executorch() -> None:
     """Load the packages and register their operators. Raises MissingPackage naming the extra."""
     try:
-        import executorch.exir  # noqa: F401
-        import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  (quantised embeddings)
+        import executorch.exir
+        import executorch.exir.passes._quant_patterns_and_replacements
         import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  (attention over a cache)
         import torchao  # noqa: F401
     except ImportError as error:
@@ -62,7 +62,7 @@ def _operators() -> torch.library.Library:
 
 
 def round_tokens(x: Tensor) -> Tensor:
-    """x [..., features] rounded per token to 8 bits, asymmetric, zero included: what XNNPACK does to inputs."""
+    """X [..., features] rounded per token to 8 bits, asymmetric, zero included: what XNNPACK does to inputs."""
     q = torch.ops.quantized_decomposed
     step, zero = q.choose_qparams_per_token_asymmetric.default(x, torch.int8)
     codes = q.quantize_per_token.default(x, step, zero, -128, 127, torch.int8)
@@ -152,8 +152,8 @@ def prepare(model: nn.Module, table: str = "auto") -> tuple[nn.Module, list[str]
         elif isinstance(module, PackedConv2d):
             replaced[id(module)] = _float_conv(module)
             notes.append(f"{name}: a packed convolution is written with its values in float32")
-    twin = copy.deepcopy(model, replaced)  # what the memo holds is taken instead of being copied
-    return twin.float().eval().requires_grad_(False), notes
+    prepared = copy.deepcopy(model, replaced)  # what the memo holds is taken instead of being copied
+    return prepared.float().eval().requires_grad_(False), notes
 
 
 def linear_codes(name: str, packed: PackedTensor) -> tuple[Tensor, Tensor, int]:
@@ -182,7 +182,7 @@ def table_codes(packed: PackedTensor) -> tuple[Tensor, Tensor, int]:
     """(codes, steps, 8, 4 or 2 bits) for the smallest quantised-embedding kernel that holds these codes."""
     codes, step = _centred(packed)
     low, high, offset = CODE_RANGES[packed.grid]
-    if -2 <= low and high <= 1 and not offset and codes.shape[1] % 4 == 0:
+    if low >= -2 and high <= 1 and not offset and codes.shape[1] % 4 == 0:
         return codes, step, 2
     if packed.grid != "int8" and codes.shape[1] % 2 == 0:
         return codes, step, 4

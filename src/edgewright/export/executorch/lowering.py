@@ -50,7 +50,7 @@ def lower(program: ExportedProgram, metadata: dict[str, Any]) -> tuple[Any, Dele
                 program,
                 transform_passes=[RewriteForXnnpack()],
                 partitioner=[_partitioner(metadata.get("kind") == "language")],
-                # the verifier knows neither our operator nor the attention kernel; the proof checks what it would
+                # the verifier knows neither our operator nor the attention kernel; the run afterwards checks that
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
                 constant_methods={METHOD: pack(metadata)},
             )
@@ -67,7 +67,7 @@ def _partitioner(language: bool) -> Any:
     """XNNPACK's; for language models its compiler runs only the one pass of its own that they need.
 
     The other sixteen look for batch norms, upsampling, image layouts and such in every delegate, which is most of the
-    time of a lowering. The proof would show one that was missed.
+    time of a lowering. The verification would show one that was missed.
     """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir.backend.compile_spec_schema import CompileSpec

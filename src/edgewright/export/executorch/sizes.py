@@ -11,11 +11,11 @@ from edgewright.export.executorch.layers import DynamicLinear, QuantizedTable
 STEP_BYTES = 2  # bfloat16, the type in which XNNPACK keeps the steps of 4-bit groups; the steps are exact in it
 
 
-def stored_bytes(twin: nn.Module) -> dict[str, int]:
+def stored_bytes(prepared: nn.Module) -> dict[str, int]:
     """{"codes", "steps", "float"}: bytes that a prepared model (`executorch_layers.prepare`) must take at least."""
     parts = {"codes": 0, "steps": 0, "float": 0}
     seen: set[int] = set()
-    for module in twin.modules():
+    for module in prepared.modules():
         if isinstance(module, DynamicLinear | QuantizedTable):
             key = module.codes.data_ptr()
             if key not in seen:
@@ -32,13 +32,13 @@ def stored_bytes(twin: nn.Module) -> dict[str, int]:
     return parts
 
 
-def stored_weights(twin: nn.Module) -> dict[str, int]:
+def stored_weights(prepared: nn.Module) -> dict[str, int]:
     """{"count", "bytes", "token_bytes"} of a prepared model: weights, their bytes, bytes that decoding a token reads.
 
     Codes, steps and float weights, each shared table once; of a token table that is not also the head one row is read.
     """
     held: dict[int, list[Any]] = {}  # storage -> [weights, bytes, rows, whether only looked up]
-    for module in twin.modules():
+    for module in prepared.modules():
         table = isinstance(module, QuantizedTable | nn.Embedding)
         if isinstance(module, DynamicLinear | QuantizedTable):
             rows = module.out_features if isinstance(module, DynamicLinear) else module.num_embeddings

@@ -46,7 +46,8 @@ MOVES = (aten.pad.default, aten.constant_pad_nd.default, aten.max_pool2d.default
 @dataclass
 class Placed:
     """What was placed. parts: bytes of codes, steps and float tensors; weights: their number; layers: those whose
-    weights are codes; notes for people."""
+    weights are codes; notes for people.
+    """
 
     parts: dict[str, int] = field(default_factory=lambda: {"codes": 0, "steps": 0, "float": 0})
     weights: int = 0
@@ -192,7 +193,7 @@ class _Placer:
         self.placed.activations += 1
 
     def _clamped(self, node: Node, x: Node, low: float, high: float) -> Node:
-        """x within low..high; a clamp that is there already is narrowed instead, since only one fuses with a layer."""
+        """X within low..high; a clamp that is there already is narrowed instead, since only one fuses with a layer."""
         with self.graph.inserting_before(node):
             if x.target not in CLAMPS or self._only_user(x) is None:
                 return self._add(aten.hardtanh.default, (x, low, high), node)

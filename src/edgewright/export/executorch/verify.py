@@ -1,8 +1,8 @@
-"""The proof of a .pte: the finished file is run and its outputs are those of PyTorch.
+"""Verification of .pte: the finished file is run and its outputs are those of PyTorch.
 
 Weights are the same codes on both sides, so what differs is rounding: a float32 sum in another order moves an input now
 and then across a border of its 8-bit rounding, by 1/255 of its token's range. Deep models make that large: SmolLM2's
-logits change by 5 % when its embeddings change in the seventh digit. So the proof measures it: the file may differ from
+logits change by 5 % when its embeddings change in the seventh digit. So it is measured: the file may differ from
 PyTorch by `QUANTIZED`, or by twice what such a change of the embeddings does to PyTorch alone. Without quantised layers
 only the order of sums is left: `FLOAT`.
 
@@ -41,7 +41,7 @@ summer. def twice(x): return 2 * x  # naïve, but it works. Żółw i zając; М
 
 def check_language(
     path: Path,
-    twin: Any,
+    prepared: Any,
     model: Any,
     tokenizer: Any,
     compare: Callable[[list[int], Tensor], dict[str, Any]] | None = None,
@@ -57,10 +57,10 @@ def check_language(
         whole = torch.from_numpy(engine.logits(ids))
         begin = max(1, len(ids) - DECODED)
         stepwise = torch.from_numpy(engine.logits_by_token(ids, begin))
-    expected = _eager(twin, ids, whole.shape[1])
+    expected = _eager(prepared, ids, whole.shape[1])
     tolerance = FLOAT
-    if _rounds(twin):
-        changed = relative_error(_eager(twin, ids, whole.shape[1], SEVENTH_DIGIT), expected)
+    if _rounds(prepared):
+        changed = relative_error(_eager(prepared, ids, whole.shape[1], SEVENTH_DIGIT), expected)
         tolerance = float(f"{max(QUANTIZED, 2 * changed):.3g}")
     error = relative_error(whole, expected)
     cached = relative_error(stepwise, whole[begin:])
@@ -89,7 +89,7 @@ def check_language(
 
 def check_program(
     path: Path,
-    twin: Any,
+    prepared: Any,
     inputs: Sequence[Tensor],
     dynamic: bool,
     integers: bool = False,
@@ -103,15 +103,15 @@ def check_program(
     from edgewright.export.executorch.verify import flat_outputs
     from edgewright.runtime.executorch_program import ExecuTorchProgram
 
-    tolerance = QUANTIZED if integers or not isinstance(twin, nn.Module) or _rounds(twin) else FLOAT
+    tolerance = QUANTIZED if integers or not isinstance(prepared, nn.Module) or _rounds(prepared) else FLOAT
     cases = [tuple(inputs)] + ([tuple(value[:1] for value in inputs)] if dynamic else [])
     worst, outputs, original = 0.0, 0, {}
     with ExecuTorchProgram(path, check=False) as program, torch.no_grad():
         for case in cases:
-            expected = flat_outputs(twin(*case))
+            expected = flat_outputs(prepared(*case))
             if integers:
                 with _Nudged():
-                    nudged = flat_outputs(twin(*case))
+                    nudged = flat_outputs(prepared(*case))
                 changed = max(relative_error(a.double(), b.double()) for a, b in zip(nudged, expected, strict=True))
                 tolerance = max(tolerance, float(f"{2 * changed:.3g}"))
             results = program.run([value.detach().cpu().numpy() for value in case])
@@ -156,8 +156,8 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     )
 
 
-def _rounds(twin: nn.Module) -> bool:
-    return any(isinstance(module, DynamicLinear) for module in twin.modules())
+def _rounds(prepared: nn.Module) -> bool:
+    return any(isinstance(module, DynamicLinear) for module in prepared.modules())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""`export_gguf`: a model as a GGUF file for llama.cpp, with the proof beside it.
+"""`export_gguf`: a model as a GGUF file for llama.cpp, verified.
 
 Plan (which type for which tensor, and why), write to a temporary file, read back and run (`gguf_proof`), rename. A file
 that does not decode to the model, or does not answer like it, never takes its final name.
@@ -52,7 +52,7 @@ CACHE_TYPES = {4: "q4_0", 8: "q8_0"}
 
 @dataclass(frozen=True)
 class GGUFExport:
-    """A finished file. table: one row a tensor. bytes: of the file. checks: what was proved, empty without `verify`."""
+    """A finished file. table: one row a tensor. bytes: of the file. checks: results, empty without `verify`."""
 
     path: Path
     table: tuple[LayoutRow, ...]
@@ -100,20 +100,20 @@ def export_gguf(
     progress: bool = True,
     original: Original | None = None,
 ) -> GGUFExport:
-    """Write a converted (or plain) causal language model to `path` and prove it.
+    """Write a converted (or plain) causal language model to `path` and verify it.
 
     layout: "auto", "portable", "small" or "fast", see `gguf_layout`. strict: a tensor that cannot have the type its
     layout wants is an error instead of a marked row. verify: decode every tensor again with three decoders and run
     the file against PyTorch (needs xllamacpp). float_type: "F16" or "F32" for matrices that are not quantised.
-    embedding: "Q8_0", "F16" or "F32" for embedding tables that are not quantised; Q8_0 rounds, and the proof then
-    compares with the rounded table. kv: 4 or 8 (or a KVConfig of that width) to run and recommend the file with a
+    embedding: "Q8_0", "F16" or "F32" for embedding tables that are not quantised; Q8_0 rounds, and the file is then
+    compared with the rounded table. kv: 4 or 8 (or a KVConfig of that width) to run and recommend the file with a
     quantised cache. threshold: least top-1 agreement with PyTorch. original: the float model before quantisation, or a
     function from ids [1, T] to its logits [1, T, V]; `checks["original"]` then says how far the file is from it (see
     `export.original`), with a UserWarning where that is further than a guess. A model without quantised weights is its
     own original, and the file must not be that far away.
 
     Writes `path` and `path`.json, or neither. Raises UsageError (settings), Unsupported (architecture, layer,
-    tokenizer), CheckFailed (departure under strict, proof that fails), OutputError (disk), MissingPackage.
+    tokenizer), CheckFailed (departure under strict, failed verification), OutputError (disk), MissingPackage.
     """
     path = Path(path)
     kv = getattr(kv, "bits", kv)

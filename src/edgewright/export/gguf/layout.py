@@ -52,7 +52,8 @@ MOST_LARGER, LEAST_FASTER = 1.25, 1.5
 @dataclass(frozen=True)
 class LayoutRow:
     """One tensor of the file. holds: what the model has ("seq2, one step a row", "float32"). lossless: what is written
-    decodes to the model's values. departure: the wanted type could not be written."""
+    decodes to the model's values. departure: the wanted type could not be written.
+    """
 
     tensor: str
     shape: tuple[int, ...]
@@ -109,7 +110,7 @@ def check_layout(layout: str) -> None:
 
 def plan_packed(name: str, packed: PackedTensor, layout: str = "auto", machine: str | None = None) -> LayoutRow:
     """Decide the type of a packed matrix."""
-    rows, columns = packed.codes.shape
+    _rows, columns = packed.codes.shape
     groups = packed.step.shape[1]
     holds = f"{packed.grid}, " + ("one step a row" if groups == 1 else f"groups of {packed.group}")
     order = preference(packed.grid, layout, machine)

@@ -27,8 +27,24 @@ if TYPE_CHECKING:
 NORMAL, UNUSED = 1, 5
 # Texts of tokens at which llama.cpp stops without being told (its src/llama-vocab.cpp).
 KNOWN_ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> <|end_of_text|> "
-    "<|eom_id|> <EOT> _<EOT> <|eot|> <|eom|> <end_of_utterance>".split()
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "<|eot|>",
+        "<|eom|>",
+        "<end_of_utterance>",
+    ]
 )
 OTHER_TARGETS = "--to pte and --to onnx write other files, which keep it"
 QUANTIZATION_VERSION = 2

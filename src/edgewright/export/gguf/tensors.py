@@ -25,7 +25,8 @@ Array = np.ndarray[Any, Any]
 class ModelTensor:
     """One tensor of the model. name: in GGUF. path: of the module; attribute: "weight", "bias" or another parameter's.
     heads: how many heads' rows are put into pair order, 0 where rows stay as they are. select: the piece of the
-    parameter that the file keeps under this name. whole: the family names this very parameter, whatever holds it."""
+    parameter that the file keeps under this name. whole: the family names this very parameter, whatever holds it.
+    """
 
     name: str
     path: str

@@ -1,4 +1,4 @@
-"""The proof of a GGUF file: each tensor, decoded by independent readers, equals the model; llama.cpp answers like it.
+"""Verification of GGUF file: each tensor, decoded by independent readers, equals the model; llama.cpp answers like it.
 
 Weights must be equal, value for value. Logits cannot be: llama.cpp rounds the inputs of quantised matrices to 8 bits,
 so they are compared by the token they choose.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from edgewright.errors import MissingPackage, Unsupported, UsageError
 from edgewright.export.onnx import graph as onnx_graph, trace as onnx_trace
 from edgewright.export.onnx.layers import Storage
-from edgewright.export.onnx.verify import prove, variations
+from edgewright.export.onnx.verify import variations, verify
 from edgewright.export.original import output_distance
 from edgewright.io.atomic import atomic_file
 from edgewright.io.temporaries import PART, prefix
@@ -47,7 +47,8 @@ AXES = {0: "batch", 1: "length"}
 @dataclass(frozen=True)
 class OnnxExport:
     """A finished file. bytes: of the file and its external data. max_error: the largest difference from PyTorch over
-    the largest value of the output, in ONNX Runtime. operators: how many of those that read codes."""
+    the largest value of the output, in ONNX Runtime. operators: how many of those that read codes.
+    """
 
     path: Path
     bytes: int
@@ -125,15 +126,17 @@ def export_onnx(
     ):
         staged = Path(folder) / path.name  # its external data must have its final name when it is checked
         external = _save(graph, staged)
-        proof = prove(staged, results, reference, variations(tensors, free), tolerance)
+        checked = verify(staged, results, reference, variations(tensors, free), tolerance)
         checks = {} if original is None else {"original": _distance(original, names, staged, tensors, path.name)}
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         if external:
             notes.append(f"more than 2 GiB: the tensors are in {external}, which belongs beside the file")
             os.replace(Path(folder) / external, path.parent / external)
         os.replace(staged, temporary)
-    notes.insert(0, f"ran in ONNX Runtime with batches of {', '.join(map(str, proof.batches))}")
-    return OnnxExport(path, size, proof.error, tolerance, tuple(given), tuple(results), operators, tuple(notes), checks)
+    notes.insert(0, f"ran in ONNX Runtime with batches of {', '.join(map(str, checked.batches))}")
+    return OnnxExport(
+        path, size, checked.error, tolerance, tuple(given), tuple(results), operators, tuple(notes), checks
+    )
 
 
 def _distance(

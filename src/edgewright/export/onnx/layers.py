@@ -225,11 +225,11 @@ def replace_packed_(model: nn.Module, storage: Storage) -> list[str]:
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _PACKED)]
     tables: dict[int, nn.Module] = {}
     for name, layer in sorted(layers, key=lambda item: isinstance(item[1], PackedEmbedding)):  # linear layers choose
-        twin = _TWINS[type(layer)](layer, storage, tables.get(layer.codes.data_ptr()))
-        if isinstance(twin, _Blocked):
-            tables.setdefault(layer.codes.data_ptr(), twin)
-        twin.train(layer.training)
-        model.set_submodule(name, twin)
+        replacement = _REPLACEMENTS[type(layer)](layer, storage, tables.get(layer.codes.data_ptr()))
+        if isinstance(replacement, _Blocked):
+            tables.setdefault(layer.codes.data_ptr(), replacement)
+        replacement.train(layer.training)
+        model.set_submodule(name, replacement)
     return [name for name, _ in layers]
 
 
@@ -252,13 +252,17 @@ def _embedding(layer: PackedEmbedding, storage: Storage, shared: Any) -> nn.Modu
     return BlockedEmbedding(shared_blocks(shared) or pack_blocks(packed, bits, packed.group))
 
 
-def shared_blocks(twin: Any) -> Blocks | None:
+def shared_blocks(replacement: Any) -> Blocks | None:
     """The blocks that another module of the same codes holds."""
-    return None if twin is None else Blocks(twin.codes, twin.scales, twin.bits, twin.zero, twin.columns)
+    return (
+        None
+        if replacement is None
+        else Blocks(replacement.codes, replacement.scales, replacement.bits, replacement.zero, replacement.columns)
+    )
 
 
 _PACKED = (PackedLinear, PackedEmbedding, PackedConv2d)
-_TWINS: dict[type, Callable[[Any, Storage, Any], nn.Module]] = {
+_REPLACEMENTS: dict[type, Callable[[Any, Storage, Any], nn.Module]] = {
     PackedLinear: _linear,
     PackedEmbedding: _embedding,
     PackedConv2d: lambda layer, storage, shared: DequantizedConv2d(layer),

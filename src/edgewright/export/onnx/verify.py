@@ -1,4 +1,4 @@
-"""The proof of an .onnx file: ONNX Runtime, given the written file, answers like the model in PyTorch.
+"""Verification of .onnx file: ONNX Runtime, given the written file, answers like the model in PyTorch.
 
 The figure is the largest difference of an output over the largest value of that output, over the example and over two
 other batch sizes. Integers and booleans count by the share that differs.
@@ -47,7 +47,7 @@ def variations(tensors: Sequence[Tensor], free: Sequence[Sequence[int]]) -> list
     return [list(tensors), single, more]
 
 
-def prove(
+def verify(
     path: Path,
     names: Sequence[str],
     reference: Callable[[Sequence[Tensor]], Mapping[str, Tensor]],

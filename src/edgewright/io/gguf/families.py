@@ -65,7 +65,8 @@ COMMON_FIELDS = {
 @dataclass(frozen=True)
 class Part:
     """A tensor inside a block. path: of its module; attribute: of the parameter; half: 0 or 1 where the file keeps the
-    first or the second half of the rows [E, rows, columns] of every matrix under this name."""
+    first or the second half of the rows [E, rows, columns] of every matrix under this name.
+    """
 
     path: str
     attribute: str = "weight"

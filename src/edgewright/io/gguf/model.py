@@ -254,7 +254,7 @@ def _number(file: GGUFFile, key: str, default: float | None = None) -> float:
 
 
 def _rope(file: GGUFFile, head_width: int) -> dict[str, Any]:
-    """transformers' rope_parameters. Only unscaled, linear and Llama 3 scaling are read."""
+    """Transformers' rope_parameters. Only unscaled, linear and Llama 3 scaling are read."""
     base = _number(file, "rope.freq_base", 10000.0)
     prefix = file.metadata["general.architecture"]
     kind = file.metadata.get(f"{prefix}.rope.scaling.type", "none")
@@ -269,7 +269,8 @@ def _rope(file: GGUFFile, head_width: int) -> dict[str, Any]:
 
 def _llama3_rope(file: GGUFFile, base: float, head_width: int) -> dict[str, Any]:
     """Files store one divisor for each frequency; find settings that give exactly these: those that our files say, or
-    the published ones."""
+    the published ones.
+    """
     if _shape(file, ROPE_FACTORS) != (head_width // 2,):
         raise FormatError(
             f"{file.path} has {ROPE_FACTORS} of shape {_shape(file, ROPE_FACTORS)}, not {head_width // 2}"

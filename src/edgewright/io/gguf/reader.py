@@ -44,7 +44,8 @@ STRING, ARRAY = 8, 9
 @dataclass(frozen=True)
 class GGUFTensor:
     """Where one tensor lies. shape: torch order (rows first). offset: bytes from the start of the file, or of the part
-    (counted from 0) of a split one."""
+    (counted from 0) of a split one.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -37,7 +37,8 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 class Splitter(NamedTuple):
     """How text is cut into words before BPE. digits: each digit alone first. whole_words: a word in the vocabulary
-    is taken without applying merges. adds_bos: whether a file that does not say so begins texts with bos."""
+    is taken without applying merges. adds_bos: whether a file that does not say so begins texts with bos.
+    """
 
     pattern: str | None
     digits: bool = False

@@ -261,7 +261,8 @@ class EdgeDecoderModel(EdgeDecoderPreTrainedModel):
 
 class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
     """The decoder with its head. `EdgeDecoderForCausalLM(config)` draws weights from torch's global generator;
-    `new_decoder(config, seed)` from one of its own."""
+    `new_decoder(config, seed)` from one of its own.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -315,7 +316,7 @@ class EdgeDecoderForCausalLM(EdgeDecoderPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **options: Any
     ) -> None:
-        """transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
+        """Transformers' own choice; for a model of states alone in a form that counts tokens, as `generate` must."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)  # type: ignore[misc]
         cache = model_kwargs.get(cache_name())
         attends = any(mixer in ATTENTION for mixer in self.config.mixers)  # type: ignore[union-attr]

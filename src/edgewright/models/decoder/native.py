@@ -89,14 +89,14 @@ def in_halves(model: Any) -> Any:
     order = _row_order(model.config, native_pairs=False)
     if order is None:
         return model
-    twin = copy.deepcopy(model)
-    twin.config.rope_interleaved = False
-    for block in twin.model.layers:
+    copied = copy.deepcopy(model)
+    copied.config.rope_interleaved = False
+    for block in copied.model.layers:
         for name in ROTATED:
             layer: Any = getattr(getattr(block, "self_attn", None), name, None)
             for tensor in () if layer is None else (*layer.parameters(), *layer.buffers()):
                 tensor.data = tensor.data[order(model.config.head_dim, len(tensor)).to(tensor.device)]  # type: ignore[arg-type]
-    return twin
+    return copied
 
 
 def unroll(model: Any) -> Any:

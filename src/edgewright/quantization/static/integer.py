@@ -168,7 +168,7 @@ class IntegerExecutor:
     def _moved(self, node: fx.Node, tensors: list[Tensor]) -> Tensor:
         """The node itself, on integers: operations that only move or select values."""
         order = dict(zip(tensor_inputs(node), tensors, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: order.get(source, None))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: order.get(source))
         if node.op == "call_module":
             return self.model.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":

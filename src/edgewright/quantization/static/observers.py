@@ -24,7 +24,8 @@ PERCENTILE_SAMPLES = 1 << 20  # values of a batch that a percentile is taken fro
 @dataclass(frozen=True)
 class ObserverConfig:
     """mode: "ema" (moving average of batch extremes), "minmax" (widest seen) or "percentile" (average of the batches'
-    quantiles, which leaves out the share 1 - percentile at each end). decay: of the moving average."""
+    quantiles, which leaves out the share 1 - percentile at each end). decay: of the moving average.
+    """
 
     mode: str = "ema"
     decay: float = 0.999

@@ -30,18 +30,18 @@ BATCHNORM_FIELDS = {
 
 def prepare(model: nn.Module, inputs: tuple[Any, ...], config: StaticConfig) -> nn.Module:
     """The prepared copy of a float model, compared with it on `inputs` in float. See `quantize_static`."""
-    twin = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model).eval()
     report = StaticReport()
     prepared: nn.Module
     with torch.no_grad():
-        expected = twin(*inputs)
+        expected = copied(*inputs)
         try:
-            prepared = fx.symbolic_trace(twin)
+            prepared = fx.symbolic_trace(copied)
             ShapeProp(prepared).propagate(*inputs)
         except Exception as error:  # whatever the model's own control flow makes of a tracer
             report.traced = False
             report.notices.append(f"torch.fx cannot trace the model ({error}); prepared by the names of its modules")
-            prepared = copy.deepcopy(twin)
+            prepared = copy.deepcopy(copied)
             _prepare_by_name(prepared, config, report)
         else:
             _prepare_graph(prepared, config, report)

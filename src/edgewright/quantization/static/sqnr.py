@@ -154,7 +154,8 @@ def save_rows(rows: Sequence[WeightRow], path: str | Path) -> None:
 
 def plot_sqnr(rows: Sequence[WeightRow], path: str | Path, bits: int = 8) -> None:
     """SQNR along the depth of the network, one line a scheme; points are depthwise layers, bars reach down to the
-    worst channel."""
+    worst channel.
+    """
     chosen = [row for row in rows if row.bits == bits]
     layers = list(dict.fromkeys(row.layer for row in chosen))
     with plot(path, (9.0, 4.5)) as axes:

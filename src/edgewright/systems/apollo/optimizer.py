@@ -210,7 +210,7 @@ class APOLLO(torch.optim.Optimizer):
         return made
 
     def _adamw(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
-        """torch's AdamW, for whole lists where state and parameters share a dtype, otherwise one by one in float32."""
+        """Torch's AdamW, for whole lists where state and parameters share a dtype, otherwise one by one in float32."""
         alike = []
         for p in parameters:
             state = self.state[p]

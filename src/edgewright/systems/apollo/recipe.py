@@ -9,6 +9,7 @@ deviation: a million weights, minutes and Python's documentation instead of 60M 
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def _pretraining(settings: Apollo, run: Run) -> dict[str, list[dict[str, Any]]]:
                 for r in rates
             }
             last = max(1, round(LAST * settings.search_steps))
-            rate = min(tried, key=lambda r: (mean(tried[r]["losses"][-last:]), r))  # noqa: B023
+            rate = min(tried, key=lambda r: (mean(tried[r]["losses"][-last:]), r))
         seeds = range(settings.seed, settings.seed + settings.seeds)
         points = runs[method] = run.over_seeds(method, seeds, lambda s: measure(method, rate, s, settings.steps))  # noqa: B023
         run.add("loss", [p["loss"] for p in points], method, "nats a byte, held out")
@@ -179,7 +180,7 @@ def _pretraining(settings: Apollo, run: Run) -> dict[str, list[dict[str, Any]]]:
 
 def _jump(losses: list[float]) -> float:
     """The largest rise of the training loss from one step to the next, early on."""
-    return max((b - a for a, b in zip(losses[:EARLY], losses[1:EARLY], strict=False)), default=0.0)
+    return max((b - a for a, b in itertools.pairwise(losses)), default=0.0)
 
 
 def _saving(settings: Apollo, run: Run) -> None:

@@ -8,14 +8,18 @@ if TYPE_CHECKING:
     from edgewright.systems.bit.distillation import EncoderDistillation as EncoderDistillation
     from edgewright.systems.bit.folder import load_binary as load_binary, save_binary as save_binary
     from edgewright.systems.bit.linear import pack_binary_ as pack_binary_
-    from edgewright.systems.bit.model import BitConfig as BitConfig, bit_ as bit_, parameter_groups as parameter_groups
+    from edgewright.systems.bit.model import (
+        BitConfig as BitConfig,
+        binarize_encoder_ as binarize_encoder_,
+        parameter_groups as parameter_groups,
+    )
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "BitConfig": "edgewright.systems.bit.model",
         "EncoderDistillation": "edgewright.systems.bit.distillation",
-        "bit_": "edgewright.systems.bit.model",
+        "binarize_encoder_": "edgewright.systems.bit.model",
         "load_binary": "edgewright.systems.bit.folder",
         "pack_binary_": "edgewright.systems.bit.linear",
         "parameter_groups": "edgewright.systems.bit.model",

@@ -24,7 +24,7 @@ from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.io.typed import from_json
 from edgewright.systems.bit.linear import BinaryEmbedding, BinaryLinear, pack_binary_
-from edgewright.systems.bit.model import FAMILIES, BitConfig, bit_, elastic_quantizers
+from edgewright.systems.bit.model import FAMILIES, BitConfig, binarize_encoder_, elastic_quantizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ PACKED = 64  # weights in one stored word at most
 def save_binary(
     model: nn.Module, config: BitConfig, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Path:
-    """Write a model that went through `bit_(model, config)` and `pack_binary_` as a folder; its path.
+    """Write a model that went through `binarize_encoder_(model, config)` and `pack_binary_` as a folder; its path.
 
     Raises UsageError for a model without packed layers, OutputError when the folder cannot be written.
     """
@@ -68,7 +68,7 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
     check_numbers(folder / "config.json", settings, entries)
     model = _skeleton(folder, settings, entries)
     try:
-        bit_(model, config)
+        binarize_encoder_(model, config)
         for _, quantizer in elastic_quantizers(model):
             quantizer.calibrate(torch.ones(1))  # a stand-in: the stored scales replace it
         pack_binary_(model, path)

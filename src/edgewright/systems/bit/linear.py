@@ -93,7 +93,7 @@ class BinaryLinear(nn.Module):
         ).to(inputs.dtype)
 
     def exportable(self) -> nn.Module:
-        """The same layer on the packed layers of the house, which exporters know."""
+        """The same layer on the packed layers of the package, which exporters know."""
         if self.binary_input:
             return CodesLinear(self)
         packed = _packed_tensor(self.words, self.in_features, self.alpha_w)
@@ -121,7 +121,7 @@ class BinaryEmbedding(nn.Module):
         return (signs * self.alpha_w[flat].unsqueeze(1)).reshape(*tokens.shape, self.embedding_dim)
 
     def exportable(self) -> nn.Module:
-        """The same table as a packed layer of the house."""
+        """The same table as a packed layer of the package."""
         return PackedEmbedding(_packed_tensor(self.words, self.embedding_dim, self.alpha_w), self.padding_idx)
 
 
@@ -158,7 +158,7 @@ def pack_binary_(model: nn.Module, path: str = "auto") -> nn.Module:
         if module.quantizer is not None and module.quantizer.config.grid == "binary"
     ]
     if not found:
-        raise UsageError("no layer is on the binary grid; pack_binary_ needs a model that went through bit_")
+        raise UsageError("no layer is on the binary grid; pack_binary_ needs a model of binarize_encoder_")
     for name, module in found:
         model.set_submodule(name, _packed(name, module, path).train(module.training))
     return model
@@ -224,6 +224,6 @@ def _forget_tiles(module: nn.Module, _: Any) -> None:
 
 
 def _packed_tensor(words: Tensor, n: int, alpha: Tensor) -> PackedTensor:
-    """The house's form of packed signs: int8 codes and one step a row."""
+    """The package's form of packed signs: int8 codes and one step a row."""
     codes = unpack_bits(words, n).to(torch.int8) * 2 - 1
     return PackedTensor(codes, alpha.detach().float().expand(len(words)).unsqueeze(1).clone(), "binary")

@@ -1,7 +1,7 @@
 """BiT: a transformer encoder whose weights, activations and attention probabilities are all of one bit.
 
-    bit_(model, BitConfig(activation_bits=2))     # W1A2: train it, then
-    bit_(model, BitConfig(activation_bits=1))     # W1A1 from the same weights, scales started anew
+    binarize_encoder_(model, BitConfig(activation_bits=2))     # W1A2: train it, then
+    binarize_encoder_(model, BitConfig(activation_bits=1))     # W1A1 from the same weights, scales started anew
     pack_binary_(model)                           # words of 64 signs, see binary_linear.py
 
 Source: BiT, arXiv 2205.13016. Two sets: {-1, +1} for tensors of both signs (inputs of q, k, v, o and of the first
@@ -115,7 +115,7 @@ class BitConfig:
         return asdict(self)
 
 
-def bit_(model: nn.Module, config: BitConfig | None = None) -> nn.Module:
+def binarize_encoder_(model: nn.Module, config: BitConfig | None = None) -> nn.Module:
     """Turn a BERT-like encoder of transformers into a BiT student, in place; returns the model.
 
     A model that is one already is taken apart first: it keeps its float weights and its thresholds and gets new scales.
@@ -154,7 +154,7 @@ def family_of(model: nn.Module) -> Family:
             if decoder
             else f"it knows the encoders {', '.join(FAMILIES)}"
         )
-        raise Unsupported(f"bit_ cannot binarise {type(model).__name__} ({kind}): {advice}")
+        raise Unsupported(f"binarize_encoder_ cannot binarise {type(model).__name__} ({kind}): {advice}")
     return FAMILIES[kind]
 
 

@@ -24,7 +24,7 @@ from edgewright.systems.bit.distillation import EncoderDistillation
 from edgewright.systems.bit.folder import save_binary
 from edgewright.systems.bit.linear import pack_binary_
 from edgewright.systems.bit.measures import agreement, byte_rows, embedding_distance, probability_zeros
-from edgewright.systems.bit.model import BitConfig, bit_, parameter_groups
+from edgewright.systems.bit.model import BitConfig, binarize_encoder_, parameter_groups
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run
 from edgewright.training.batches import BlockBatches
@@ -35,7 +35,8 @@ DIRECT, STEPWISE, SIGNS = "W1A1, direct", "W1A1, via W1A2", "W1A1, sign everywhe
 @dataclass(frozen=True)
 class Arm:
     """A student: activation bits of its stages, changes to BitConfig, whether it is repeated over the seeds, and
-    whether it is the method with one part taken away."""
+    whether it is the method with one part taken away.
+    """
 
     activations: tuple[int, ...]
     changes: tuple[tuple[str, Any], ...] = ()
@@ -223,7 +224,7 @@ class _Bench:
                 stages,
                 lambda stage: BlockBatches(self.train, settings.batch, seed=1000 * seed + stage),
                 EncoderDistillation(term=embedding_distance),
-                prepare=lambda model, stage: bit_(model, self._config(arm, int(stage.bits[1]))),
+                prepare=lambda model, stage: binarize_encoder_(model, self._config(arm, int(stage.bits[1]))),
                 groups=lambda model, stage: parameter_groups(
                     model, stage.learning_rate, scale_rate=settings.scale_rate
                 ),

@@ -107,28 +107,28 @@ def check_files(files: Files, manifest: Manifest, content: bool = True) -> None:
 
 
 def check_chain(
-    files: Files, known: Catalogue, manifest: Manifest, proved: set[str] | None = None, content: bool = True
+    files: Files, known: Catalogue, manifest: Manifest, verified: set[str] | None = None, content: bool = True
 ) -> list[Manifest]:
-    """The chain of a checkpoint, every file proved but those of checkpoints in `proved`, to which it adds."""
-    proved = set() if proved is None else proved
+    """The chain of a checkpoint, every file verified but those of checkpoints in `verified`, to which it adds."""
+    verified = set() if verified is None else verified
     chain = chain_of(known, manifest)
     for link in chain:
-        if link.id not in proved:
+        if link.id not in verified:
             check_files(files, link, content)
             try:
                 check_manifest(files, link)
             except OSError as error:
                 raise FormatError(f"{link.id} cannot be read ({error.strerror or error})") from error
-            proved.add(link.id)
+            verified.add(link.id)
     return chain
 
 
 def newest(files: Files, known: Catalogue) -> tuple[list[Manifest] | None, dict[str, str]]:
     """(chain of the newest checkpoint that can be used, or None; why the newer ones cannot)."""
-    skipped, proved = dict(known.broken), set[str]()
+    skipped, verified = dict(known.broken), set[str]()
     for manifest in known.found:
         try:
-            return check_chain(files, known, manifest, proved), skipped
+            return check_chain(files, known, manifest, verified), skipped
         except FormatError as error:
             skipped[manifest.id] = str(error)
     return None, skipped
@@ -359,28 +359,29 @@ def _age(files: Files, name: str) -> float:
         return 0.0
 
 
-def kept(files: Files, known: Catalogue, keep: int, proved: set[str] | None = None) -> set[str]:
-    """Ids of the newest `keep` checkpoints whose chains prove good, and of their chains. proved: needs no new proof."""
-    proved = set() if proved is None else proved
+def kept(files: Files, known: Catalogue, keep: int, verified: set[str] | None = None) -> set[str]:
+    """Ids of the newest `keep` checkpoints whose chains verify, and of their chains. verified: needs no new check."""
+    verified = set() if verified is None else verified
     result: set[str] = set()
     count = 0
     for manifest in known.found:
         if count == keep:
             break
         try:
-            result |= {link.id for link in check_chain(files, known, manifest, proved)}
+            result |= {link.id for link in check_chain(files, known, manifest, verified)}
             count += 1
         except FormatError:
             continue
     return result
 
 
-def collect(files: Files, keep: int, proved: set[str] | None = None, broken: bool = False) -> list[str]:
+def collect(files: Files, keep: int, verified: set[str] | None = None, broken: bool = False) -> list[str]:
     """Delete what `kept` does not name; the ids that are gone. broken: also folders whose manifest cannot be read,
     except those of another format version. Nothing is deleted where nothing can be restored, and no link or folder with
-    files of others ever. Raises OSError."""
+    files of others ever. Raises OSError.
+    """
     known = catalogue(files)
-    stay = kept(files, known, keep, proved)
+    stay = kept(files, known, keep, verified)
     if not stay:
         return []
     gone = [manifest.id for manifest in known.found if manifest.id not in stay]

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     difference.add_argument("before", metavar="A", help="a checkpoint's folder")
     difference.add_argument("after", metavar="B", help="a checkpoint's folder")
     difference.add_argument("--to", required=True, metavar="FILE", help="new file")
-    apply = parts.add_parser("apply", help="an update on a model's file, proved")
+    apply = parts.add_parser("apply", help="an update on a model's file, verified")
     apply.add_argument("model", metavar="MODEL", help=".safetensors file, as restore writes it")
     apply.add_argument("update", metavar="UPDATE", help="file that diff wrote")
     apply.add_argument("--to", required=True, metavar="FILE", help="new .safetensors file")
@@ -140,7 +140,7 @@ def _apply(args: argparse.Namespace) -> int:
     tensors = load_tensors(args.model)
     fields = apply_delta(tensors, args.update)
     _save(tensors, to, {"checkpoint": fields["id"]})
-    print(f"{fields['id']} is in {to}, proved by its sha256")
+    print(f"{fields['id']} is in {to}, verified by its sha256")
     return 0
 
 

@@ -155,7 +155,8 @@ class Saved:
 @dataclass(frozen=True)
 class RestoreInfo:
     """What was restored. chain: ids from the full checkpoint to this one; restores_so_far: in the job's history, this
-    one included; skipped: newer folders that cannot be used, and why; random: whether random states were put back."""
+    one included; skipped: newer folders that cannot be used, and why; random: whether random states were put back.
+    """
 
     step: int
     id: str

@@ -52,7 +52,8 @@ class Files(Protocol):
 
 class LocalFiles:
     """A folder of this machine. The root may be a link; below it none is followed, whoever made it and when: every
-    operation goes through a descriptor of its folder."""
+    operation goes through a descriptor of its folder.
+    """
 
     renames = True
 
@@ -175,7 +176,8 @@ class LocalFiles:
 
     def lock(self) -> Any:
         """Become the one writer of this root; the lock ends with the process. Raises UsageError naming the other, or
-        where LOCK is something else than the file that we write: it would be overwritten."""
+        where LOCK is something else than the file that we write: it would be overwritten.
+        """
         self.mkdir("")
         descriptor = self._open_lock()
         try:

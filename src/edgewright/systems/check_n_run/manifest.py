@@ -169,7 +169,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def dtype_of(name: str) -> Any:
-    """torch's type of a stored name. Raises FormatError."""
+    """Torch's type of a stored name. Raises FormatError."""
     if name not in _TYPES:
         raise FormatError(f"dtype {str(name)[:40]!r} is none that a checkpoint holds")
     return _TYPES[name]

@@ -109,7 +109,8 @@ def _quantize(values: Tensor, encoding: Encoding) -> tuple[PackedRows, dict[str,
 
 def tuned(encoding: Encoding, jobs: Sequence[Rows], known: dict[tuple[int, int], tuple[int, float]]) -> Encoding:
     """The encoding with nbins and ratio for each width of row: given, in `known` (added to), or tuned on the rows of
-    the largest table of that width."""
+    the largest table of that width.
+    """
     bits = encoding.bits
     if (
         bits is None

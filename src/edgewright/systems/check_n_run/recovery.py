@@ -389,8 +389,8 @@ def inspect_dir(root: str | Path | Files, content: bool = False) -> Listing:
     """The checkpoints of a root. content: read every file and compare its sha256 too, not its size alone."""
     files = open_files(root)
     known = catalogue(files)
-    proved: set[str] = set()
-    entries = [_entry(files, known, manifest, proved, content) for manifest in known.found]
+    verified: set[str] = set()
+    entries = [_entry(files, known, manifest, verified, content) for manifest in known.found]
     entries += [
         Entry(name, "?", 0, None, 0, 0, 0, 0.0, reason) for name, reason in sorted(known.broken.items(), reverse=True)
     ]
@@ -405,7 +405,7 @@ def find(path: str | Path) -> tuple[Files, str]:
 
 
 def load_model(files: Files, identity: str | None = None) -> tuple[list[Manifest], dict[str, Tensor]]:
-    """(chain, the model's tensors by name, in float) of a checkpoint, every byte of its chain proved.
+    """(chain, the model's tensors by name, in float) of a checkpoint, every byte of its chain verified.
 
     identity None: the newest that can be used. Raises UsageError, FormatError.
     """
@@ -433,9 +433,9 @@ def need_checkpoints(files: Files, listing: Listing) -> None:
         raise UsageError(f"{files} holds no checkpoint; a DiffCheckpointer writes them as ckpt-<step>-<id>")
 
 
-def _entry(files: Files, known: Catalogue, manifest: Manifest, proved: set[str], content: bool) -> Entry:
+def _entry(files: Files, known: Catalogue, manifest: Manifest, verified: set[str], content: bool) -> Entry:
     try:
-        check_chain(files, known, manifest, proved, content)
+        check_chain(files, known, manifest, verified, content)
         status = "usable"
     except FormatError as error:
         status = str(error)

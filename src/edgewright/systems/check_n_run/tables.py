@@ -45,9 +45,9 @@ class RowBits:
         self.bits |= other.bits
 
     def copy(self) -> RowBits:
-        twin = RowBits(self.rows, self.bits.device)
-        twin.bits = self.bits.clone()
-        return twin
+        copied = RowBits(self.rows, self.bits.device)
+        copied.bits = self.bits.clone()
+        return copied
 
     def clear(self) -> None:
         self.bits.zero_()
@@ -56,7 +56,7 @@ class RowBits:
         self.bits.fill_(255)
 
     def mask(self) -> Tensor:
-        """bool [n]."""
+        """Bool [n]."""
         return (self.bits.unsqueeze(1) & self._powers).ne(0).flatten()[: self.rows]
 
     def indices(self) -> Tensor:
@@ -282,7 +282,7 @@ class Tracker:
         for place, shard in enumerate(self.shards):
             if shard.touched is not None and self._holds(optimizer, shard.parameter):
                 rows = torch.as_tensor(shard.touched(), dtype=torch.int64, device=shard.parameter.device)
-                if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(shard.parameter)):
+                if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < len(shard.parameter)):
                     raise UsageError(f"touched rows of {shard.name} must lie in 0..{len(shard.parameter) - 1}")
                 self.mark(place, rows.unique())
         for place, parameter in self._of(optimizer):

@@ -212,9 +212,9 @@ def publish(
     config: CheckpointConfig,
     order: Order,
     state: Captured,
-    proved: set[str],
+    verified: set[str],
 ) -> Published:
-    """Write and commit; then point LATEST to it and delete what is not kept. proved: ids known to be good, added to.
+    """Write and commit; then point LATEST to it and delete what is not kept. verified: ids known to be good, added to.
 
     Every process calls; all raise when one fails, and nothing is left of the checkpoint then. Raises OutputError.
     """
@@ -246,8 +246,8 @@ def publish(
             _give_up(files, folder)
         raise
     assert manifest is not None
-    proved.add(identity)
-    late = _afterwards(files, config, identity, proved) if ranks.first else None
+    verified.add(identity)
+    late = _afterwards(files, config, identity, verified) if ranks.first else None
     saved = Saved(
         id=identity,
         kind=order.kind,
@@ -299,11 +299,11 @@ def _manifest(
     )
 
 
-def _afterwards(files: Files, config: CheckpointConfig, identity: str, proved: set[str]) -> BaseException | None:
+def _afterwards(files: Files, config: CheckpointConfig, identity: str, verified: set[str]) -> BaseException | None:
     """What comes once the checkpoint exists; its failure leaves a hint, or old checkpoints, as they were."""
     try:
         point(files, identity)
-        collect(files, config.keep, proved)
+        collect(files, config.keep, verified)
     except OSError as error:
         return output_error(files, error)
     return None

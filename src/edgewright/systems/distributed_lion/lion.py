@@ -57,12 +57,12 @@ def direction(momentum: Tensor, gradient: Tensor, beta: float) -> Tensor:
 
 
 def advance_(momentum: Tensor, gradient: Tensor, beta: float) -> None:
-    """m = b2 * m + (1 - b2) * g in place."""
+    """M = b2 * m + (1 - b2) * g in place."""
     momentum.mul_(beta).add_(gradient, alpha=1 - beta)
 
 
 def apply_(parameter: Tensor, delta: Tensor, lr: float, weight_decay: float) -> None:
-    """x = (1 - e * w) * x - e * delta in place: always in these two operations, so that every process rounds alike."""
+    """X = (1 - e * w) * x - e * delta in place: always in these two operations, so that every process rounds alike."""
     if weight_decay:
         parameter.mul_(1 - lr * weight_decay)
     parameter.add_(delta, alpha=-lr)

@@ -1,4 +1,4 @@
-"""The two journeys of a sharded lookup: ids to the processes that hold their rows, sums of rows back to the samples.
+"""All-to-all exchange of a sharded lookup: ids to the processes that hold their rows, sums of rows back to the samples.
 
 Every process has samples of its own (their number may differ). Ids travel without gradients. Sums travel back in one
 all-to-all that is started before the bottom network runs and awaited after it; gradients go the other way, and again
@@ -20,7 +20,7 @@ from edgewright.systems.dlrm.plan import ShardingPlan
 
 
 @dataclass
-class Clock:
+class CommTimer:
     """Seconds spent from the start of each exchange of sums to its end, and of that the part spent waiting."""
 
     flying: float = 0.0
@@ -102,14 +102,14 @@ def exchange_ids(
 
 
 @dataclass
-class Journey:
+class AllToAllSpec:
     """One exchange of sums: splits in elements, and the work in flight."""
 
     send: list[int]
     receive: list[int]
     group: Any
     scale: float
-    clock: Clock | None = None
+    clock: CommTimer | None = None
     work: Any = None
     buffer: Tensor | None = None
     source: Tensor | None = None  # alive until the work is done
@@ -142,30 +142,30 @@ class Depart(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.start(sums, journey.send, journey.receive)
+    def forward(ctx: Any, sums: Tensor, spec: AllToAllSpec) -> Tensor:
+        ctx.spec = spec
+        return spec.start(sums, spec.send, spec.receive)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        journey = ctx.journey
-        journey.finish()
-        return journey.buffer * journey.scale, None  # `upstream` only carried the order of events
+        spec = ctx.spec
+        spec.finish()
+        return spec.buffer * spec.scale, None  # `upstream` only carried the order of events
 
 
 class Arrive(torch.autograd.Function):
     """Wait for the exchange; in the backward pass, start that of the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, landed: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        journey.finish()
+    def forward(ctx: Any, landed: Tensor, spec: AllToAllSpec) -> Tensor:
+        ctx.spec = spec
+        spec.finish()
         return landed.view_as(landed)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        journey = ctx.journey
-        journey.start(upstream, journey.receive, journey.send)
+        spec = ctx.spec
+        spec.start(upstream, spec.receive, spec.send)
         return upstream, None
 
 

@@ -160,7 +160,7 @@ class DLRM(nn.Module):
         self.pairs: Tensor
 
     def forward(self, dense: Tensor, bags: JaggedBatch) -> Tensor:
-        """dense [B, num_dense] float32, bags of B samples -> logits [B].
+        """Dense [B, num_dense] float32, bags of B samples -> logits [B].
 
         Raises UsageError for sizes that differ, a NaN in `dense` (with its row) and bags that cannot be; OutOfRangeId
         (an IndexError too) for an id without a row.

@@ -92,9 +92,9 @@ def make_plan(
     sized = [rows * width * FLOAT for rows, width in zip(sizes, widths, strict=True)]
     even = sum(sized) / world
     for k, rows in enumerate(sizes):
-        if plan == "row" and k not in whole:
-            wanted[k] = "row"
-        elif plan != "table" and world > 1 and k not in wanted and k not in whole and sized[k] > even and rows >= world:
+        if (plan == "row" and k not in whole) or (
+            plan != "table" and world > 1 and k not in wanted and k not in whole and sized[k] > even and rows >= world
+        ):
             wanted[k] = "row"
         if wanted.get(k) == "row" and k in whole:
             raise UsageError(f"table {names[k]} is stored as quotient and remainder, which cannot be split by rows")

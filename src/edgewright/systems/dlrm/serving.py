@@ -40,7 +40,7 @@ class DLRMProgram(nn.Module):
         self.model, self.slots = model, list(slots)
 
     def forward(self, dense: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """dense [B, n], ids [B, S], weights [B, S] -> probabilities [B]."""
+        """Dense [B, n], ids [B, S], weights [B, S] -> probabilities [B]."""
         # split, not slices: it tells the exporter that the number of columns is fixed
         parts = zip(self.model.tables, ids.split(self.slots, 1), weights.split(self.slots, 1), strict=True)
         sums = [

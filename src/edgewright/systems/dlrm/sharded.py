@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from edgewright.errors import UsageError
 from edgewright.systems.dlrm.bags import JaggedBatch
-from edgewright.systems.dlrm.exchange import Arrive, Clock, Depart, Journey, exchange_ids
+from edgewright.systems.dlrm.exchange import AllToAllSpec, Arrive, CommTimer, Depart, exchange_ids
 from edgewright.systems.dlrm.model import DLRM
 from edgewright.systems.dlrm.optimizers import RowwiseAdagrad
 from edgewright.systems.dlrm.plan import Shard, ShardingPlan, make_plan
@@ -58,7 +58,7 @@ class ShardedDLRM(nn.Module):
         self.plan: ShardingPlan = make_plan(
             model.config.table_sizes, widths, self.world, plan, model.config.names, whole
         )
-        self.clock = Clock() if timed else None
+        self.clock = CommTimer() if timed else None
         with torch.no_grad():
             for parameter in model.parameters():
                 dist.broadcast(parameter, src=self._root(), group=group)
@@ -86,7 +86,7 @@ class ShardedDLRM(nn.Module):
         packed = torch.cat(sums, 1) if sums else dense.new_zeros(total, 0)
         widths = [sum(s.width for s in self.plan.of_rank(r)) for r in range(self.world)]
         size = len(dense)
-        journey = Journey(
+        spec = AllToAllSpec(
             [count * widths[self.rank] for count in samples],
             [size * width for width in widths],
             self.group,
@@ -95,9 +95,9 @@ class ShardedDLRM(nn.Module):
         )
         if not packed.requires_grad:  # a process without tables takes part in the backward pass as well
             packed = packed.detach().requires_grad_(torch.is_grad_enabled())
-        landed = Depart.apply(packed.flatten(), journey)
+        landed = Depart.apply(packed.flatten(), spec)
         z0 = model.bottom(dense)
-        landed = Arrive.apply(landed, journey)
+        landed = Arrive.apply(landed, spec)
         return model.join(z0, self._unpack(landed, size, widths))
 
     def _unpack(self, landed: Tensor, size: int, widths: list[int]) -> list[Tensor]:

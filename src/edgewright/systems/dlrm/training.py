@@ -1,4 +1,4 @@
-"""Training on clicks: the house's loop with the right optimizers, and the weights that were best on held-out clicks."""
+"""Training on clicks: the package's loop with the right optimizers, and the best weights on held-out clicks."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ TOKENS, BLOCK, NEURON = 88, 884_736, 3 * 576  # the longest example; weights of 
 @dataclass(frozen=True)
 class LlamaGuardInt4:
     """keep of all 30 blocks and mlp of 1536 neurons stay in the chain; fast: it has the first fast_layers blocks only,
-    as the comparisons always have, and keeps fast_keep. compare_steps: steps of every compared training."""
+    as the comparisons always have, and keeps fast_keep. compare_steps: steps of every compared training.
+    """
 
     seed: int = 0
     seeds: int = 2

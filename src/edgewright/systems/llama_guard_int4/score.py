@@ -52,7 +52,7 @@ def score_guard(guard: GuardModel, examples: Sequence[Example]) -> dict[str, flo
 def score_rows(
     model: nn.Module, rows: Mapping[str, Tensor], examples: Sequence[Example], policy: GuardPolicy, tokenizer: Any
 ) -> dict[str, float]:
-    """nll of the right answers among legal words, and F1 at a score of one half, from one forward pass a message.
+    """Nll of the right answers among legal words, and F1 at a score of one half, from one forward pass a message.
 
     rows: `answer_rows` of the examples.
     """

@@ -6,7 +6,7 @@ T is fixed: `chunk` in prefill.*, 1 in decode.*. A prompt goes through prefill c
 new tokens through decode; the states of all L layers go in and come out, a few kB a layer however long the text is.
 The chunk is the scan by doubling, unrolled, so that neither file holds a loop.
 deviation: two files with weights of their own and states as inputs, where the plan was one file with two methods and
-states inside it: that is what the shared exporters write, prove and open again.
+states inside it: that is what the shared exporters write, verify and open again.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _stepwise(tensor: Tensor) -> bool:
 
 
 def read(states: Tensor, q: Tensor) -> Tensor:
-    """states q, of [..., d, m] and [..., m] -> [..., d]. As a row times a matrix: BLAS is several times faster so."""
+    """States q, of [..., d, m] and [..., m] -> [..., d]. As a row times a matrix: BLAS is several times faster so."""
     return (q[..., None, :] @ states.mT).squeeze(-2)
 
 

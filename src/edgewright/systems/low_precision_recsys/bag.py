@@ -1,4 +1,4 @@
-"""Lookups in low-precision tables: bags, single ids, and quotient and remainder, each the twin of a float module.
+"""Lookups in low-precision tables: bags, single ids, and quotient and remainder; each stands for a float module.
 
 Sums over packed rows go through torch.ops.quantized.embedding_bag_{byte,4bit,2bit}_rowwise_offsets, which unpack in
 registers while they add; where torch lacks them, or rows have another form, plain torch does the same: unpack the rows
@@ -24,7 +24,7 @@ _OPERATORS = {8: "byte", 4: "4bit", 2: "2bit"}
 
 
 def fused_operator(bits: int) -> Any | None:
-    """torch's lookup of rows at so many bits, or None where this torch has none."""
+    """Torch's lookup of rows at so many bits, or None where this torch has none."""
     name = f"embedding_bag_{_OPERATORS.get(bits)}_rowwise_offsets"
     return getattr(torch.ops.quantized, name) if hasattr(torch.ops.quantized, name) else None
 
@@ -32,7 +32,7 @@ def fused_operator(bits: int) -> Any | None:
 class RowwiseQuantEmbeddingBag(nn.Module):
     """nn.EmbeddingBag over low-precision rows, in inference. Same arguments, float32 [B, dim] out; empty bags are 0.
 
-    fused: None takes torch's operator where it can; False never does (the twin, which gives the same).
+    fused: None takes torch's operator where it can; False never does (torch operations, which give the same).
     accumulate: "fp32", or "fp16" to emulate sums in half precision (modes sum and mean).
     """
 
@@ -57,7 +57,7 @@ class RowwiseQuantEmbeddingBag(nn.Module):
     def from_float(
         cls, bag: nn.EmbeddingBag, bits: int = 4, method: str = "greedy", nbins: int = 200, ratio: float = 0.16
     ) -> RowwiseQuantEmbeddingBag:
-        """The low-precision twin of a bag (see `quantize_rows`). Its padding row becomes exactly 0."""
+        """The low-precision form of a bag (see `quantize_rows`). Its padding row becomes exactly 0."""
         return cls.like(bag, StoredRows(quantize_rows(bag_weight(bag), bits, method, nbins, ratio)))
 
     @classmethod
@@ -78,7 +78,7 @@ class RowwiseQuantEmbeddingBag(nn.Module):
         return self.stored.nbytes
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """ids [nnz] with offsets, or [B, m] without; weights of the ids' shape in mode sum. -> [B, dim].
+        """Ids [nnz] with offsets, or [B, m] without; weights of the ids' shape in mode sum. -> [B, dim].
 
         Raises OutOfRangeId (an IndexError) naming the id that the table does not have.
         """

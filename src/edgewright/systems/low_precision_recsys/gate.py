@@ -101,7 +101,8 @@ class AccuracyGate:
 
     def judge(self, logits: Tensor, reference: Tensor, examples: Examples) -> Judgement:
         """Logits [N] beside the reference model's [N]. Raises UsageError unless both labels occur, and for a
-        reference that is not finite."""
+        reference that is not finite.
+        """
         labels = examples.labels.double()
         if not bool(reference.isfinite().all()):
             raise UsageError("the reference model gives a logit that is not finite; there is nothing to compare with")

@@ -66,7 +66,7 @@ def input_codes(x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
 
 
 def integer_product(codes: Tensor, weights: Tensor) -> Tensor:
-    """codes [B, in] (whole numbers from -255 to 255) . weights [out, in] (int8) -> int32 [B, out], exactly.
+    """Codes [B, in] (whole numbers from -255 to 255) . weights [out, in] (int8) -> int32 [B, out], exactly.
 
     float32 holds every whole number up to 2^24, so that 512 products at a time are exact in any order of adding; the
     parts are added as integers. On a CPU without integer instructions this is many times faster than integer loops.

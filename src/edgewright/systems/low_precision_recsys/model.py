@@ -81,7 +81,8 @@ class QuantRecipe:
 
     def check(self, model: nn.Module, refreshed: bool = False) -> dict[str, Unit]:
         """The units of `model`. Raises UsageError listing those that it lacks, has besides, or has in other shapes;
-        and, unless `refreshed`, those whose weights are not the ones that were searched."""
+        and, unless `refreshed`, those whose weights are not the ones that were searched.
+        """
         units = find_units(model)
         missing = [name for name in self.units if name not in units]
         added = [name for name in units if name not in self.units]
@@ -233,7 +234,8 @@ class QuantizedModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> QuantizedModel:
         """A saved model, to the same bits. model: a float model of the same architecture, whatever its weights; a DLRM
-        needs none. Raises UsageError (no such folder, another architecture), FormatError (files that do not fit)."""
+        needs none. Raises UsageError (no such folder, another architecture), FormatError (files that do not fit).
+        """
         folder = Path(folder)
         recipe = QuantRecipe.load(folder / RECIPE)
         if model is None:

@@ -77,7 +77,8 @@ def sensitivities(
 
 def hull(unit: str, points: Mapping[str, tuple[float, float]], start: str) -> list[Step]:
     """Steps from `start` down the lower hull of (cost, loss): each the best in saved / max(loss, eps), to the cheapest
-    option. Options that cost more than another and lose as much are left out."""
+    option. Options that cost more than another and lose as much are left out.
+    """
     line = []
     cost, loss = points[start]
     loss = max(loss, 0.0)

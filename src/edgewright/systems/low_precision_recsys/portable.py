@@ -108,7 +108,7 @@ class PortableDLRM(nn.Module):
         self.networks = portable(shell, vectors)
 
     def forward(self, dense: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """dense [B, n], ids [B, S], weights [B, S] -> probabilities [B]."""
+        """Dense [B, n], ids [B, S], weights [B, S] -> probabilities [B]."""
         parts = zip(self.tables, ids.split(self.slots, 1), weights.split(self.slots, 1), strict=True)
         sums = []
         for (table, chosen, counted), rows, lift in zip(parts, self.sizes, self.lifts, strict=True):

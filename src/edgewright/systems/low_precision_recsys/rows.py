@@ -122,7 +122,7 @@ def _quantize(
 
 
 def _too_narrow(weight: Tensor, bits: int) -> Tensor:
-    """bool [n]: rows that are not constant and whose scale would be zero in float16."""
+    """Bool [n]: rows that are not constant and whose scale would be zero in float16."""
     if bits == 8:
         return torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     low, high = weight.float().aminmax(dim=1)

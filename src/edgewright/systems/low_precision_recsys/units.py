@@ -123,13 +123,13 @@ def build(model: nn.Module, unit: Unit, option: str, ranges: Range | None = None
         stored = [_store(unit.name, weight, option, quick) for weight in _weights(owner)]
     else:
         stored = [_store(unit.name, bag_weight(owner), option, quick)]
-    twins: dict[int, nn.Module] = {}
+    replaced: dict[int, nn.Module] = {}
     found = {}
     for path in unit.paths:
         module = model.get_submodule(path)
-        if id(module) not in twins:
-            twins[id(module)] = _lookup(module, stored)
-        found[_key(path)] = twins[id(module)]
+        if id(module) not in replaced:
+            replaced[id(module)] = _lookup(module, stored)
+        found[_key(path)] = replaced[id(module)]
     return nn.ModuleDict(found)
 
 

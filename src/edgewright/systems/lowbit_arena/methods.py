@@ -125,7 +125,7 @@ def _parq(bench: SentenceBench, student: nn.Module, width: str, budget: dict[str
 
 
 def _torchao(bench: SentenceBench, student: nn.Module, width: int, budget: dict[str, Any]) -> nn.Module:
-    """torchao's own QAT: symmetric integers per row, scales recomputed from the largest weight at each step."""
+    """Torchao's own QAT: symmetric integers per row, scales recomputed from the largest weight at each step."""
     try:
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig

@@ -38,7 +38,8 @@ SHARING = ("blocks run once", "blocks run twice", "twice as many blocks")
 class MobileLLM:
     """weights, depths: of the shapes that are compared; sharing_depth: stored blocks of the comparison of sharing.
     writer_*: the model that is trained at length; writer_weights 0 leaves it out. packages: whose documentation is the
-    text, beside Python's own topics; documents: how many of all are used, 0 for every one."""
+    text, beside Python's own topics; documents: how many of all are used, 0 for every one.
+    """
 
     seed: int = 0
     seeds: int = 2

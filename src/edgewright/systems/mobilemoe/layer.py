@@ -181,7 +181,7 @@ class Experts(nn.Module):
         return backends.Weights(self.gate_up_proj, self.down_proj, self.act_fn)
 
     def forward(self, u: Tensor, routing: Routing, capacity: int | None = None) -> Tensor:
-        """sum over the chosen experts of r_e FFN_e(u). u: [N, d] -> [N, d]."""
+        """Sum over the chosen experts of r_e FFN_e(u). u: [N, d] -> [N, d]."""
         name = backends.choose(self.config.backend, u, routing.indices, self.config.num_experts)
         return backends.run(name, u, routing.indices, routing.weights, self.weights, capacity)
 

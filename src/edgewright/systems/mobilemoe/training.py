@@ -105,7 +105,7 @@ def record_routing(model: nn.Module) -> Iterator[list[tuple[str, Routing]]]:
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """mean over tokens of (logsumexp over experts)^2; logits [N, E], zero for no tokens."""
+    """Mean over tokens of (logsumexp over experts)^2; logits [N, E], zero for no tokens."""
     return torch.logsumexp(logits.float(), -1).square().sum() / max(len(logits), 1)
 
 

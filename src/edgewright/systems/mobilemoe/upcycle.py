@@ -184,7 +184,8 @@ def _energy(mlp: Any, seen: _Seen | None, groups: Tensor) -> Tensor:
 
 def _fit_router(inputs: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """(weights [pieces, d], offsets [pieces]) such that inputs @ weights.T + offsets predicts the energy, in units of
-    its spread over tokens and pieces."""
+    its spread over tokens and pieces.
+    """
     spread = energy.std(correction=0).clamp_min(1e-12)
     target = (energy - energy.mean()) / spread
     x, y = inputs.double(), target.double()

@@ -12,6 +12,7 @@ steps it does. It is run too, as "qat, published start".
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -90,7 +91,7 @@ CLAIMS = (
     ),
     *(
         Claim("embedding_error", f"qat {more} bit", "<", against=f"qat {fewer} bit", sizes=("small", "paper"))
-        for more, fewer in zip(MONOTONE[:-1], MONOTONE[1:], strict=True)
+        for more, fewer in itertools.pairwise(MONOTONE)
     ),
 )
 CLOCKED: tuple[str, ...] = ("seconds", "decode", "prefill", "time_to_first_token", "roofline", "peak_memory")

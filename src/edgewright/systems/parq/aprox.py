@@ -8,6 +8,7 @@ Source: PARQ (arXiv 2503.15748), sections 2 and 3.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ def par_penalty(w: Tensor, q: Sequence[float], a: Sequence[float]) -> Tensor:
 
 
 def prox_par(u: Tensor, q: Sequence[float], a: Sequence[float], t: float = 1.0) -> Tensor:
-    """argmin over w of t Psi(w) + (w - u)^2 / 2, element by element, in closed form.
+    """Argmin over w of t Psi(w) + (w - u)^2 / 2, element by element, in closed form.
 
     |u| in [t a_(k-1) + q_k, t a_k + q_k] goes to q_k; between such plateaus the slope is 1 (a_(-1) = 0, a_m infinite).
     """
@@ -69,8 +70,8 @@ class AProx(torch.optim.Optimizer):
 
 def check_penalty(q: Sequence[float], a: Sequence[float]) -> None:
     """Raise UsageError unless targets and slopes make a convex penalty."""
-    rising = all(low < high for low, high in zip(q, q[1:], strict=False))
-    convex = all(low < high for low, high in zip(a, a[1:], strict=False))
+    rising = all(low < high for low, high in itertools.pairwise(q))
+    convex = all(low < high for low, high in itertools.pairwise(a))
     if len(q) < 2 or q[0] != 0 or not rising or len(a) != len(q) - 1 or a[0] < 0 or not convex:
         raise UsageError(
             f"targets q={list(q)} with slopes a={list(a)} are no penalty: q starts at 0, a has one slope less, "

@@ -181,7 +181,7 @@ class Uniform:
 
 
 def greedy(weights: Tensor, bits: int, reduce: Reduce | None = None) -> Tensor:
-    """v [R, bits]: v_j is the mean magnitude of what v_1 .. v_(j-1) leave over, sign(0) counting as +1."""
+    """V [R, bits]: v_j is the mean magnitude of what v_1 .. v_(j-1) leave over, sign(0) counting as +1."""
     residual, found = weights, list[Tensor]()
     for j in range(bits):
         if j:
@@ -231,7 +231,7 @@ def mean_magnitude(weights: Tensor, reduce: Reduce | None = None) -> Tensor:
 
 
 def _extreme(weights: Tensor, reduce: Reduce | None) -> Tensor:
-    """max w of each row, [R, 1]."""
+    """Max w of each row, [R, 1]."""
     if reduce is None:
         return weights.amax(1, keepdim=True)
     floor = weights.new_full((weights.shape[0], 1), -torch.inf)  # a shard may be empty

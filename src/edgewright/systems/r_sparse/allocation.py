@@ -403,7 +403,7 @@ def mean_loss(model: Any, sequences: Tensor) -> float:
 
 
 def project_mean(values: Tensor, weights: Tensor, mean: float, most: float = MOST) -> Tensor:
-    """values + c, clipped to [0, most], with the c (found by bisection) that gives this weighted mean."""
+    """Values + c, clipped to [0, most], with the c (found by bisection) that gives this weighted mean."""
     low, high = -1.0 - float(values.max()), 1.0 - float(values.min())
     for _ in range(60):
         middle = (low + high) / 2

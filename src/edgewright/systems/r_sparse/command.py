@@ -25,7 +25,7 @@ from edgewright.measure.report import Report
 
 PLANS = ("uniform", "default", "teal", "search")
 
-# An argument of the Python interface as this command calls it (see `verbs.words`).
+# An argument of the Python interface as this command calls it (see `commands.option_names`).
 WORDS = ((r"\bblock_length=", "length="),)
 
 

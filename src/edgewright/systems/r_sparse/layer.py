@@ -59,7 +59,7 @@ def float_weight(layer: nn.Module) -> Tensor:
 
 
 def column_norms(layer: nn.Module) -> Tensor:
-    """c [n], float32."""
+    """C [n], float32."""
     return torch.linalg.vector_norm(float_weight(layer), dim=0)
 
 
@@ -73,7 +73,7 @@ class RSparseLinear(nn.Module):
     """A linear or packed layer that skips small inputs. [..., T, n] or [n] -> [..., T, m], dtype of the layer inside.
 
     One token at a time takes the kernel (path "auto"); several tokens are a prompt, of which the first `dense_tokens`
-    (None: all) stay dense. path: "auto", "kernel", "twin", "reference" (masked dense product, any batch, gradients), or
+    (None: all) stay dense. path: "auto", "kernel", "torch", "reference" (masked dense product, any batch, gradients) or
     "operator" (`edgewright::sparse_gemv`, for export). active=False is the dense layer.
     counting=True adds up kept and offered inputs in `kept` and `offered`.
     """
@@ -122,13 +122,13 @@ class RSparseLinear(nn.Module):
         return 0 if self.up is None else len(self.up)
 
     @property
-    def A(self) -> Tensor | None:  # noqa: N802 - the paper's name
-        """[m, r]"""
+    def A(self) -> Tensor | None:
+        """[m, r]."""
         return None if self.up is None else self.up.t()
 
     @property
-    def B(self) -> Tensor | None:  # noqa: N802
-        """[r, n]"""
+    def B(self) -> Tensor | None:
+        """[r, n]."""
         return None if self.down is None else self.down.t()
 
     def set(self, threshold: float, down: Tensor | None = None, up: Tensor | None = None) -> None:
@@ -169,12 +169,12 @@ class RSparseLinear(nn.Module):
     def _one_token(self, x: Tensor) -> tuple[Tensor, int]:
         path = self.path
         if path == "auto":
-            path = "kernel" if x.device.type == "cpu" and why_no_kernel() is None else "twin"
+            path = "kernel" if x.device.type == "cpu" and why_no_kernel() is None else "torch"
         bias = self.inner.bias
-        if path == "twin":
+        if path == "torch":
             rows, limit = self.row_matrix(), self._limit
             return sparse_rows(
-                x.reshape(-1), rows, self.scale, limit, down=self.down, up=self.up, bias=bias, path="twin"
+                x.reshape(-1), rows, self.scale, limit, down=self.down, up=self.up, bias=bias, path="torch"
             )
         stored = self.inner.codes if isinstance(self.inner, PackedLinear) else self.inner.weight
         key = (stored.data_ptr(), None if bias is None else bias.data_ptr(), self.scale.data_ptr())

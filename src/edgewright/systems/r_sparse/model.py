@@ -203,7 +203,8 @@ def achieved_sparsity(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes of weights that one decoded token reads: sparsified layers dense and sparse (their factors included), and
-    the rest (head and norms; one row of an embedding that is not also the head)."""
+    the rest (head and norms; one row of an embedding that is not also the head).
+    """
 
     dense: float
     sparse: float

@@ -41,7 +41,8 @@ SEARCHED = 0.5  # where rho is searched; other sparsities take the same rho
 @dataclass(frozen=True)
 class RSparse:
     """tokens: length of calibration and held-out blocks; layers 0 keeps the whole model; search_tokens: length of the
-    sequences that genomes are scored on, teal_tokens: of the one that TEAL measures blocks on."""
+    sequences that genomes are scored on, teal_tokens: of the one that TEAL measures blocks on.
+    """
 
     seed: int = 0
     sparsities: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)

@@ -23,7 +23,7 @@ from edgewright.io.atomic import atomic_directory
 from edgewright.io.run_folder import holds_something
 from edgewright.measure.report import Report
 
-# An argument of the Python interface as this command calls it (see `verbs.words`).
+# An argument of the Python interface as this command calls it (see `commands.option_names`).
 WORDS = ((r"\bblock_length=", "length="),)
 
 

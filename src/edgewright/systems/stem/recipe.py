@@ -74,6 +74,8 @@ class Editing:
 
 @dataclass(frozen=True)
 class Settings:
+    """The three parts of the recipe."""
+
     seed: int = 0
     scratch: Scratch = field(default_factory=Scratch)
     smollm2: SmolLM2 = field(default_factory=SmolLM2)

@@ -17,7 +17,8 @@ class CapacityReport:
     """stem_layers: executed ones. stored: weights of the tables; active: those of the rows that this text uses, which
     grow with it. unique_tokens: of `tokens`. fetched_bytes: a token, without a cache and with each row once a sequence
     (distinct). hit_rate: of the store so far, None without one. saved_flops: a token, against the dense feed-forward of
-    the same width, and as a share of the dense layer at this length (the paper's f / (4 d + 2 T + 3 f))."""
+    the same width, and as a share of the dense layer at this length (the paper's f / (4 d + 2 T + 3 f)).
+    """
 
     stem_layers: int
     stored: int

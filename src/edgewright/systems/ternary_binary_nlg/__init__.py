@@ -9,13 +9,13 @@ if TYPE_CHECKING:
         SequenceLossConfig as SequenceLossConfig,
         SequenceToSequenceDistillation as SequenceToSequenceDistillation,
     )
-    from edgewright.systems.ternary_binary_nlg.model import tbt_ as tbt_
+    from edgewright.systems.ternary_binary_nlg.model import quantize_encoder_decoder_ as quantize_encoder_decoder_
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "SequenceLossConfig": "edgewright.systems.ternary_binary_nlg.distillation",
         "SequenceToSequenceDistillation": "edgewright.systems.ternary_binary_nlg.distillation",
-        "tbt_": "edgewright.systems.ternary_binary_nlg.model",
+        "quantize_encoder_decoder_": "edgewright.systems.ternary_binary_nlg.model",
     },
 )

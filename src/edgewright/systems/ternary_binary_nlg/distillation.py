@@ -161,7 +161,7 @@ class SequenceToSequenceDistillation:
         return True
 
     def _features(self, student: Any, teacher: Any, source: Tensor, target: Tensor, encoder_decoder: bool) -> Tensor:
-        """source [B, S], target [B, T]: true where a token of the encoder's, the decoder's sequence counts."""
+        """Source [B, S], target [B, T]: true where a token of the encoder's, the decoder's sequence counts."""
         chosen = self.config.attention
         if not encoder_decoder:
             rule = layer_map(self.config.decoder_map, len(student.hidden_states) - 1)

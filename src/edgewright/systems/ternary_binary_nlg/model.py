@@ -1,6 +1,6 @@
 """Ternary and binary encoder-decoders: which layer gets which quantiser (TBT, arXiv 2306.01841, section 3).
 
-    tbt_(model, weight="ternary", activation="ternary")     # BART, mBART, Marian, T5, or a decoder-only model
+    quantize_encoder_decoder_(model, weight="ternary", activation="ternary")  # BART, mBART, T5, or decoder-only
     fit(model, SequenceToSequenceDistillation(teacher), ...)
     convert_(model)                                         # packed integer weights; generate() works as before
 
@@ -71,7 +71,7 @@ class ActivationSet:
         return ElasticConfig(self.levels, signed=False, shift=False, floor=floor)
 
 
-def tbt_(
+def quantize_encoder_decoder_(
     model: Any,
     weight: Literal["ternary", "binary"] | WeightConfig | int | None = "ternary",
     activation: ActivationSet | Literal["ternary", "binary"] | int | None = None,

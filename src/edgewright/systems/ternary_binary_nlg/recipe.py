@@ -25,7 +25,7 @@ from edgewright.quantization.config import WeightConfig
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, language_rows, row_over_seeds
 from edgewright.systems.ternary_binary_nlg.distillation import SequenceLossConfig, SequenceToSequenceDistillation
-from edgewright.systems.ternary_binary_nlg.model import ActivationSet, tbt_
+from edgewright.systems.ternary_binary_nlg.model import ActivationSet, quantize_encoder_decoder_
 from edgewright.systems.ternary_binary_nlg.tasks import Rewriting
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, fit
@@ -49,7 +49,8 @@ LLM_UNTRAINED = {"entropy, not trained": "entropy", "absmax, not trained": "absm
 @dataclass(frozen=True)
 class TernaryBinaryNLG:
     """width, layers (of encoder and of decoder): the model. pairs: examples to train on, again and again. llm_*: the
-    decoder-only part; llm_steps 0 leaves it out, llm_layers 0 keeps the whole of SmolLM2."""
+    decoder-only part; llm_steps 0 leaves it out, llm_layers 0 keeps the whole of SmolLM2.
+    """
 
     seed: int = 0
     seeds: int = 2
@@ -183,7 +184,7 @@ def run(settings: TernaryBinaryNLG, output: Path) -> Report:
 def _student(bench: Rewriting, name: str) -> Any:
     """A quantised copy of the teacher, its elastic scales set by one batch."""
     weight, levels, two_sets, _ = STUDENTS[name]
-    model = tbt_(copy.deepcopy(bench.teacher), weight, ActivationSet(levels, unsigned=two_sets))  # type: ignore[arg-type]
+    model = quantize_encoder_decoder_(copy.deepcopy(bench.teacher), weight, ActivationSet(levels, unsigned=two_sets))  # type: ignore[arg-type]
     with torch.no_grad():
         model(**{part: rows[: bench.settings.batch] for part, rows in bench.data.items()})
     return model
@@ -217,7 +218,7 @@ class _SmolLM2:
     def rows(self, name: str, rule: str, steps: int) -> list[dict[str, Any]]:
         """KL to the float model and perplexity on held-out text."""
         weight = WeightConfig("ternary", "row", scale=rule, initial="mse" if rule == "learned" else "paper")
-        student = tbt_(copy.deepcopy(self.teacher), weight, embedding="int8")
+        student = quantize_encoder_decoder_(copy.deepcopy(self.teacher), weight, embedding="int8")
         settings, folder = self.settings, self.output / f"llm-{rule}"
         if steps:
             batches = BlockBatches(self.training, settings.llm_batch, seed=settings.seed)

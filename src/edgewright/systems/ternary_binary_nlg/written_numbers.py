@@ -20,15 +20,59 @@ from edgewright.errors import UsageError
 from edgewright.io.hashing import crc32
 
 SMALL = (
-    *"zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split(),
-    *"sixteen seventeen eighteen nineteen".split(),
+    *[
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+    ],
+    *["sixteen", "seventeen", "eighteen", "nineteen"],
 )
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 ORDINALS = (
-    *"first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split(),
-    *"fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth".split(),
+    *[
+        "first",
+        "second",
+        "third",
+        "fourth",
+        "fifth",
+        "sixth",
+        "seventh",
+        "eighth",
+        "ninth",
+        "tenth",
+        "eleventh",
+        "twelfth",
+        "thirteenth",
+    ],
+    *["fourteenth", "fifteenth", "sixteenth", "seventeenth", "eighteenth", "nineteenth", "twentieth"],
 )
-MONTHS = "january february march april may june july august september october november december".split()
+MONTHS = [
+    "january",
+    "february",
+    "march",
+    "april",
+    "may",
+    "june",
+    "july",
+    "august",
+    "september",
+    "october",
+    "november",
+    "december",
+]
 TASKS = ("<digits>", "<words>", "<date>")
 PADDING, START, END = 0, 1, 2
 TOKENS: tuple[str, ...] = (

@@ -81,7 +81,7 @@ class Latent:
 
     @torch.no_grad()
     def sizes(self) -> tuple[float, float]:
-        """mean |W| and mean |alpha|."""
+        """Mean |W| and mean |alpha|."""
         assert self.quantizer is not None
         return float(self.weight.float().abs().mean()), float(self.quantizer.alpha(self.weight).float().abs().mean())
 

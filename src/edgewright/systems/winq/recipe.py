@@ -34,7 +34,8 @@ BEST = "the best noise"
 class WinQRecipe:
     """steps, batch (sentences) and learning_rate of each training; layers of the comparison (0: the whole encoder) and
     slice_layers of sweeps and spectra; sigma and sigma_scale relative to mean |W| and mean |alpha|, times `sigmas` in
-    the sweep; watched sentences are looked at every watch_every steps; probes and lanczos_steps of the spectra."""
+    the sweep; watched sentences are looked at every watch_every steps; probes and lanczos_steps of the spectra.
+    """
 
     seed: int = 0
     seeds: int = 3

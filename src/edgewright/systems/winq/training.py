@@ -117,7 +117,7 @@ class WinQ:
         return WinQRun(self, found, loss_function, steps, accumulation)
 
     def suggest(self, model: nn.Module) -> Report:
-        """mean |W|, mean |alpha|, mean step and sigma / step of every layer; notes where sigma is far off."""
+        """Mean |W|, mean |alpha|, mean step and sigma / step of every layer; notes where sigma is far off."""
         report = Report(f"WinQ noise, sigma={self.sigma:g} ({self.sigma_mode})")
         sizes = []
         for latent in latent_weights(model):
@@ -172,7 +172,8 @@ class WinQ:
 class Reset:
     """One reset: distance |W - Q(W)| / |W| before and after, and shares of codes that moved: `flipped` since the one
     before (None: unknown), `moved` by the reset itself (zero unless scales follow the weights); the loss of one batch,
-    in evaluation mode, before and after (None where no loss function was given)."""
+    in evaluation mode, before and after (None where no loss function was given).
+    """
 
     step: int
     distance_before: float
