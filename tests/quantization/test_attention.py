@@ -25,7 +25,7 @@ from tests.toy_encoder_decoders import FAMILIES, tiny_batch, tiny_encoder_decode
 def flat(output: Any) -> list[torch.Tensor]:
     """Every tensor of a model's output, tuples of them opened."""
     found = []
-    for name in output:
+    for name in output.keys():  # noqa: SIM118
         if name not in CACHE_NAMES:
             found += [output[name]] if isinstance(output[name], torch.Tensor) else list(output[name])
     return found

@@ -202,7 +202,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         check_safetensors(file)
         with safe_open(file, framework="pt") as opened:
-            for name in opened:
+            for name in opened.keys():  # noqa: SIM118  (safe_open is no mapping)
                 yield name, opened.get_tensor(name)
     except (SafetensorError, OSError, UsageError, FormatError) as error:
         raise damaged(file.parent, error) from error

@@ -180,7 +180,7 @@ def _pretraining(settings: Apollo, run: Run) -> dict[str, list[dict[str, Any]]]:
 
 def _jump(losses: list[float]) -> float:
     """The largest rise of the training loss from one step to the next, early on."""
-    return max((b - a for a, b in itertools.pairwise(losses)), default=0.0)
+    return max((b - a for a, b in itertools.pairwise(losses[:EARLY])), default=0.0)
 
 
 def _saving(settings: Apollo, run: Run) -> None:

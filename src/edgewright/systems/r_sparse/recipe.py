@@ -1,8 +1,7 @@
 """R-Sparse (arXiv 2504.19449): SmolLM2-135M reads half of its weights, chosen by the size of each input.
 
 Perplexity and distance to the dense model over sparsity, every token sparse: plain magnitude, weighted by column norms,
-TEAL's greedy allocation, low rank alone, R-Sparse with our default division, and with the searched one. The same on top
-of 4-bit weights.
+TEAL's greedy allocation, low rank alone, our default and the searched division of R-Sparse; and all on 4-bit weights.
 
 deviation: the paper's models have 7 and 8 billion weights; one of 135 million has fewer inputs to spare.
 """
