@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,3 +31,13 @@ def test_every_quoted_result_and_picture_exists():
         for link in (part.split(")")[0] for part in text.split("](")[1:]):
             if "://" not in link and not link.startswith("#"):
                 assert (page.parent / link.split("#")[0]).exists(), f"{page.name} links to {link}, which is not there"
+
+
+def test_every_module_that_a_page_names_exists():
+    modules = {path.as_posix() for folder in ("src", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
+    for page in pages():
+        if page.name != "CONTRIBUTING.md":
+            for name in re.findall(r"`([\w/.-]+\.py)`", page.read_text(encoding="utf-8")):
+                assert any(module.endswith(f"/{name}") for module in modules), (
+                    f"{page} names {name}, which is not there"
+                )
