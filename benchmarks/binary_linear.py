@@ -37,7 +37,7 @@ def cases(n: int, out: int, rows: int) -> dict[str, Callable[[], object]]:
     if why_no_kernel() is None:
         paths["kernel"] = lambda: binary("kernel")
     if rows <= 32:  # the twin needs tens of milliseconds a row
-        paths["twin"] = lambda: binary("twin")
+        paths["twin"] = lambda: binary("torch")
     return paths | {"codes": lambda: binary("float")}
 
 

@@ -119,14 +119,14 @@ def test_leading_dimensions_empty_batches_and_strides():
     flat = binary_linear(x, words, **arguments)
     assert torch.equal(binary_linear(x.reshape(2, 4, 70), words, **arguments), flat.reshape(2, 4, 6))
     assert torch.equal(binary_linear(x.t().contiguous().t(), words, **arguments), flat)
-    for path in ("auto", "twin", "float"):
+    for path in ("auto", "torch", "float"):
         assert binary_linear(x[:0], words, path=path, **arguments).shape == (0, 6)
 
 
 def test_half_of_the_scale_is_zero_and_just_above_is_one():
     words, alpha = pack_bits(torch.ones(1, 3, dtype=torch.bool)), torch.tensor(0.5)
     x = torch.tensor([[0.25, 0.2500001, -3.0]])
-    for path in ("auto", "twin", "float"):
+    for path in ("auto", "torch", "float"):
         assert binary_linear(x, words, alpha_x=alpha, alpha_w=torch.ones(1), signed=False, path=path).item() == 0.5
 
 

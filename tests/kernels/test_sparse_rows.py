@@ -87,7 +87,7 @@ def test_codes_equal_their_dequantised_weight(grid, group, threshold):
     assert torch.equal(rows.values(), packed.dequantize().t())
     x, _, scale, _ = layer(64, 50, 0)
     wanted, count = plain(x, packed.dequantize().t(), scale, threshold)
-    for path in ("kernel", "twin") if module.why_no_kernel() is None else ("twin",):
+    for path in ("kernel", "torch") if module.why_no_kernel() is None else ("torch",):
         found, kept = sparse_rows(x, rows, scale, threshold, path=path)
         assert kept == count
         torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-5, atol=1e-4)  # steps after the sums
@@ -121,7 +121,7 @@ def test_a_prepared_product_holds_what_it_reads():
 def test_without_a_compiler_auto_takes_the_twin(monkeypatch):
     monkeypatch.setattr(module, "_kernel", lambda extra=(): (None, "no C++ compiler found"))
     x, weight, scale, more = layer(40, 33, 2)
-    auto, twin = (sparse_rows(x, weight, scale, 0.1, path=path, **more)[0] for path in ("auto", "twin"))
+    auto, twin = (sparse_rows(x, weight, scale, 0.1, path=path, **more)[0] for path in ("auto", "torch"))
     assert torch.equal(auto, twin)
     with pytest.raises(UsageError, match="path='kernel' cannot be taken: no C\\+\\+ compiler found"):
         sparse_rows(x, weight, scale, 0.1, path="kernel", **more)

@@ -76,7 +76,7 @@ def sparse_rows(
         path = "kernel" if x.device.type == "cpu" and why_no_kernel() is None else "torch"
     _check_shapes(x, weight, scale, down, up)
     if path == "torch":
-        return _twin(x.detach().float(), weight, scale, threshold, down, up, bias)
+        return _in_torch(x.detach().float(), weight, scale, threshold, down, up, bias)
     return PreparedRows(weight, scale, threshold, down, up, bias)(x)
 
 
@@ -91,7 +91,7 @@ def _check_shapes(x: Tensor, weight: RowMatrix, scale: Tensor, down: Tensor | No
         )
 
 
-def _twin(
+def _in_torch(
     x: Tensor,
     weight: RowMatrix,
     scale: Tensor,

@@ -2,7 +2,7 @@
 
 TBT (arXiv 2306.01841) at 8 bits: clamp to [-2.5, 2.5], then the dynamic min-max of `activations.py`, symmetric or with
 one zero point; dL/dx = 0 where |x| >= 2.5. The cut suits encoder-decoders with layer norms behind every block. It is
-off wherever the house decides for itself about a decoder-only model, whose outliers carry meaning.
+off wherever the package decides for itself about a decoder-only model, whose outliers carry meaning.
 """
 
 from __future__ import annotations

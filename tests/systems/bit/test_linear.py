@@ -73,7 +73,7 @@ def test_packed_product_equals_the_fake_quantised_one_exactly(n, out, signed, se
     with torch.no_grad():
         wanted = F.linear(inputs(x), (signs.float() * 2 - 1) * 0.5)
     assert torch.equal(layer.weight, (signs.float() * 2 - 1) * 0.5)
-    for path in ("auto", "twin", "float"):
+    for path in ("auto", "torch", "float"):
         layer.path = path
         assert torch.equal(layer(x), wanted)
 
@@ -109,7 +109,7 @@ def test_other_inputs_give_the_fake_quantised_layer_bit_for_bit():
 def test_a_packed_model_is_the_same_model_on_every_path():
     model = student()
     wanted, results = output(model), []
-    for path in ("auto", "twin", "float"):
+    for path in ("auto", "torch", "float"):
         packed = pack_binary_(copy.deepcopy(model), path)
         results.append(output(packed))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

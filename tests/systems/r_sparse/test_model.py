@@ -68,7 +68,7 @@ def test_the_worked_example():
     x = torch.tensor([1, -0.5, 0.2, 2])
     scores = x.abs() * column_norms(layer)
     torch.testing.assert_close(scores, torch.tensor([2.236068, 0.707107, 0.2, 2.0]))
-    for path in ("auto", "twin", "reference"):
+    for path in ("auto", "torch", "reference"):
         assert sparse(layer, 1.0, path=path)(x).tolist() == [2.0, -2.0, 1.0]
         found = sparse(layer, 1.0, rank=1, path=path)(x)
         torch.testing.assert_close(found, torch.tensor([1.901235, -2.012815, 0.948081]), rtol=0, atol=2e-6)
@@ -102,7 +102,7 @@ def test_all_paths_are_the_float64_formula(threshold, rank):
     u, s, vt = np.linalg.svd(weight)
     low = (u[:, :rank] * s[:rank]) @ vt[:rank]
     wanted = weight @ (x.double().numpy() * keep) + low @ (x.double().numpy() * ~keep) + bias
-    for path in ("auto", "twin", "reference", "operator"):
+    for path in ("auto", "torch", "reference", "operator"):
         found = sparse(layer, threshold, rank, path=path)(x)
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=2e-6)  # 31 float32 products
     if rank == 20:  # full rank: exact whatever is kept

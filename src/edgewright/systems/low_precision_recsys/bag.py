@@ -109,7 +109,7 @@ class RowwiseQuantEmbeddingBag(nn.Module):
         if self.mode != "max" and self.accumulate == "fp32" and self.fused is not False and ids.device.type == "cpu":
             operator = fused_operator(rows.bits) if isinstance(rows, PackedRows) else None
         if operator is None:
-            return self._twin(ids, offsets, weights)
+            return self._in_torch(ids, offsets, weights)
         if weights is not None:
             weights = weights.detach().float().contiguous()
         ids, offsets = ids.long().contiguous(), offsets.long().contiguous()
@@ -117,7 +117,7 @@ class RowwiseQuantEmbeddingBag(nn.Module):
         sums = operator(self.stored.packed, ids, offsets, False, 0, False, weights, None, True)[:, : rows.dim]
         return sums if self.mode == "sum" else sums / self._counts(ids, offsets)
 
-    def _twin(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    def _in_torch(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
         """Unpack what is asked for, then add."""
         check_ids(ids, self.rows, "of this bag", offsets)
         vectors = self.stored.vectors(ids)
