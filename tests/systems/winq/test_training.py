@@ -524,7 +524,7 @@ import os, sys, torch
 from tests.systems.winq.test_training import student, data, loss_function, WIDE
 from edgewright.systems.winq.training import WinQ
 from edgewright.training import TrainConfig, fit
-from edgewright.training.snapshot import checksum
+from edgewright.io.hashing import bit_sum
 
 torch.set_num_threads(1)
 torch.randn(2, requires_grad=True)
@@ -538,7 +538,7 @@ for rank in range(2):
         with WinQ(trigger="plateau", window=2, tolerance=0.5, **WIDE).attach(model, loss_function, 12) as run:
             fit(model, run, data(), TrainConfig(12, 1e-2), progress=False)
             seeds = [latent.quantizer.noise.seed for latent in run.latents]
-        sums = [checksum(value) for value in model.state_dict().values()]
+        sums = [bit_sum(value) for value in model.state_dict().values()]
         with open({folder!r} + "/" + str(rank), "w") as file:
             print(sums, [entry.step for entry in run.log], file=file)
             print(seeds, file=file)
