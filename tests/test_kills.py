@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT
+
 # In a process of its own: forks of one in which torch has started threads would hang.
 CODE = """
 import sys
@@ -30,9 +32,7 @@ print(outcome.kills, outcome.faults)
 def test_a_killed_command_finishes(name: str, renames: int, times: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", CODE, name, str(tmp_path / "jobs"), str(renames), str(times)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     kills, _, faults = done.stdout.strip().splitlines()[-1].partition(" ")
     assert int(kills) >= renames and faults == "[]", faults
