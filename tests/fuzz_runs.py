@@ -235,10 +235,10 @@ def _stage(folder: Path) -> Any:
 
 
 def _written(folder: Path) -> Any:
-    from edgewright.distillation.manifest import claim_folder
+    from edgewright.distillation.manifest import claim_shards
     from edgewright.distillation.self_generation import _read_shard
 
-    claim_folder(folder, "text that a model wrote", {"seed": 1, "length": 8, "mixture": (1, 2)})
+    claim_shards(folder, "text that a model wrote", {"seed": 1, "length": 8, "mixture": (1, 2)})
     return _read_shard(folder / "shard-00000.jsonl", 256)
 
 

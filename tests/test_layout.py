@@ -50,6 +50,8 @@ ONE_PLACE: dict[str, tuple[str, ...]] = {
         "systems/apollo/sketch.py",
         "training/distributed.py",
     ),
+    r"\bif math\.isfinite\(\w+\) else None": ("io/json_file.py",),
+    r"is not an empty folder": ("io/run_folder.py",),
     # ggml's block formats, each an expression of its own, stand where they are written and read
     r"(<<|>>) \(?(bits|width) \*|\bpackbits\(|\bunpackbits\(": (
         "export/gguf/blocks.py",

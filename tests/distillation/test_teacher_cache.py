@@ -71,7 +71,7 @@ def test_resumes_to_the_same_bytes(tiny_llama, tmp_path):
 def test_bad_input_is_named(tiny_llama, tmp_path):
     folder = tmp_path / "t"
     cache_teacher(tiny_llama, blocks(), folder, k=4, progress=False)
-    with pytest.raises(UsageError, match="made with k=4, now it is 5"):
+    with pytest.raises(UsageError, match="made with k=4, not 5"):
         cache_teacher(tiny_llama, blocks(), folder, k=5, progress=False)
     with pytest.raises(UsageError, match="made with data="):
         cache_teacher(tiny_llama, blocks().flip(0), folder, k=4, progress=False)

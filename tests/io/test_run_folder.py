@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 from edgewright import cli
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_directory, atomic_file
-from edgewright.io.run_folder import MARKER, claim_folder, working_in
+from edgewright.io.run_folder import MARKER, claim_folder, difference, holds_run, require_empty, working_in
 from edgewright.io.temporaries import OLD, PART, prefix, sweep
 from edgewright.io.tensors import load_tensors, read_tensors, save_tensors
 
@@ -52,7 +54,7 @@ def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     claim_folder(tmp_path / "run", "pretrain")
     claim_folder(tmp_path / "run", "pretrain")
-    with pytest.raises(UsageError, match="holds a run of 'pretrain', not of 'train dlrm'"):
+    with pytest.raises(UsageError, match=r"holds another run \(command='pretrain', not 'train dlrm'\)"):
         claim_folder(tmp_path / "run", "train dlrm")
     (tmp_path / "run" / MARKER).write_text("{")
     with pytest.raises(FormatError, match="is not JSON"):
@@ -62,6 +64,44 @@ def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
     (tmp_path / "killed" / left).write_text("")
     claim_folder(tmp_path / "killed", "pretrain")
     assert [entry.name for entry in (tmp_path / "killed").iterdir()] == [MARKER]
+
+
+def test_a_run_is_known_by_its_record(tmp_path: Path) -> None:
+    record = {"stages": [{"name": "a", "rate": 1.0}, {"name": "b"}], "data": {"sizes": (1, 2)}, "seed": 0}
+    assert not holds_run(tmp_path, "run.json", record, "walk") and not list(tmp_path.iterdir())
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert holds_run(tmp_path, "run.json", record, "walk")
+    assert holds_run(tmp_path, "run.json", record | {"young": 3}, "walk", defaults={"young": 3})
+    changes = {
+        "seed=0, not 1": {"seed": 1},
+        "stages.0.rate=1, not 0.5": {"stages": [{"name": "a", "rate": 0.5}, {"name": "b"}]},
+        "stages.1.name='b', not None": {"stages": [{"name": "a", "rate": 1.0}]},
+        "stages.1.name='b', not 'c'": {"stages": [{"name": "a", "rate": 1}, {"name": "c"}]},
+        "data.sizes=[1, 2], not [2, 1]": {"data": {"sizes": [2, 1]}},
+        "seed=0, not None": {"seed": None},
+        "young=None, not 4": {"young": 4},
+    }
+    for sentence, change in changes.items():
+        with pytest.raises(UsageError, match=rf"holds another run \({re.escape(sentence)}\); choose another --output"):
+            holds_run(tmp_path, "run.json", {**record, **change}, "walk")
+    for broken in ("{", "[]"):
+        (tmp_path / "run.json").write_text(broken)
+        with pytest.raises(FormatError, match="run.json"):
+            holds_run(tmp_path, "run.json", record, "walk")
+    assert difference({"a": 1.5, "long": "x" * 99}, {"a": 1.5, "long": ""}) == f"long='{'x' * 56}..., not ''"
+    assert difference({"a": {}, "b": None}, {"a": {}}) == ""
+
+
+def test_an_output_must_be_empty_where_it_is_written_at_once(tmp_path: Path) -> None:
+    require_empty(tmp_path / "new")
+    (tmp_path / killed_name("model")).mkdir()
+    require_empty(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    for output in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(UsageError, match="is not an empty folder; choose another --output"):
+            require_empty(output)
+        with pytest.raises(UsageError, match="is not an empty folder and holds no walk"):
+            holds_run(output, "run.json", {}, "walk")
 
 
 def killed_name(name: str, kind: str = PART) -> str:

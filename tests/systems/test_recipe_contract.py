@@ -326,7 +326,7 @@ def test_a_finished_run_is_read_again_not_repeated(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_unless_fresh(tmp_path: Path) -> None:
     run_recipe(make_toy(), output=tmp_path / "run", say=quiet)
-    with pytest.raises(UsageError, match=r"holds a run with settings.walk.steps = 40, this one has 9; .*--fresh"):
+    with pytest.raises(UsageError, match=r"holds another run \(settings.walk.steps=40, not 9\); .*--fresh"):
         run_recipe(make_toy(), overrides=["walk.steps=9"], output=tmp_path / "run", say=quiet)
     (tmp_path / "run" / "left.txt").write_text("of the first run")
     outcome = run_recipe(make_toy(), overrides=["walk.steps=9"], output=tmp_path / "run", fresh=True, say=quiet)

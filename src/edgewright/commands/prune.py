@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import edgewright
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.run_folder import holds_something
+from edgewright.io.run_folder import require_empty
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.measure.size import bytes_by_part, parameter_counts
@@ -52,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    if holds_something(output):
-        raise UsageError(f"{output} is not an empty folder; choose another --output")
+    require_empty(output)
     if args.layers is None and args.mlp is None:
         raise UsageError("nothing to prune: give --layers N, --mlp M, or both")
     protect = _indices(args.protect)

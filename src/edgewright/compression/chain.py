@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
-from edgewright.io.run_folder import holds_something
+from edgewright.io.run_folder import holds_run
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 
+MARKER = "chain.json"
 Figures = Mapping[str, float]
 Evaluate = Callable[[Any], Figures]
 
@@ -133,35 +134,9 @@ def waterfall(result: ChainResult, size: str, quality: str, path: str | Path, *,
 
 def _claim(output: Path, stages: Sequence[Stage], settings: Mapping[str, Any]) -> None:
     """Write down what this chain is, or find that the folder holds the same one."""
-    wanted = json.loads(
-        json.dumps({"stages": [{"name": s.name, **s.settings} for s in stages], "settings": dict(settings)})
-    )
-    marker = output / "chain.json"
-    if marker.is_file():
-        try:
-            held = read_object(marker)
-            same = held == wanted
-            difference = "" if same else _difference(held, wanted)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{marker} does not describe a chain: {error}") from error
-        if not same:
-            raise UsageError(f"{output} holds another chain: {difference}; choose another folder, or remove this one")
-        return
-    if holds_something(output):
-        raise UsageError(f"{output} is not an empty folder and holds no chain; choose another one")
-    write_text(marker, json.dumps(wanted, indent=1) + "\n")
-
-
-def _difference(held: dict[str, Any], wanted: dict[str, Any]) -> str:
-    before, after = [s["name"] for s in held["stages"]], [s["name"] for s in wanted["stages"]]
-    if before != after:
-        return f"its stages are {', '.join(before)}, not {', '.join(after)}"
-    pairs = [(s["name"], s, t) for s, t in zip(held["stages"], wanted["stages"], strict=True)]
-    for name, a, b in [*pairs, ("settings", held["settings"], wanted["settings"])]:
-        for key in a.keys() | b.keys():
-            if a.get(key) != b.get(key):
-                return f"{name} has {key}={a.get(key)!r}, not {b.get(key)!r}"
-    return "its description differs"
+    record = {"stages": [{"name": s.name, **s.settings} for s in stages], "settings": dict(settings)}
+    if not holds_run(output, MARKER, record, "chain"):
+        write_text(output / MARKER, json.dumps(record, indent=1) + "\n")
 
 
 def _figures(folder: Path) -> dict[str, float] | None:

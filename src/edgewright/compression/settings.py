@@ -10,13 +10,13 @@ from typing import Any
 
 from edgewright.errors import UsageError
 from edgewright.io.atomic import write_text
-from edgewright.io.json_file import read_object
-from edgewright.io.run_folder import holds_something
+from edgewright.io.run_folder import holds_run
 from edgewright.io.temporaries import sweep
 
 METHODS = ("rtn", "mse", "gptq", "qat")
 WIDTHS = (1.0, 1.58, 2.0, 3.0, 4.0, 8.0)
 DEFAULT_STEPS = 24
+MARKER = "settings.json"
 VISION_MODELS = ("efficientnet-lite0",)  # bundled image classifiers, which compression/vision.py compresses
 
 
@@ -93,33 +93,14 @@ class CompressSettings:
         return tuple(method for method in METHODS if method == self.method or method in self.baselines)
 
 
-def _typed(value: Any) -> str:
-    """A setting as one types it: 4, not 4.0."""
-    return f"{value:g}" if isinstance(value, float) else repr(value)
-
-
 def check_claim(output: Path, settings: CompressSettings) -> None:
     """Raise UsageError where the folder holds something else than this run: a run never mixes with other files."""
-    marker = output / "settings.json"
-    wanted = json.loads(json.dumps(settings.to_dict()))
-    if marker.exists():
-        # a setting younger than the folder had its default then
-        held = {**CompressSettings("").to_dict(), **read_object(marker)}
-        differing = sorted(key for key in wanted if held.get(key) != wanted[key])
-        if differing:
-            key = differing[0]
-            raise UsageError(
-                f"{output} holds a run with {key}={_typed(held.get(key))}, not {_typed(wanted[key])}; "
-                "choose another --output, or remove that folder"
-            )
-        return
-    if holds_something(output):
-        raise UsageError(f"{output} is not an empty folder and holds no run of compress; choose another --output")
+    # a setting younger than the folder had its default then
+    holds_run(output, MARKER, settings.to_dict(), "run of compress", defaults=CompressSettings("").to_dict())
 
 
 def claim(output: Path, settings: CompressSettings) -> None:
     """Write into the folder whose run it is, and clear away what killed processes have left in it."""
     sweep(output)
-    marker = output / "settings.json"
-    if not marker.exists():
-        write_text(marker, json.dumps(settings.to_dict(), indent=2) + "\n")
+    if not (output / MARKER).exists():
+        write_text(output / MARKER, json.dumps(settings.to_dict(), indent=2) + "\n")

@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.hashing import blake2b
+from edgewright.io.json_file import read_object
+from edgewright.io.run_folder import difference
 from edgewright.measure.progress import ProgressBar
 
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 16 * 2**20  # bytes; read no further into a file that is something else
 FINGERPRINT_SAMPLES = 4096
 
 
-def claim_folder(folder: str | Path, kind: str, settings: dict[str, Any]) -> Path:
+def claim_shards(folder: str | Path, kind: str, settings: dict[str, Any]) -> Path:
     """Make `folder` the home of a run with these settings, or check that it is one already.
 
     Raises UsageError naming the first setting that differs; OutputError when the folder cannot be written.
@@ -32,14 +33,8 @@ def claim_folder(folder: str | Path, kind: str, settings: dict[str, Any]) -> Pat
             raise UsageError(f"{folder} is a file; give a folder for the {kind}")
         write_text(folder / MANIFEST, json.dumps({"kind": kind, **settings}, indent=1) + "\n")
         return folder
-    found = read_manifest(folder, kind)
-    wanted = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise UsageError(
-                f"{folder} was made with {name}={_short(found.get(name))}, now it is {_short(value)}: "
-                "use the old setting to go on, or another folder"
-            )
+    if other := difference(read_manifest(folder, kind), {"kind": kind, **settings}):
+        raise UsageError(f"{folder} was made with {other}: use the old setting to go on, or another folder")
     return folder
 
 
@@ -49,11 +44,10 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} is no {kind}: it has no {MANIFEST}")
     try:
-        with path.open(encoding="utf-8") as file:
-            found = json.loads(file.read(LARGEST_MANIFEST))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); use another folder") from error
-    if not isinstance(found, dict) or found.get("kind") != kind:
+        found = read_object(path)
+    except (FormatError, UsageError) as error:
+        raise UsageError(f"{error}; use another folder") from error
+    if found.get("kind") != kind:
         raise UsageError(f"{path} does not describe a {kind}; use another folder")
     return found
 
@@ -88,8 +82,3 @@ def track(label: str, total: int, shown: bool) -> Iterator[Callable[[int, bool],
             bar.advance(tokens, f"{worked_on / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
 
         yield advance
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

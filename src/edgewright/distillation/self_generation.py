@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgewright.distillation.manifest import claim_folder, fingerprint, read_manifest, shard_paths, track
+from edgewright.distillation.manifest import claim_shards, fingerprint, read_manifest, shard_paths, track
 from edgewright.distillation.sequences import distinct_n, pack_sequences
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import atomic_file
@@ -131,7 +131,7 @@ def self_generate(
     batches = [jobs[first : first + batch_size] for first in range(0, n_sequences, batch_size)]
     paths: list[Path | None] = [None] * len(batches)
     if output is not None:
-        paths = list(shard_paths(claim_folder(output, KIND, settings), len(batches), "jsonl"))
+        paths = list(shard_paths(claim_shards(output, KIND, settings), len(batches), "jsonl"))
     rows: list[list[int]] = []
     with track("generating", n_sequences * (max_length + around), progress) as advance:
         for batch, path in zip(batches, paths, strict=True):

@@ -27,6 +27,7 @@ from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import write_text
 from edgewright.io.hashing import crc32
 from edgewright.io.json_file import read_object
+from edgewright.io.run_folder import difference
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.training.checkpoint import latest_checkpoint
 from edgewright.training.config import TrainConfig
@@ -237,12 +238,12 @@ def _finished(folder: Path, record: dict[str, Any], student: nn.Module) -> dict[
         return None
     try:
         found = read_object(path)
-        same = {name: found[name] for name in record} == record
+        other = difference({name: found[name] for name in record}, record)
         done = {name: found[name] for name in ("metrics", "errors")}
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path} is not the record of a stage: {error!r}") from error
-    if not same:
-        raise UsageError(f"{folder} holds a stage of another run; choose another output folder, or remove it")
+    if other:
+        raise UsageError(f"{folder} holds a stage of another run ({other}); choose another folder, or remove it")
     load_state(student, folder / STUDENT)
     return done
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.distillation.manifest import claim_folder, fingerprint, read_manifest, shard_paths, track
+from edgewright.distillation.manifest import claim_shards, fingerprint, read_manifest, shard_paths, track
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.hashing import blake2b
 from edgewright.io.tensors import load_tensors, save_tensors
@@ -59,7 +59,7 @@ def cache_teacher(
         "data": blake2b(blocks.to(torch.int32), size=12),
         "teacher": fingerprint(teacher),
     }
-    folder = claim_folder(folder, KIND, settings)
+    folder = claim_shards(folder, KIND, settings)
     paths = shard_paths(folder, -(-len(blocks) // shard_blocks), "safetensors")
     with track("caching the teacher", blocks.numel(), progress) as advance:
         for path, part in zip(paths, blocks.split(shard_blocks), strict=True):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from edgewright.errors import OutputError, UsageError
 from edgewright.io.atomic import write_text
@@ -28,16 +29,60 @@ def claim_folder(output: str | Path, command: str, *, write: bool = True) -> Non
     damaged. Then nothing in it has been touched.
     """
     output = Path(output)
-    marker = output / MARKER
-    if marker.is_file():
-        if (held := read_object(marker).get("command")) != command:
-            raise UsageError(f"{output} holds a run of {str(held)[:40]!r}, not of {command!r}; choose another --output")
-    elif holds_something(output):
-        raise UsageError(f"{output} is not an empty folder and holds no run of {command}; choose another --output")
-    elif write:
-        write_text(marker, json.dumps({"command": command}) + "\n")
+    record = {"command": command}
+    if not holds_run(output, MARKER, record, f"run of {command}") and write:
+        write_text(output / MARKER, json.dumps(record) + "\n")
     if write:
         sweep(output)
+
+
+def holds_run(
+    output: Path, marker: str, record: Mapping[str, Any], what: str, *, defaults: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the folder holds the run that `record` describes, by the JSON file `marker` in it; False if empty.
+
+    what: "run of compress" and such, for messages. defaults: of values that may be younger than the folder.
+    Raises UsageError, naming the first value that differs, where the folder holds another run or anything else;
+    FormatError where the marker is damaged. Nothing is written.
+    """
+    if (output / marker).is_file():
+        if other := difference({**(defaults or {}), **read_object(output / marker)}, record):
+            raise UsageError(f"{output} holds another run ({other}); choose another --output, or remove that folder")
+        return True
+    if holds_something(output):
+        raise UsageError(f"{output} is not an empty folder and holds no {what}; choose another --output")
+    return False
+
+
+def difference(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first value in which what a file holds differs from `wanted`, as "key=1, not 2"; "" where nothing does."""
+    was, now = _flat(held), _flat(json.loads(json.dumps(wanted)))  # tuples become lists, as in the file
+    for key in {**now, **was}:
+        if was.get(key) != now.get(key):
+            return f"{key}={_shown(was.get(key))}, not {_shown(now.get(key))}"
+    return ""
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Values by dotted path; a list of objects counts as an object."""
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {key: value}
+    parts = [_flat(entry, f"{key}.{name}" if key else str(name)) for name, entry in value.items()]
+    return {path: leaf for part in parts for path, leaf in part.items()}
+
+
+def _shown(value: Any) -> str:
+    """A value as one types it: 4, not 4.0."""
+    text = f"{value:g}" if isinstance(value, float) and value.is_integer() else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def require_empty(output: Path) -> None:
+    """Raise UsageError for a file, and for a folder that holds something."""
+    if holds_something(output):
+        raise UsageError(f"{output} is not an empty folder; choose another --output")
 
 
 def holds_something(output: Path) -> bool:

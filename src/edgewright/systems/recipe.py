@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.json_file import read_object
-from edgewright.io.run_folder import holds_something, working_in
+from edgewright.io.run_folder import difference, holds_something, working_in
 from edgewright.io.temporaries import sweep
 from edgewright.measure.report import Report, format_value
 from edgewright.systems.catalogue import find, folder_of, systems
@@ -279,23 +279,13 @@ def _open_folder(
 
 def _same_run(folder: Path, marker: Path, record: dict[str, Any]) -> None:
     try:
-        was, now = _flat(read_object(marker)), _flat(record)
-    except (UsageError, FormatError, RecursionError) as error:
+        held = read_object(marker)
+    except (UsageError, FormatError) as error:
         raise UsageError(f"cannot read {marker}: {error}; --fresh clears the folder") from None
-    changed = [key for key in now.keys() | was.keys() if was.get(key) != now.get(key) and key != "size"]
-    if changed:
-        key = min(changed)
+    if other := difference({**held, "size": ""}, {**record, "size": ""}):  # two sizes may have the same settings
         raise UsageError(
-            f"{folder} holds a run with {key} = {was.get(key)!r}, this one has {now.get(key)!r}; "
-            "choose another folder with --output, or --fresh clears this one"
+            f"{folder} holds another run ({other}); choose another folder with --output, or --fresh clears this one"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def _duration(seconds: float) -> str:

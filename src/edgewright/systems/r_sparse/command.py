@@ -19,7 +19,7 @@ from typing import Any
 import edgewright
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.run_folder import holds_something
+from edgewright.io.run_folder import require_empty
 from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 
@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    if holds_something(output):
-        raise UsageError(f"{output} is not an empty folder; choose another --output")
+    require_empty(output)
     if args.resume and args.plan != "search":
         raise UsageError("--resume belongs to --plan search; other plans are made at once")
 

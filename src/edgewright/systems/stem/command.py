@@ -20,7 +20,7 @@ from typing import Any
 import edgewright
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
-from edgewright.io.run_folder import holds_something
+from edgewright.io.run_folder import require_empty
 from edgewright.measure.report import Report
 
 # An argument of the Python interface as this command calls it (see `commands.option_names`).
@@ -62,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     output = Path(args.output)
-    if holds_something(output):
-        raise UsageError(f"{output} is not an empty folder; choose another --output")
+    require_empty(output)
     layers = _layers(args.layers)
 
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
