@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_a_run_is_known_by_its_record(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert holds_run(tmp_path, "run.json", record, "walk")
     assert holds_run(tmp_path, "run.json", record | {"young": 3}, "walk", defaults={"young": 3})
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "seed=0, not 1": {"seed": 1},
         "stages.0.rate=1, not 0.5": {"stages": [{"name": "a", "rate": 0.5}, {"name": "b"}]},
         "stages.1.name='b', not None": {"stages": [{"name": "a", "rate": 1.0}]},
