@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgewright.io.atomic import write_text
 from edgewright.measure.report import Report
-from edgewright.systems.recipe import Verdict
+from edgewright.systems.recipe import ClaimVerdict
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -50,7 +50,7 @@ def load(name: str) -> Report:
     return report
 
 
-def save_claims(verdicts: Iterable[Verdict], name: str) -> Path:
+def save_claims(verdicts: Iterable[ClaimVerdict], name: str) -> Path:
     """Write what became of a recipe's claims to results/<name>_claims.csv."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -200,7 +200,7 @@ def write_pickle(file: Path, data: bytes) -> None:
 
 
 def _chain(folder: Path) -> Any:
-    from edgewright.compression.chain import Stage, run_chain
+    from edgewright.compression.chain import ChainStage, run_chain
 
     def save(model: list[int], to: Path) -> None:
         to.mkdir(exist_ok=True)
@@ -209,7 +209,7 @@ def _chain(folder: Path) -> Any:
     def load(source: Path) -> list[int]:
         return [0] * int((source / "model.txt").read_text())
 
-    stages = [Stage(name, lambda model, _: [*model, 0], save, load, {"seed": 1}) for name in ("a", "b")]
+    stages = [ChainStage(name, lambda model, _: [*model, 0], save, load, {"seed": 1}) for name in ("a", "b")]
     return run_chain(stages, lambda: [0], folder, evaluate=lambda model: {"size": len(model)}, settings={"bits": 4})
 
 

@@ -112,6 +112,10 @@ def test_a_small_job_is_done_in_one_place() -> None:
         assert [path.relative_to(PACKAGE).as_posix() for path in modules] == list(places), pattern
 
 
+def test_two_classes_never_share_a_name() -> None:
+    assert structure.class_names_used_twice() == []
+
+
 def test_modules_stay_readable() -> None:
     assert [name for name, module in structure.modules().items() if module.lines > LONGEST_MODULE] == []
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import edgewright
-from edgewright.compression.chain import Stage, run_chain, waterfall
+from edgewright.compression.chain import ChainStage, run_chain, waterfall
 from edgewright.compression.stages import (
     cut_stage,
     export_stage,
@@ -38,7 +38,7 @@ KEPT = (2, 5, 17, 100)
 INPUTS = ActivationConfig(8, symmetric=False)
 
 
-def add(amount: int, calls: list[int], fail: bool = False) -> Stage:
+def add(amount: int, calls: list[int], fail: bool = False) -> ChainStage:
     """A stage on integers."""
 
     def run(model: int, folder: Path) -> int:
@@ -51,7 +51,7 @@ def add(amount: int, calls: list[int], fail: bool = False) -> Stage:
         folder.mkdir(exist_ok=True)
         (folder / "n").write_text(str(model))
 
-    return Stage(f"add {amount}", run, save, lambda folder: int((folder / "n").read_text()), {"amount": amount})
+    return ChainStage(f"add {amount}", run, save, lambda folder: int((folder / "n").read_text()), {"amount": amount})
 
 
 def test_stages_run_in_order_and_are_measured(tmp_path: Path) -> None:
@@ -92,7 +92,9 @@ def test_another_chain_is_refused(tmp_path: Path) -> None:
         run_chain([add(1, calls), add(2, calls)], lambda: 5, tmp_path / "run", settings={"seed": 0})
     changed = add(1, calls)
     with pytest.raises(UsageError, match="stages.0.amount=1, not 7"):
-        run_chain([Stage("add 1", changed.run, changed.save, changed.load, {"amount": 7})], lambda: 5, tmp_path / "run")
+        run_chain(
+            [ChainStage("add 1", changed.run, changed.save, changed.load, {"amount": 7})], lambda: 5, tmp_path / "run"
+        )
     for stages in ([], [add(1, calls), add(1, calls)]):
         with pytest.raises(UsageError, match="each with a name of its own"):
             run_chain(stages, lambda: 5, tmp_path / "other")
@@ -111,7 +113,7 @@ def rows() -> dict[str, torch.Tensor]:
     return {"tokens": TOKENS, "places": places, "labels": labels}
 
 
-def stages(tokenizer: Any, teacher: nn.Module) -> list[Stage]:
+def stages(tokenizer: Any, teacher: nn.Module) -> list[ChainStage]:
     data = teacher_answers(teacher, make_tiny_llama(), rows(), KEPT)
     loss, batches = lambda: AnswerLoss(kl=1.0, kept=KEPT), lambda: BlockBatches(data, 4)
     config = TrainConfig(steps=3, learning_rate=1e-3)
@@ -146,11 +148,11 @@ def test_a_real_chain_and_its_resume(tmp_path: Path, smollm2) -> None:
     class Stop(Exception):
         pass
 
-    def stopping(stage: Stage) -> Stage:
+    def stopping(stage: ChainStage) -> ChainStage:
         def run(model: Any, folder: Path) -> Any:
             raise Stop
 
-        return Stage(stage.name, run, stage.save, stage.load, stage.settings)
+        return ChainStage(stage.name, run, stage.save, stage.load, stage.settings)
 
     for done in range(1, 4):
         part = [*steps[:done], stopping(steps[done]), *steps[done + 1 :]]

@@ -12,7 +12,7 @@ import torch
 from edgewright import cli
 from edgewright.compression import methods
 from edgewright.compression.pipeline import compress
-from edgewright.compression.settings import Budget, CompressSettings
+from edgewright.compression.settings import CompressSettings, TrainingBudget
 from edgewright.compression.sweep import sweep
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.export.gguf.exporter import export_gguf
@@ -38,7 +38,7 @@ def text(tmp_path_factory):
 
 def settings(toy, text, **changes) -> CompressSettings:
     base = CompressSettings(
-        str(toy), data=str(text), budget=Budget(3), block_length=32, calibration_blocks=4, evaluation_blocks=4,
+        str(toy), data=str(text), budget=TrainingBudget(3), block_length=32, calibration_blocks=4, evaluation_blocks=4,
         benchmark=False, learning_rate=1e-3,
     )  # fmt: skip
     return replace(base, **changes)
@@ -80,7 +80,7 @@ def test_the_whole_job_resumes_and_repeats(toy, text, tmp_path):
 
 def test_the_model_can_write_its_own_training_text(toy, tmp_path):
     chosen = CompressSettings(
-        str(toy), budget=Budget(2), baselines=(), block_length=64, calibration_blocks=2, evaluation_blocks=2,
+        str(toy), budget=TrainingBudget(2), baselines=(), block_length=64, calibration_blocks=2, evaluation_blocks=2,
         benchmark=False,
     )  # fmt: skip
     report = compress(chosen, tmp_path / "run", say=lambda _: None, progress=False)
@@ -105,7 +105,7 @@ def test_other_widths_export_and_decode(toy, text, tmp_path, bits, grid):
 
 
 def test_quantised_cache_reaches_training_and_the_sidecar(toy, text, tmp_path):
-    chosen = settings(toy, text, kv=8, baselines=(), budget=Budget(1))
+    chosen = settings(toy, text, kv=8, baselines=(), budget=TrainingBudget(1))
     compress(chosen, tmp_path, say=lambda _: None, progress=False)
     notes = json.loads((tmp_path / "qat.gguf.json").read_text())
     assert "-ctk q8_0 -ctv q8_0" in notes["commands"]["chat"]
@@ -129,10 +129,11 @@ def test_rounding_the_table_twice_changes_nothing(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("text", "budget"), [("40", Budget(40)), ("4m", Budget(None, 4.0)), ("1.5 min", Budget(None, 1.5))]
+    ("text", "budget"),
+    [("40", TrainingBudget(40)), ("4m", TrainingBudget(None, 4.0)), ("1.5 min", TrainingBudget(None, 1.5))],
 )
 def test_budgets(text, budget):
-    assert Budget.parse(text) == budget
+    assert TrainingBudget.parse(text) == budget
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from edgewright.commands.export import default_name
-from edgewright.compression.settings import VISION_MODELS, Budget, CompressSettings
+from edgewright.compression.settings import VISION_MODELS, CompressSettings, TrainingBudget
 from edgewright.errors import UsageError
 from edgewright.io.run_folder import working_in
 from edgewright.measure.report import Report
@@ -116,7 +116,7 @@ def _run_vision(args: argparse.Namespace) -> int:
         )
     if args.bits != int(args.bits):
         raise UsageError(f"--bits {args.bits:g}: an image classifier takes whole widths from 2 to 8")
-    budget = Budget.parse(args.budget)
+    budget = TrainingBudget.parse(args.budget)
     if budget.steps is None:
         raise UsageError(f"--budget {args.budget}: an image classifier is trained for a number of steps, such as 150")
     settings = VisionSettings(
@@ -160,7 +160,7 @@ def _run_language(args: argparse.Namespace) -> int:
         bits=args.bits,
         method=args.method,
         baselines=() if args.no_baselines or args.method != "qat" else ("rtn", "mse", "gptq"),
-        budget=Budget.parse(args.budget),
+        budget=TrainingBudget.parse(args.budget),
         data=args.data,
         kv=args.kv,
         layout=args.layout,

@@ -30,7 +30,7 @@ Evaluate = Callable[[Any], Figures]
 
 
 @dataclass(frozen=True)
-class Stage:
+class ChainStage:
     """One step. run(model, folder) -> model may leave its own files (training checkpoints, an exported file) in folder.
 
     save(model, folder) and load(folder) are a pair that keeps every bit; settings: JSON values that a resume must
@@ -64,7 +64,7 @@ class ChainResult:
 
 
 def run_chain(
-    stages: Sequence[Stage],
+    stages: Sequence[ChainStage],
     start: Callable[[], Any],
     output: str | Path,
     *,
@@ -132,7 +132,7 @@ def waterfall(result: ChainResult, size: str, quality: str, path: str | Path, *,
     return Path(path)
 
 
-def _claim(output: Path, stages: Sequence[Stage], settings: Mapping[str, Any]) -> None:
+def _claim(output: Path, stages: Sequence[ChainStage], settings: Mapping[str, Any]) -> None:
     """Write down what this chain is, or find that the folder holds the same one."""
     record = {"stages": [{"name": s.name, **s.settings} for s in stages], "settings": dict(settings)}
     if not holds_run(output, MARKER, record, "chain"):

@@ -34,7 +34,7 @@ TIMING_SECONDS = 10.0  # of one file: its rounds of prompts and decoding
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """name: what happens, as in "calibrate". seconds: estimated. kept: an earlier call has finished it."""
 
     name: str
@@ -45,7 +45,7 @@ class Stage:
 class StagePlan:
     """Says the plan when it is made, and each stage when it begins; without a terminal it keeps saying what goes on."""
 
-    def __init__(self, stages: Sequence[Stage], say: Callable[[str], None], shown: bool) -> None:
+    def __init__(self, stages: Sequence[PlannedStage], say: Callable[[str], None], shown: bool) -> None:
         self.stages, self.say, self.shown = stages, say, shown
         total = duration(sum(stage.seconds for stage in stages if not stage.kept))
         lines = [f"{len(stages)} stages, {total} in all on this machine:"]
@@ -64,7 +64,7 @@ class StagePlan:
 
 def planned_stages(
     settings: CompressSettings, seconds: dict[str, float], to_do: Container[str], files_only: bool
-) -> list[Stage]:
+) -> list[PlannedStage]:
     """The stages of a run, in order.
 
     Args:
@@ -73,19 +73,19 @@ def planned_stages(
         to_do: the methods whose files are missing, and "reference" where a reference is.
         files_only: leave out what no file to ship needs.
     """
-    stages = [] if files_only else [Stage(REFERENCES, seconds[REFERENCES], "reference" not in to_do)]
+    stages = [] if files_only else [PlannedStage(REFERENCES, seconds[REFERENCES], "reference" not in to_do)]
     for method, name in ROUNDING.items():
         if method in settings.wanted:
-            stages.append(Stage(name, seconds[name], method not in to_do))
+            stages.append(PlannedStage(name, seconds[name], method not in to_do))
     calibrated = "gptq" not in to_do and "qat" not in to_do
     if {"gptq", "qat"} & set(settings.wanted):
-        stages += [Stage(WRITING, seconds[WRITING], calibrated)] if settings.data is None else []
-        stages.append(Stage(CALIBRATION, seconds[CALIBRATION], calibrated))
+        stages += [PlannedStage(WRITING, seconds[WRITING], calibrated)] if settings.data is None else []
+        stages.append(PlannedStage(CALIBRATION, seconds[CALIBRATION], calibrated))
     if "qat" in settings.wanted:
-        stages.append(Stage(TRAINING, seconds[TRAINING], "qat" not in to_do))
+        stages.append(PlannedStage(TRAINING, seconds[TRAINING], "qat" not in to_do))
     if not files_only:
-        stages.append(Stage(EVALUATION, seconds[EVALUATION]))
-        stages += [Stage(TIMING, seconds[TIMING])] if settings.benchmark else []
+        stages.append(PlannedStage(EVALUATION, seconds[EVALUATION]))
+        stages += [PlannedStage(TIMING, seconds[TIMING])] if settings.benchmark else []
     return stages
 
 

@@ -21,14 +21,14 @@ VISION_MODELS = ("efficientnet-lite0",)  # bundled image classifiers, which comp
 
 
 @dataclass(frozen=True)
-class Budget:
+class TrainingBudget:
     """How long to train: a number of optimizer steps, or minutes that become steps once a step has been timed."""
 
     steps: int | None = DEFAULT_STEPS
     minutes: float | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Budget:
+    def parse(cls, text: str) -> TrainingBudget:
         """ "40" is steps, "4m", "4min" or "4 minutes" is minutes. Raises UsageError for anything else."""
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(m|min|minutes?)?\s*", text)
         if match is None or float(match[1]) <= 0 or (match[2] is None and "." in match[1]):
@@ -51,7 +51,7 @@ class CompressSettings:
     bits: float = 4.0
     method: str = "qat"
     baselines: tuple[str, ...] = ("rtn", "mse", "gptq")
-    budget: Budget = Budget()
+    budget: TrainingBudget = TrainingBudget()
     data: str | None = None
     kv: int | None = None
     layout: str = "auto"

@@ -1,6 +1,6 @@
 """The stages of a chain for decoders from transformers: prune, train, quantise with training, cut, export.
 
-Each function gives a `Stage`. They hold no state; what a stage leaves behind is an ordinary folder that
+Each function gives a `ChainStage`. They hold no state; what a stage leaves behind is an ordinary folder that
 `edgewright.load` (or `load_cut`, after the cut) reads.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgewright.compression.chain import Stage
+from edgewright.compression.chain import ChainStage
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.models import load
 from edgewright.pruning.cut_folder import load_cut, save_checkpoint, save_cut
@@ -37,7 +37,7 @@ def prune_stage(
     multiple: int = 1,
     protect: tuple[int, ...] = (0, -1),
     name: str = "prune",
-) -> Stage:
+) -> ChainStage:
     """Blocks and neurons, both chosen from one `measure(model)` of the whole model; the statistics are kept beside."""
 
     def run(model: Any, folder: Path) -> Any:
@@ -47,7 +47,7 @@ def prune_stage(
         return model
 
     settings = {"layers": layers, "mlp": mlp, "multiple": multiple, "protect": list(protect)}
-    return Stage(name, run, *_plain(tokenizer), settings)
+    return ChainStage(name, run, *_plain(tokenizer), settings)
 
 
 def prune_both_(
@@ -68,7 +68,7 @@ def train_stage(
     *,
     settings: dict[str, Any] | None = None,
     name: str = "recover",
-) -> Stage:
+) -> ChainStage:
     """Train all weights; `loss()` and `batches()` are made when the stage runs. settings: what the two stand for."""
 
     def run(model: Any, folder: Path) -> Any:
@@ -76,7 +76,7 @@ def train_stage(
         fit(model, loss(), batches(), config, output=folder / "training", label=name)
         return model.eval()
 
-    return Stage(name, run, *_plain(tokenizer), {**config.fixed(), **(settings or {})})
+    return ChainStage(name, run, *_plain(tokenizer), {**config.fixed(), **(settings or {})})
 
 
 def int4_config(group: int, *, scale: str = "full_range", inputs: bool = True) -> QuantConfig:
@@ -99,7 +99,7 @@ def quantize_stage(
     *,
     settings: dict[str, Any] | None = None,
     name: str = "int4",
-) -> Stage:
+) -> ChainStage:
     """Fake quantisation, training under it, then codes. training None: round to nearest, without training."""
     activation = config.rules[-1].activation
     assert activation is None or isinstance(activation, ActivationConfig)
@@ -116,7 +116,7 @@ def quantize_stage(
         return model if activation is None else attach_input_quantizers_(model, activation)
 
     fixed = {"quantization": config.to_dict(), **(training.fixed() if training else {}), **(settings or {})}
-    return Stage(name, run, lambda model, folder: save_checkpoint(model, tokenizer, folder), read, fixed)
+    return ChainStage(name, run, lambda model, folder: save_checkpoint(model, tokenizer, folder), read, fixed)
 
 
 def cut_stage(
@@ -126,7 +126,7 @@ def cut_stage(
     *,
     say: Callable[[str], None] | None = None,
     name: str = "cut",
-) -> Stage:
+) -> ChainStage:
     """Keep the output rows of `kept`. activation: the inputs of the layers that the stage before quantised."""
 
     def run(model: Any, folder: Path) -> Any:
@@ -140,10 +140,12 @@ def cut_stage(
         return model if activation is None else attach_input_quantizers_(model, activation)
 
     settings = {"kept": list(kept), "activation": asdict(activation) if activation else None}
-    return Stage(name, run, lambda model, folder: save_cut(model, tokenizer, folder), read, settings)
+    return ChainStage(name, run, lambda model, folder: save_cut(model, tokenizer, folder), read, settings)
 
 
-def export_stage(export: Exporter, file: str, settings: dict[str, Any] | None = None, *, name: str = "export") -> Stage:
+def export_stage(
+    export: Exporter, file: str, settings: dict[str, Any] | None = None, *, name: str = "export"
+) -> ChainStage:
     """`export(model, folder)` writes the files of a runtime; from here on the model is the path of one, `file`."""
 
     def run(model: Any, folder: Path) -> Path:
@@ -151,7 +153,9 @@ def export_stage(export: Exporter, file: str, settings: dict[str, Any] | None = 
             export(model, temporary)
         return folder / "model" / file
 
-    return Stage(name, run, lambda path, folder: None, lambda folder: folder / file, {"file": file, **(settings or {})})
+    return ChainStage(
+        name, run, lambda path, folder: None, lambda folder: folder / file, {"file": file, **(settings or {})}
+    )
 
 
 def _plain(tokenizer: Any) -> tuple[Callable[[Any, Path], object], Callable[[Path], Any]]:

@@ -38,7 +38,7 @@ class StartTokenError(UsageError, IndexError):
 
 
 @dataclass(frozen=True)
-class Job:
+class SequenceJob:
     """One sequence: start token id, tokens the greedy opening has with the start token, round over all pairs."""
 
     start: int
@@ -155,16 +155,16 @@ def usable_tokens(tokenizer: Any, vocabulary: int) -> list[int]:
     return [index for index, text in zip(ids, texts, strict=True) if text]
 
 
-def plan(starts: Sequence[int], openings: Sequence[int], n_sequences: int, seed: int) -> list[Job]:
+def plan(starts: Sequence[int], openings: Sequence[int], n_sequences: int, seed: int) -> list[SequenceJob]:
     """The sequences of a run, in the order of their indices: shuffled, so that a part of them is a fair sample."""
     pairs = [(start, opening) for start in starts for opening in openings]
     rounds, rest = divmod(n_sequences, len(pairs))
     generator = torch.Generator().manual_seed(_seed(seed, "plan"))
-    jobs = [Job(*pair, index) for index in range(rounds) for pair in pairs]
+    jobs = [SequenceJob(*pair, index) for index in range(rounds) for pair in pairs]
     # One pair from each of `rest` strata: ids are ordered by frequency, so common and rare tokens are both met.
     bounds = [index * len(pairs) // max(rest, 1) for index in range(rest + 1)]
     for low, high, share in zip(bounds, bounds[1:], torch.rand(rest, generator=generator).tolist(), strict=False):
-        jobs.append(Job(*pairs[low + int(share * (high - low))], rounds))
+        jobs.append(SequenceJob(*pairs[low + int(share * (high - low))], rounds))
     return [jobs[index] for index in torch.randperm(len(jobs), generator=generator).tolist()]
 
 
@@ -178,7 +178,7 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
 def _generate(
     teacher: nn.Module,
-    jobs: Sequence[Job],
+    jobs: Sequence[SequenceJob],
     max_length: int,
     end_token: int,
     seed: int,
@@ -219,7 +219,7 @@ def _generate(
     return rows
 
 
-def _uniforms(seed: int, job: Job, count: int) -> Tensor:
+def _uniforms(seed: int, job: SequenceJob, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(_seed(seed, job.start, job.greedy, job.round))
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
@@ -238,7 +238,7 @@ def _collect(rows: list[list[int]], end_token: int, start_place: int) -> Generat
     return GeneratedData(tokens, lengths, tokens[:, start_place].clone(), end_token)
 
 
-def _write_shard(path: Path, jobs: Sequence[Job], rows: list[list[int]], tokenizer: Any) -> None:
+def _write_shard(path: Path, jobs: Sequence[SequenceJob], rows: list[list[int]], tokenizer: Any) -> None:
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for job, row, text in zip(jobs, rows, texts, strict=True):

@@ -40,7 +40,7 @@ Say = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Shard:
+class TokenShard:
     """One file: `bytes` of text in `documents`, checksums of its content (crc32) and of the text (source)."""
 
     name: str
@@ -58,13 +58,13 @@ class TokenShards:
     tokenizer: fingerprint of what made the tokens. vocab_size: all ids are below it. end_token: between documents.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], shards: Sequence[Shard]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], shards: Sequence[TokenShard]) -> None:
         self.folder, self.shards = folder, tuple(shards)
         self.tokenizer, self.vocab_size = str(settings["tokenizer"]), int(settings["vocab_size"])
         self.end_token, self.dtype = int(settings["end_token"]), str(settings["dtype"])
         self._maps: dict[str, NDArray[Any]] = {}
 
-    def of(self, split: str) -> list[Shard]:
+    def of(self, split: str) -> list[TokenShard]:
         """The shards of one split, in order. Raises UsageError for an unknown split."""
         if split not in SPLITS:
             raise UsageError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
@@ -74,7 +74,7 @@ class TokenShards:
         """Sum of "tokens", "documents" or "bytes" over a split."""
         return sum(int(getattr(shard, field)) for shard in self.of(split))
 
-    def tokens(self, shard: Shard) -> NDArray[Any]:
+    def tokens(self, shard: TokenShard) -> NDArray[Any]:
         """The tokens of a shard as a read-only memory map [tokens]."""
         if shard.name not in self._maps:
             path = self.folder / shard.name
@@ -157,7 +157,7 @@ def write_shards(
     }
     known = _earlier(folder, settings)
     limit, total = split_limit(documents, validation_share)
-    done: list[Shard] = []
+    done: list[TokenShard] = []
     finished = 0
     for name, texts in _groups(documents, limit, shard_bytes):
         source, old = _source(texts), known.get(name)
@@ -221,7 +221,7 @@ def _groups(documents: Iterable[str], limit: int, shard_bytes: int) -> Iterator[
 
 def _write_shard(
     folder: Path, name: str, texts: list[str], source: str, encode: Encode, settings: Mapping[str, Any]
-) -> Shard:
+) -> TokenShard:
     dtype, size, crc, vocabulary = DTYPES[settings["dtype"]], 0, 0, settings["vocab_size"]
     with atomic_file(folder / name) as temporary, temporary.open("wb") as file:
         for batch in _batches(texts):
@@ -234,7 +234,7 @@ def _write_shard(
                 file.write(data)
                 crc, size = crc32(data, start=crc), size + len(tokens)
     length = sum(len(text.encode()) for text in texts)
-    return Shard(name, name.partition("-")[0], size, len(texts), length, crc, source)
+    return TokenShard(name, name.partition("-")[0], size, len(texts), length, crc, source)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -255,7 +255,7 @@ def _source(texts: Iterable[str]) -> str:
     return blake2b(*(part for data in documents for part in (len(data).to_bytes(8, "big"), data)), size=16)
 
 
-def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Shard]:
+def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, TokenShard]:
     """Shards of an earlier call by name; half-written files of a killed one are removed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,16 +275,16 @@ def _earlier(folder: Path, settings: Mapping[str, Any]) -> dict[str, Shard]:
     return {shard.name: shard for shard in shards}
 
 
-def _write_manifest(folder: Path, settings: Mapping[str, Any], shards: Sequence[Shard], complete: bool) -> None:
+def _write_manifest(folder: Path, settings: Mapping[str, Any], shards: Sequence[TokenShard], complete: bool) -> None:
     document = {**settings, "complete": complete, "shards": [dataclasses.asdict(shard) for shard in shards]}
     write_text(folder / MANIFEST, json.dumps(document, indent=1) + "\n")
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Shard], bool]:
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[TokenShard], bool]:
     path = folder / MANIFEST
     document = read_json(path, MOST_MANIFEST, "pass a folder that write_shards made")
     try:
-        shards = [from_json(Shard, entry, path) for entry in document.pop("shards")]
+        shards = [from_json(TokenShard, entry, path) for entry in document.pop("shards")]
         complete = document.pop("complete") is True
         wrong = (
             not isinstance(document["tokenizer"], str)
@@ -303,7 +303,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], list[Shard], bool]:
     return document, shards, complete
 
 
-def _check_size(path: Path, shard: Shard, dtype: np.dtype[Any]) -> None:
+def _check_size(path: Path, shard: TokenShard, dtype: np.dtype[Any]) -> None:
     wanted = shard.tokens * dtype.itemsize
     found = path.stat().st_size if path.is_file() else None
     if found is None:
@@ -313,7 +313,7 @@ def _check_size(path: Path, shard: Shard, dtype: np.dtype[Any]) -> None:
         raise FormatError(f"the shard {path} is {kind}: {found} bytes, the manifest says {wanted}")
 
 
-def _verify(path: Path, shard: Shard, dtype: np.dtype[Any], vocabulary: int) -> None:
+def _verify(path: Path, shard: TokenShard, dtype: np.dtype[Any], vocabulary: int) -> None:
     tokens, crc = np.memmap(path, dtype, "r", shape=(shard.tokens,)), 0
     for start in range(0, shard.tokens, VERIFIED_AT_ONCE):
         part = tokens[start : start + VERIFIED_AT_ONCE]
@@ -327,7 +327,7 @@ def _verify(path: Path, shard: Shard, dtype: np.dtype[Any], vocabulary: int) -> 
         )
 
 
-def _sound(path: Path, shard: Shard, settings: Mapping[str, Any]) -> bool:
+def _sound(path: Path, shard: TokenShard, settings: Mapping[str, Any]) -> bool:
     try:
         _check_size(path, shard, DTYPES[settings["dtype"]])
         _verify(path, shard, DTYPES[settings["dtype"]], settings["vocab_size"])

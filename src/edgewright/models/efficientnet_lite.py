@@ -20,7 +20,7 @@ MULTIPLE = 32  # the strides of the network multiply to 32
 BATCHNORM = {"eps": 1e-3, "momentum": 0.01}
 
 
-class Stage(NamedTuple):
+class BottleneckStage(NamedTuple):
     """Repeated inverted bottlenecks; only the first has the stride."""
 
     expansion: int
@@ -31,13 +31,13 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(1, 16, 1, 1, 3),
-    Stage(6, 24, 2, 2, 3),
-    Stage(6, 40, 2, 2, 5),
-    Stage(6, 80, 3, 2, 3),
-    Stage(6, 112, 3, 1, 5),
-    Stage(6, 192, 4, 2, 5),
-    Stage(6, 320, 1, 1, 3),
+    BottleneckStage(1, 16, 1, 1, 3),
+    BottleneckStage(6, 24, 2, 2, 3),
+    BottleneckStage(6, 40, 2, 2, 5),
+    BottleneckStage(6, 80, 3, 2, 3),
+    BottleneckStage(6, 112, 3, 1, 5),
+    BottleneckStage(6, 192, 4, 2, 5),
+    BottleneckStage(6, 320, 1, 1, 3),
 )
 
 

@@ -40,7 +40,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class WeightSnapshot:
     """Codes and latent weights at one moment, on the CPU."""
 
     codes: dict[str, Tensor] = field(repr=False)
@@ -48,7 +48,7 @@ class Snapshot:
 
 
 @torch.no_grad()
-def snapshot(model: nn.Module) -> Snapshot:
+def snapshot(model: nn.Module) -> WeightSnapshot:
     """Codes (int8) and latent weights (as they are) of every layer under quantisation, for comparing later."""
     codes, weights = {}, {}
     for name, module in quantized_modules(model):
@@ -57,11 +57,11 @@ def snapshot(model: nn.Module) -> Snapshot:
             weights[name] = module.weight.detach().cpu().clone()
     if not codes:
         raise UsageError("the model has no weight under quantisation; call quantize_ first")
-    return Snapshot(codes, weights)
+    return WeightSnapshot(codes, weights)
 
 
 @torch.no_grad()
-def layer_rows(model: nn.Module, since: Snapshot | None = None) -> list[LayerRow]:
+def layer_rows(model: nn.Module, since: WeightSnapshot | None = None) -> list[LayerRow]:
     """A row for every weight under quantisation, compared with a snapshot where one is given.
 
     bits_per_weight counts the grid's bits and 16 bits a step; what a file needs follows from its block type (the

@@ -89,7 +89,7 @@ def _environment() -> Any:
     except ImportError as error:
         raise MissingPackage("chat templates need the package jinja2: pip install jinja2") from error
 
-    class Generation(Extension):
+    class GenerationTag(Extension):
         """{% generation %} marks the assistant's part for training; the text inside is rendered as it is."""
 
         tags = {"generation"}
@@ -122,7 +122,7 @@ def _environment() -> Any:
                 raise SecurityError(f"a chat template may not store {name!r} in a namespace")
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.globals.update(
         raise_exception=_refuse,

@@ -52,7 +52,7 @@ class Claim:
             raise ValueError(f"a claim's direction is '<' or '>', its sizes are among {SIZES}: {self}")
 
 
-class Verdict(NamedTuple):
+class ClaimVerdict(NamedTuple):
     """A claim, whether it held, and the sentence with both figures."""
 
     claim: Claim
@@ -130,7 +130,7 @@ class Outcome:
     plan: Plan
     folder: Path
     report: Report | None = None
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: tuple[ClaimVerdict, ...] = ()
 
     @property
     def held(self) -> bool:
@@ -171,7 +171,7 @@ def slug_of(recipe: Recipe) -> str:
     return recipe.__name__.removesuffix(".recipe").rpartition(".")[2].replace("_", "-")
 
 
-def check_claims(report: Report, claims: Iterable[Claim]) -> list[Verdict]:
+def check_claims(report: Report, claims: Iterable[Claim]) -> list[ClaimVerdict]:
     """Hold each claim against the report's figures, outside their noise. A figure that is missing or NaN does not."""
     return [_check(report, claim) for claim in claims]
 
@@ -235,12 +235,12 @@ def _run_in(recipe: Recipe, outcome: Outcome, fresh: bool, say: Callable[[str], 
     return Outcome(slug, size, settings, plan, folder, report, verdicts)
 
 
-def _check(report: Report, claim: Claim) -> Verdict:
+def _check(report: Report, claim: Claim) -> ClaimVerdict:
     try:
         row = report.row(claim.metric, claim.subject)
         against = None if claim.against is None else report.row(claim.metric, claim.against)
     except UsageError as error:
-        return Verdict(claim, False, str(error))
+        return ClaimVerdict(claim, False, str(error))
     reference = claim.threshold if against is None else against.value
     assert reference is not None  # Claim.__post_init__
     bound = claim.factor * reference
@@ -252,7 +252,7 @@ def _check(report: Report, claim: Claim) -> Verdict:
         text += f" = {scale}{claim.against}'s {against.text()}"
     if 0 < margin <= noise:
         text += f" (the difference is inside {ERRORS:g} combined standard errors)"
-    return Verdict(claim, margin > noise and math.isfinite(row.value), text)
+    return ClaimVerdict(claim, margin > noise and math.isfinite(row.value), text)
 
 
 def _open_folder(

@@ -28,7 +28,15 @@ from edgewright.training.placement import place, process_accelerator, wrap
 from edgewright.training.progress import Progress
 from edgewright.training.resume import Keeper, Position
 from edgewright.training.schedules import learning_rate_scale
-from edgewright.training.step import OWN_COLUMNS, LossFunction, Work, may_pause, micro_step, update, zero_gradients
+from edgewright.training.step import (
+    OWN_COLUMNS,
+    LossFunction,
+    RunObjects,
+    may_pause,
+    micro_step,
+    update,
+    zero_gradients,
+)
 
 Groups = Iterable[Mapping[str, Any]]
 
@@ -121,7 +129,7 @@ def fit(
         stack.callback(_set_rates, optimizer, rates, 1.0)
         zero_gradients(model, optimizer)
         wrapped = wrap(model, optimizer, accelerator, folder)
-        work = Work(model, wrapped, loss_function, source, optimizer, scaler, accelerator, device, config)
+        work = RunObjects(model, wrapped, loss_function, source, optimizer, scaler, accelerator, device, config)
         snapshot.seed_random_state(device, config.seed + accelerator.process_index)
         keeper = Keeper(
             folder, model, optimizer, source, loss_function, device, generator, scaler, accelerator, shaping

@@ -23,7 +23,7 @@ OWN_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm")
 
 
 @dataclass(frozen=True)
-class Work:
+class RunObjects:
     """The live objects of a run. `wrapped` is the model as the loss function sees it."""
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Work:
     config: TrainConfig
 
 
-def micro_step(work: Work, position: Position) -> tuple[int, str]:
+def micro_step(work: RunObjects, position: Position) -> tuple[int, str]:
     """Forward and backward of the next batch: gradients add up in `.grad`, numbers in `position`.
 
     Returns how much all processes together used, as (amount, "tokens" or "samples").
@@ -64,7 +64,7 @@ def micro_step(work: Work, position: Position) -> tuple[int, str]:
     return amount * accelerator.num_processes, unit
 
 
-def update(work: Work, position: Position, rate: float, stopping: bool, keeper: Keeper) -> tuple[Row, bool]:
+def update(work: RunObjects, position: Position, rate: float, stopping: bool, keeper: Keeper) -> tuple[Row, bool]:
     """Clip and apply the gathered gradients; the row to log, and whether any process wants to stop.
 
     Raises CheckFailed before the weights change when the loss or the gradient is not finite.
@@ -99,7 +99,7 @@ def zero_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def may_pause(work: Work) -> bool:
+def may_pause(work: RunObjects) -> bool:
     """Whether a checkpoint can hold a step that is half done.
 
     Not in a distributed run (each process has its own part of the gradient) nor with sparse gradients: there the step
@@ -109,7 +109,7 @@ def may_pause(work: Work) -> bool:
     return dense and not work.accelerator.use_distributed
 
 
-def _next_batch(work: Work, position: Position) -> Any:
+def _next_batch(work: RunObjects, position: Position) -> Any:
     """This process's batch. The processes take turns in one common order, so their number does not change the data."""
     index, processes = work.accelerator.process_index, work.accelerator.num_processes
     try:
@@ -133,7 +133,7 @@ def _skip(batches: Any, count: int) -> None:
         next(batches)
 
 
-def _clip(work: Work) -> float:
+def _clip(work: RunObjects) -> float:
     """Norm of all dense gradients before clipping; they are scaled only where that changes them."""
     limit, accelerator = work.config.clip_norm, work.accelerator
     parameters = [p for group in work.optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -31,7 +31,7 @@ PIECE = 1 << 19
 Q3_K_SCALES = (0x11,) * 8 + (0xAA,) * 4
 
 
-class Encoding(NamedTuple):
+class BlockEncoding(NamedTuple):
     """q = a * code + b, d = factor * step; Q2_K also needs its scale byte, sc in the low and m in the high nibble."""
 
     a: int
@@ -41,44 +41,44 @@ class Encoding(NamedTuple):
 
 
 # grid -> block type -> encoding, smallest type first.
-ENCODINGS: dict[str, dict[str, Encoding]] = {
+ENCODINGS: dict[str, dict[str, BlockEncoding]] = {
     "binary": {
-        "Q1_0": Encoding(1, 0, 1.0),  # its packer keeps only the sign
-        "TQ1_0": Encoding(1, 1, 1.0),
-        "TQ2_0": Encoding(1, 1, 1.0),
-        "Q2_0": Encoding(1, 1, 1.0),
-        "Q4_0": Encoding(1, 8, 1.0),
-        "Q8_0": Encoding(1, 0, 1.0),
+        "Q1_0": BlockEncoding(1, 0, 1.0),  # its packer keeps only the sign
+        "TQ1_0": BlockEncoding(1, 1, 1.0),
+        "TQ2_0": BlockEncoding(1, 1, 1.0),
+        "Q2_0": BlockEncoding(1, 1, 1.0),
+        "Q4_0": BlockEncoding(1, 8, 1.0),
+        "Q8_0": BlockEncoding(1, 0, 1.0),
     },
     "ternary": {
-        "TQ1_0": Encoding(1, 1, 1.0),
-        "TQ2_0": Encoding(1, 1, 1.0),
-        "Q2_0": Encoding(1, 1, 1.0),
-        "Q4_0": Encoding(1, 8, 1.0),
-        "Q8_0": Encoding(1, 0, 1.0),
+        "TQ1_0": BlockEncoding(1, 1, 1.0),
+        "TQ2_0": BlockEncoding(1, 1, 1.0),
+        "Q2_0": BlockEncoding(1, 1, 1.0),
+        "Q4_0": BlockEncoding(1, 8, 1.0),
+        "Q8_0": BlockEncoding(1, 0, 1.0),
     },
     # The half step makes the levels odd integers. In Q2_K, d = dmin = step / 2 with sc = 2 and m = 3: the obvious
     # dmin = 1.5 * step would not fit fp16 for most steps.
     "seq2": {
-        "Q2_K": Encoding(1, 2, 0.5, 0x32),
-        "Q4_0": Encoding(2, 9, 0.5),
-        "Q8_0": Encoding(2, 1, 0.5),
+        "Q2_K": BlockEncoding(1, 2, 0.5, 0x32),
+        "Q4_0": BlockEncoding(2, 9, 0.5),
+        "Q8_0": BlockEncoding(2, 1, 0.5),
     },
     # The levels -2..1 are those of (q - 1) * d read backwards, hence the negative d.
     "int2": {
-        "TQ2_0": Encoding(-1, 1, -1.0),
-        "Q2_0": Encoding(-1, 1, -1.0),
-        "Q2_K": Encoding(1, 2, 1.0, 0x21),
-        "Q4_0": Encoding(1, 8, 1.0),
-        "Q8_0": Encoding(1, 0, 1.0),
+        "TQ2_0": BlockEncoding(-1, 1, -1.0),
+        "Q2_0": BlockEncoding(-1, 1, -1.0),
+        "Q2_K": BlockEncoding(1, 2, 1.0, 0x21),
+        "Q4_0": BlockEncoding(1, 8, 1.0),
+        "Q8_0": BlockEncoding(1, 0, 1.0),
     },
     "int3": {
-        "Q3_K": Encoding(1, 4, 1.0),
-        "Q4_0": Encoding(1, 8, 1.0),
-        "Q8_0": Encoding(1, 0, 1.0),
+        "Q3_K": BlockEncoding(1, 4, 1.0),
+        "Q4_0": BlockEncoding(1, 8, 1.0),
+        "Q8_0": BlockEncoding(1, 0, 1.0),
     },
-    "int4": {"Q4_0": Encoding(1, 8, 1.0), "Q8_0": Encoding(1, 0, 1.0)},
-    "int8": {"Q8_0": Encoding(1, 0, 1.0)},
+    "int4": {"Q4_0": BlockEncoding(1, 8, 1.0), "Q8_0": BlockEncoding(1, 0, 1.0)},
+    "int8": {"Q8_0": BlockEncoding(1, 0, 1.0)},
 }
 
 
@@ -161,25 +161,25 @@ def check_codes(codes: Array, grid: str) -> None:
 # One packer a type: q uint8 [blocks, elements], d two bytes [blocks, 2], out uint8 [blocks, bytes].
 
 
-def _q1_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _q1_0(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """d, then bit j % 8 of byte j / 8."""
     out[:, :2] = d
     out[:, 2:] = np.packbits(q.view(np.int8) > 0, axis=1, bitorder="little")
 
 
-def _q2_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _q2_0(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """d, then bits 2 (j % 4) of byte j / 4."""
     out[:, :2] = d
     out[:, 2:] = q[:, 0::4] | q[:, 1::4] << 2 | q[:, 2::4] << 4 | q[:, 3::4] << 6
 
 
-def _q4_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _q4_0(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """d, then byte j with element j in the low and j + 16 in the high nibble."""
     out[:, :2] = d
     out[:, 2:] = q[:, :16] | q[:, 16:] << 4
 
 
-def _q8_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _q8_0(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """d, then 32 signed bytes."""
     out[:, :2] = d
     out[:, 2:] = q
@@ -191,7 +191,7 @@ def _two_bits(q: Array) -> Array:
     return (q[:, :, 0] | q[:, :, 1] << 2 | q[:, :, 2] << 4 | q[:, :, 3] << 6).reshape(-1, 64)
 
 
-def _tq2_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _tq2_0(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """64 bytes of 2-bit numbers, then d."""
     out[:, :64] = _two_bits(q)
     out[:, 64:] = d
@@ -207,7 +207,7 @@ def _base3(trits: Array) -> Array:
     return ((value.astype(np.uint32) * 256 + 242) // 243).astype(np.uint8)
 
 
-def _tq1_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _tq1_0(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """32 bytes of 5 trits 32 apart, 16 bytes of 5 trits 16 apart, 4 bytes of 4 trits 4 apart, then d."""
     out[:, :32] = _base3(q[:, :160].reshape(-1, 5, 32))
     out[:, 32:48] = _base3(q[:, 160:240].reshape(-1, 5, 16))
@@ -215,7 +215,7 @@ def _tq1_0(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
     out[:, 52:] = d
 
 
-def _q2_k(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _q2_k(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """16 scale bytes, 64 bytes of 2-bit numbers, d, dmin = d."""
     out[:, :16] = encoding.scale_byte
     out[:, 16:80] = _two_bits(q)
@@ -223,7 +223,7 @@ def _q2_k(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
     out[:, 82:] = d
 
 
-def _q3_k(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
+def _q3_k(q: Array, d: Array, out: Array, encoding: BlockEncoding) -> None:
     """32 bytes of high bits (bit n of byte m = element 32 n + m), 64 bytes of low pairs, 12 scale bytes, d."""
     high = (q >> 2).reshape(-1, 8, 32)
     out[:, :32] = np.bitwise_or.reduce(high << np.arange(8, dtype=np.uint8)[:, None], axis=1)
@@ -232,7 +232,7 @@ def _q3_k(q: Array, d: Array, out: Array, encoding: Encoding) -> None:
     out[:, 108:] = d
 
 
-_PACKERS: dict[str, Callable[[Array, Array, Array, Encoding], None]] = {
+_PACKERS: dict[str, Callable[[Array, Array, Array, BlockEncoding], None]] = {
     "Q1_0": _q1_0,
     "Q2_0": _q2_0,
     "Q4_0": _q4_0,

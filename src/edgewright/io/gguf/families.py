@@ -63,7 +63,7 @@ COMMON_FIELDS = {
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A tensor inside a block. path: of its module; attribute: of the parameter; half: 0 or 1 where the file keeps the
     first or the second half of the rows [E, rows, columns] of every matrix under this name.
     """
@@ -93,21 +93,21 @@ class Family:
     architecture: str
     class_name: str
     permuted: bool = False
-    parts: dict[str, str | Part] = field(default_factory=lambda: dict(LAYER_NAMES))
+    parts: dict[str, str | TensorPart] = field(default_factory=lambda: dict(LAYER_NAMES))
     fields: dict[str, tuple[str, str]] = field(default_factory=dict)
     write: Callable[[Any], Metadata] = lambda config: {}
     read: Callable[[Header, set[str]], dict[str, Any]] = lambda header, tensors: {}
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedTensor:
     """A parameter of a model and its place in the file. heads: how many heads' rows are in pair order, 0 for none."""
 
     name: str
     path: str
     module: nn.Module
     heads: int
-    part: Part
+    part: TensorPart
     whole: bool = False  # the family names this very parameter, whatever holds it
 
     @property
@@ -115,28 +115,28 @@ class Placed:
         return f"{self.path}.{self.part.attribute}"
 
 
-def placed(model: Any, family: Family, tied: bool) -> Iterator[Placed]:
+def placed(model: Any, family: Family, tied: bool) -> Iterator[PlacedTensor]:
     """The parameters of a model in file order; tied: the head is the embedding's table and has no tensor of its own."""
     for name, parameter in TOP_NAMES.items():
         path, attribute = parameter.rsplit(".", 1)
         if name != "output.weight" or not tied:
-            yield Placed(name, path, model.get_submodule(path), 0, Part(path, attribute))
+            yield PlacedTensor(name, path, model.get_submodule(path), 0, TensorPart(path, attribute))
     for index, layer in enumerate(model.model.layers):
         for name, given in family.parts.items():
-            part = Part(given) if isinstance(given, str) else given
+            part = TensorPart(given) if isinstance(given, str) else given
             try:
                 module: Any = layer.get_submodule(part.path)
             except AttributeError:
                 continue
             full, place = f"model.layers.{index}.{part.path}", f"blk.{index}.{name}"
             if "." in name:  # one parameter by its full name
-                yield Placed(place, full, module, 0, part, whole=True)
+                yield PlacedTensor(place, full, module, 0, part, whole=True)
                 continue
             permuted = name in ("attn_q", "attn_k") and family.permuted
             heads = int(module.out_features) // head_width(model.config) if permuted else 0
             for attribute in ("weight", "bias"):
                 if attribute == "weight" or getattr(module, attribute, None) is not None:
-                    yield Placed(f"{place}.{attribute}", full, module, heads, Part(part.path, attribute))
+                    yield PlacedTensor(f"{place}.{attribute}", full, module, heads, TensorPart(part.path, attribute))
 
 
 def head_width(config: Any) -> int:
@@ -262,13 +262,13 @@ def _deci_settings(header: Header, tensors: set[str]) -> dict[str, Any]:
     return {"mixers": mixers} | {key: one[0] if len(set(one)) == 1 else one for key, one in sizes.items()}
 
 
-_EXPERTS: dict[str, str | Part] = {
+_EXPERTS: dict[str, str | TensorPart] = {
     "post_attention_norm": "post_attention_layernorm",
-    "ffn_gate_inp.weight": Part("mlp.gate"),
-    "exp_probs_b.bias": Part("mlp.gate", "e_score_correction_bias"),
-    "ffn_gate_exps.weight": Part("mlp.experts", "gate_up_proj", 0),
-    "ffn_up_exps.weight": Part("mlp.experts", "gate_up_proj", 1),
-    "ffn_down_exps.weight": Part("mlp.experts", "down_proj"),
+    "ffn_gate_inp.weight": TensorPart("mlp.gate"),
+    "exp_probs_b.bias": TensorPart("mlp.gate", "e_score_correction_bias"),
+    "ffn_gate_exps.weight": TensorPart("mlp.experts", "gate_up_proj", 0),
+    "ffn_up_exps.weight": TensorPart("mlp.experts", "gate_up_proj", 1),
+    "ffn_down_exps.weight": TensorPart("mlp.experts", "down_proj"),
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
@@ -284,7 +284,7 @@ _FAMILIES = (
         "granite_swa",
         "GraniteSWAForCausalLM",
         permuted=True,
-        parts={**LAYER_NAMES, "attn_sinks.weight": Part("self_attn", "sinks")},
+        parts={**LAYER_NAMES, "attn_sinks.weight": TensorPart("self_attn", "sinks")},
         fields={
             "logit_scale": ("f32", "logits_scaling"),
             "residual_scale": ("f32", "residual_multiplier"),

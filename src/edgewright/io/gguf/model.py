@@ -26,7 +26,7 @@ from edgewright.io.gguf.families import (
     ROPE_FACTORS,
     ROPE_SETTINGS,
     Family,
-    Placed,
+    PlacedTensor,
     llama3_divisors,
     placed,
 )
@@ -130,7 +130,7 @@ def gguf_weights(
     model = _empty(file, config)
     parts = _parts(file, model)
 
-    def read(pieces: Sequence[Placed]) -> Tensor:
+    def read(pieces: Sequence[PlacedTensor]) -> Tensor:
         values = [file.dequantize(piece.name) for piece in pieces]
         if pieces[0].heads:
             values = [unpermute(one, pieces[0].heads) for one in values]
@@ -171,13 +171,13 @@ def _empty(file: GGUFFile, config: PreTrainedConfig) -> Any:
         raise FormatError(f"{file.path} describes no {config.model_type} model: {in_one_line(error)}") from error
 
 
-def _parts(file: GGUFFile, model: Any) -> dict[str, list[Placed]]:
+def _parts(file: GGUFFile, model: Any) -> dict[str, list[PlacedTensor]]:
     """Parameter -> the tensors of the file that hold it, after checking that all are there with the right shape.
 
     Raises FormatError for a missing or misshapen tensor, Unsupported for one that the model has no place for.
     """
     family, _ = _family(file)
-    parts: dict[str, list[Placed]] = {}
+    parts: dict[str, list[PlacedTensor]] = {}
     known = {ROPE_FACTORS}
     for one in placed(model, family, model.config.tie_word_embeddings):
         parameter = getattr(one.module, one.part.attribute, None)

@@ -153,7 +153,7 @@ def _used(layer: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CacheSnapshot:
     """A copy of every layer of a cache at one moment."""
 
     layers: tuple[dict[str, Any], ...]
@@ -164,12 +164,12 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in _tensors(layer))
 
 
-def snapshot(cache: Any) -> Snapshot:
+def snapshot(cache: Any) -> CacheSnapshot:
     """Copy a transformers cache, of Longhorn layers or mixed with attention. The next tokens leave the copy alone."""
-    return Snapshot(tuple(_copy(vars(layer)) for layer in cache.layers), getattr(cache, "tokens", None))
+    return CacheSnapshot(tuple(_copy(vars(layer)) for layer in cache.layers), getattr(cache, "tokens", None))
 
 
-def restore(cache: Any, kept: Snapshot) -> None:
+def restore(cache: Any, kept: CacheSnapshot) -> None:
     """Put a cache back as it was; the snapshot can be used again. Raises UsageError for another kind of cache."""
     if len(cache.layers) != len(kept.layers):
         raise UsageError(

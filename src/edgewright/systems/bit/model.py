@@ -32,7 +32,7 @@ FLOAT = 32
 
 
 @dataclass(frozen=True)
-class Family:
+class EncoderFamily:
     """Where the parts of an encoder are. Patterns are of dotted names; the first set that matches decides.
 
     activation: (end of the name of the module that holds the feed-forward activation, its attribute).
@@ -46,7 +46,7 @@ class Family:
     activation_setting: str
 
 
-BERT = Family(
+BERT = EncoderFamily(
     signed=(
         "*encoder.layer.*.attention.self.query",
         "*encoder.layer.*.attention.self.key",
@@ -61,7 +61,7 @@ BERT = Family(
     activation=(".intermediate", "intermediate_act_fn"),
     activation_setting="hidden_act",
 )
-DISTILBERT = Family(
+DISTILBERT = EncoderFamily(
     signed=(
         *(f"*transformer.layer.*.attention.{name}_lin" for name in ("q", "k", "v", "out")),
         "*transformer.layer.*.ffn.lin1",
@@ -143,7 +143,7 @@ def binarize_encoder_(model: nn.Module, config: BitConfig | None = None) -> nn.M
     return model
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> EncoderFamily:
     """How the model's class names its parts; raises Unsupported for decoders and for families that are not known."""
     settings: Any = getattr(model, "config", None)
     kind = getattr(settings, "model_type", type(model).__name__)
@@ -177,7 +177,7 @@ def elastic_quantizers(model: nn.Module) -> list[tuple[str, ElasticQuantizer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ElasticQuantizer)]
 
 
-def _inputs(model: nn.Module, family: Family, config: BitConfig) -> Iterator[tuple[str, str]]:
+def _inputs(model: nn.Module, family: EncoderFamily, config: BitConfig) -> Iterator[tuple[str, str]]:
     """(name, set of its input) of every linear layer that becomes binary."""
     known = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern, _ in config.sets:
@@ -193,7 +193,7 @@ def _inputs(model: nn.Module, family: Family, config: BitConfig) -> Iterator[tup
             yield name, asked or "unsigned"
 
 
-def _rules(model: nn.Module, family: Family, config: BitConfig, linears: dict[str, str]) -> tuple[Rule, ...]:
+def _rules(model: nn.Module, family: EncoderFamily, config: BitConfig, linears: dict[str, str]) -> tuple[Rule, ...]:
     """One rule a layer, by its full name."""
     # Steps stay float32: one a tensor or a token row costs next to nothing, and no GGUF type holds them anyway.
     shared: dict[str, Any] = {"scale": "absmean", "center": True, "scale_dtype": "float32"}
@@ -214,7 +214,7 @@ def _rules(model: nn.Module, family: Family, config: BitConfig, linears: dict[st
     return tuple(rules)
 
 
-def _rectify(model: Any, family: Family) -> None:
+def _rectify(model: Any, family: EncoderFamily) -> None:
     """Replace the feed-forward activation, so that what follows is never negative."""
     end, attribute = family.activation
     for name, module in model.named_modules():
@@ -223,7 +223,7 @@ def _rectify(model: Any, family: Family) -> None:
     setattr(model.config, family.activation_setting, "relu")
 
 
-def _quantize_attention(model: Any, family: Family, config: BitConfig) -> None:
+def _quantize_attention(model: Any, family: EncoderFamily, config: BitConfig) -> None:
     before = getattr(model.config, "_attn_implementation", None)
     if before not in (None, "eager", ATTENTION_NAME):
         warnings.warn(f"attention {before!r} has no place for 1-bit probabilities: switched to eager", stacklevel=3)

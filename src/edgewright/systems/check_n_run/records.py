@@ -47,7 +47,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowBatch:
     """Rows of a table: ids int64 [m] ascending, or None for the range from `first`; values [m, ...]; state by name."""
 
     table: str
@@ -59,14 +59,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
-    def part(self, start: int, stop: int) -> Rows:
+    def part(self, start: int, stop: int) -> RowBatch:
         """Rows start..stop of these."""
         ids = None if self.ids is None else self.ids[start:stop]
         first = self.first + start if ids is None else int(ids[0])
-        return Rows(self.table, first, ids, self.values[start:stop], {n: t[start:stop] for n, t in self.state.items()})
+        return RowBatch(
+            self.table, first, ids, self.values[start:stop], {n: t[start:stop] for n, t in self.state.items()}
+        )
 
 
-def encode(rows: Rows, key: int, encoding: Encoding) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def encode(rows: RowBatch, key: int, encoding: Encoding) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors of record `key`, its fields)."""
     name = f"emb.{key}"
     fields: dict[str, Any] = {"key": key, "table": rows.table, "rows": len(rows), "first": rows.first}
@@ -107,7 +109,7 @@ def _quantize(values: Tensor, encoding: Encoding) -> tuple[PackedRows, dict[str,
     return quantize_rows(values, bits, "greedy", nbins, ratio), {"nbins": nbins, "ratio": ratio}
 
 
-def tuned(encoding: Encoding, jobs: Sequence[Rows], known: dict[tuple[int, int], tuple[int, float]]) -> Encoding:
+def tuned(encoding: Encoding, jobs: Sequence[RowBatch], known: dict[tuple[int, int], tuple[int, float]]) -> Encoding:
     """The encoding with nbins and ratio for each width of row: given, in `known` (added to), or tuned on the rows of
     the largest table of that width.
     """

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgewright import errors
 from edgewright.errors import OutputError, Unsupported, UsageError
 from edgewright.systems.check_n_run.manifest import ROWS, Table
-from edgewright.systems.check_n_run.records import Rows
+from edgewright.systems.check_n_run.records import RowBatch
 from edgewright.systems.check_n_run.tables import RowShard, leaves, row_state
 from edgewright.training import snapshot
 from edgewright.training.checkpoint import check_state, encode_state
@@ -101,7 +101,7 @@ class Captured:
     offsets: dict[str, list[int]] = field(default_factory=dict)
     tree: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
-    rows: list[Rows] = field(default_factory=list)
+    rows: list[RowBatch] = field(default_factory=list)
 
 
 def parameter_names(model: nn.Module, shards: Iterable[RowShard]) -> dict[int, str]:
@@ -153,7 +153,7 @@ def capture(
         if len(parameter) and (ids is None or len(ids)):
             taken = None if ids is None else (ids + shard.first).cpu()
             values = {name: _copy(tensor, ids) for name, tensor in entries.items()}
-            state.rows.append(Rows(shard.name, shard.first, taken, _copy(parameter, ids), values))
+            state.rows.append(RowBatch(shard.name, shard.first, taken, _copy(parameter, ids), values))
     return state
 
 

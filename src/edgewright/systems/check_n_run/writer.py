@@ -30,7 +30,7 @@ from edgewright.systems.check_n_run.chain import (
 from edgewright.systems.check_n_run.config import CheckpointConfig, Kind, Saved
 from edgewright.systems.check_n_run.files import Files, output_error
 from edgewright.systems.check_n_run.manifest import Manifest
-from edgewright.systems.check_n_run.records import Encoding, Rows, encode, tuned
+from edgewright.systems.check_n_run.records import Encoding, RowBatch, encode, tuned
 from edgewright.systems.check_n_run.shards import SUFFIX, write_shard
 from edgewright.systems.check_n_run.state import Captured, Ranks, merge_tables, merge_trees
 
@@ -45,7 +45,7 @@ class Job:
     rank: int
     tensors: dict[str, Tensor]
     offsets: dict[str, list[int]]
-    rows: list[Rows]
+    rows: list[RowBatch]
     encoding: Encoding
     chunk: int = _CHUNK
 

@@ -231,7 +231,7 @@ class DistributedLion(torch.optim.Optimizer):
             momentum.copy_(mean)
 
     def comm_stats(self) -> dict[str, float]:
-        """`Traffic` of this process so far, and the ratio to a ring all-reduce of float32 gradients."""
+        """`VoteTraffic` of this process so far, and the ratio to a ring all-reduce of float32 gradients."""
         return self.exchange.traffic.as_dict(self.world) if self.exchange else {}
 
     @property

@@ -61,7 +61,7 @@ class Bucket:
 
 
 @dataclass
-class Traffic:
+class VoteTraffic:
     """Payload bytes of this process since the optimizer was made, without the headers of the network.
 
     `pad_bytes` (filling up to whole bytes and shares) and `control_bytes` (who takes part, checksums, shared momenta)
@@ -130,7 +130,7 @@ class Exchange:
     def __init__(self, group: Any, aggregate: str, topology: str, reply: str, timeout: float) -> None:
         self.group, self.aggregate, self.reply_form, self.timeout = group, aggregate, reply, timeout
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.traffic = Traffic()
+        self.traffic = VoteTraffic()
         self._topology, self._probed = topology, False
         if reply == "int8" and self.world > MOST_IN_INT8:
             raise UsageError(f"reply='int8' holds sums of at most {MOST_IN_INT8} votes, here are {self.world}: 'bits'")

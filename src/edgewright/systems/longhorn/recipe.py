@@ -20,8 +20,8 @@ from edgewright.systems.longhorn.tasks import (
     ABLATION,
     CHARACTERS,
     REACHED,
+    CharacterText,
     Recall,
-    Text,
     cache_bytes,
     train_recall,
     train_text,
@@ -46,14 +46,14 @@ class LonghornSettings:
     seeds: int = 3
     weight_decay: float = 0.1
     recall: Recall = field(default_factory=Recall)
-    text: Text = field(default_factory=Text)
+    text: CharacterText = field(default_factory=CharacterText)
 
 
 def tiny() -> LonghornSettings:
     return LonghornSettings(
         seeds=1,
         recall=Recall(2, 12, 24, 16, None, 16, 1, steps=12, batch=8, rows=16, looks=2, ablation=False),
-        text=Text(32, 16, 1, steps=12, batch=4, held_out_blocks=4),
+        text=CharacterText(32, 16, 1, steps=12, batch=4, held_out_blocks=4),
     )
 
 
@@ -66,7 +66,7 @@ def paper() -> LonghornSettings:
     return LonghornSettings(
         seeds=5,
         recall=Recall(32, 256, 1024, 128, None, 128, 2, steps=20000, batch=64, learning_rate=3e-3),
-        text=Text(1024, 768, 24, steps=5000, batch=512, learning_rate=6e-4),
+        text=CharacterText(1024, 768, 24, steps=5000, batch=512, learning_rate=6e-4),
     )
 
 

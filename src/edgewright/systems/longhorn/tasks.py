@@ -53,7 +53,7 @@ class Recall:
 
 
 @dataclass(frozen=True)
-class Text:
+class CharacterText:
     """Characters of Python's documentation topics in blocks of `length`; held-out topics are scored."""
 
     length: int = 128
@@ -143,7 +143,7 @@ def train_recall(task: Recall, weight_decay: float, name: str, seed: int) -> dic
     }
 
 
-def train_text(task: Text, weight_decay: float, name: str, seed: int) -> dict[str, Any]:
+def train_text(task: CharacterText, weight_decay: float, name: str, seed: int) -> dict[str, Any]:
     """Held-out loss of a model by its name after its training, and the losses of the training."""
     training, held_out = _blocks("calibration", task.length), _blocks("evaluation", task.length)[: task.held_out_blocks]
     model = model_of(name, CHARACTERS, task.width, task.layers, task.length, seed)
@@ -162,7 +162,7 @@ def train_text(task: Text, weight_decay: float, name: str, seed: int) -> dict[st
     }
 
 
-def cache_bytes(task: Text, name: str, seed: int) -> list[int]:
+def cache_bytes(task: CharacterText, name: str, seed: int) -> list[int]:
     """Bytes of a model's cache after a text of the task's length and after one eight times longer."""
     model: Any = model_of(name, CHARACTERS, task.width, task.layers, 8 * task.length, seed).eval()
     with torch.no_grad():
@@ -171,7 +171,7 @@ def cache_bytes(task: Text, name: str, seed: int) -> list[int]:
 
 
 def _fit(
-    task: Recall | Text, model: Any, batches: Any, rate: float, weight_decay: float, seed: int, **options: Any
+    task: Recall | CharacterText, model: Any, batches: Any, rate: float, weight_decay: float, seed: int, **options: Any
 ) -> Any:
     config = TrainConfig(
         task.steps,

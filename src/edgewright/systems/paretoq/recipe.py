@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.compression.pipeline import compress
-from edgewright.compression.settings import Budget, CompressSettings
+from edgewright.compression.settings import CompressSettings, TrainingBudget
 from edgewright.data.sentences import SentenceBench, SentenceSettings
 from edgewright.measure.report import Report
 from edgewright.quantization.api import convert_, quantize_
@@ -145,7 +145,7 @@ def run(settings: ParetoQ, output: Path) -> Report:
     axes = ("bits per weight of the grid", "1 - cosine to full precision, held out")
     run.lines("error.png", curves, *axes, style="o-", yscale="log")
     for bits in settings.end_to_end:
-        budget = Budget.parse(settings.end_to_end_budget)
+        budget = TrainingBudget.parse(settings.end_to_end_budget)
         what = CompressSettings("smollm2-135m", bits=bits, budget=budget, seed=settings.seed)
         part: Any = compress(what, output / f"smollm2-{bits:g}bit")
         run.add_rows({**asdict(row), "subject": f"SmolLM2 {bits:g} bit: {row.subject}"} for row in part.rows)

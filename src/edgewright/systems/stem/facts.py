@@ -32,14 +32,14 @@ MODES = {"equal": ("auto",), "longer": ("pad", "copy", "average"), "shorter": ("
 
 
 @dataclass(frozen=True)
-class Facts:
+class FactBase:
     """capitals, rivers: (name, answer) pairs; every name and answer occurs once."""
 
     capitals: tuple[tuple[str, str], ...]
     rivers: tuple[tuple[str, str], ...]
 
     @classmethod
-    def draw(cls, entities: int, seed: int = 0) -> Facts:
+    def draw(cls, entities: int, seed: int = 0) -> FactBase:
         """`entities` countries and as many rivers. Raises UsageError for fewer than two."""
         if entities < 2:
             raise UsageError(f"entities={entities}; an edit needs 2 or more")
@@ -91,7 +91,7 @@ def answers(model: Any, ids: Tensor, count: int) -> bool:
 
 
 def pairs_by_length(
-    facts: Facts, tokenizer: PreTrainedTokenizerBase, known: Sequence[int], most: int, seed: int = 0
+    facts: FactBase, tokenizer: PreTrainedTokenizerBase, known: Sequence[int], most: int, seed: int = 0
 ) -> dict[str, list[tuple[int, int]]]:
     """Pairs of countries (A, B) among the `known`, up to `most` each, by whether A has as many tokens as B or not."""
     sizes = {i: len(tokenizer(f" {facts.capitals[i][0]}", add_special_tokens=False)["input_ids"]) for i in known}
@@ -106,7 +106,7 @@ def pairs_by_length(
 
 
 def edit_facts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, facts: Facts, most: int, unrelated: int, seed: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, facts: FactBase, most: int, unrelated: int, seed: int
 ) -> list[dict[str, Any]]:
     """Rows: shares of edits that change the answer to the other country's, and of other facts that an edit disturbs.
 

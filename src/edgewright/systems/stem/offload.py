@@ -26,7 +26,7 @@ from edgewright.systems.stem.rows import (
     MemoryRows,
     Parts,
     RowFormat,
-    Rows,
+    RowTable,
     write_rows,
 )
 from edgewright.systems.stem.store import EmbeddingStore
@@ -114,7 +114,7 @@ def offload_(
         )
     optimizer = RowAdamW() if trainable is True else trainable or None
     read_only = optimizer is None
-    tables: dict[int, Rows] = {}
+    tables: dict[int, RowTable] = {}
     for block, layer in layers.items():
         if device == "cpu":
             format, _, pieces = _stored(layer, dtype, group)

@@ -26,7 +26,7 @@ from edgewright.models.decoder.tokenizer import train_tokenizer
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, smoothed
 from edgewright.systems.stem.convert import token_means
-from edgewright.systems.stem.facts import Facts, edit_facts
+from edgewright.systems.stem.facts import FactBase, edit_facts
 from edgewright.systems.stem.layer import StemConfig, stem_blocks, stem_layers, table_weights
 from edgewright.systems.stem.offload import offload_
 from edgewright.systems.stem.report import capacity_report, row_cosine
@@ -230,7 +230,7 @@ def _offloaded(settings: Settings, output: Path) -> int:
 def _editing(settings: Settings, output: Path) -> list[dict[str, Any]]:
     """Rows of a model that learns invented facts and is edited."""
     s = settings.editing
-    facts = Facts.draw(s.entities, settings.seed)
+    facts = FactBase.draw(s.entities, settings.seed)
     tokenizer = train_tokenizer(facts.sentences(), s.vocabulary)
     # untied as published: what a row of the table says must not have to be what the head looks for
     stem = StemConfig("up", "match")

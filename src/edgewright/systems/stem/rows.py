@@ -95,7 +95,7 @@ class RowFormat:
         return PackedTensor(codes, parts["step"], self.dtype).dequantize()
 
 
-class Rows(ABC):
+class RowTable(ABC):
     """A table of `count` rows in a format. Ids are ascending, distinct, int64 [n]; `read` may come from any thread."""
 
     format: RowFormat
@@ -132,7 +132,7 @@ class Rows(ABC):
     def close(self) -> None: ...
 
 
-class MemoryRows(Rows):
+class MemoryRows(RowTable):
     """Rows in tensors. A float tensor is used as it is, without a copy."""
 
     def __init__(self, parts: Parts, format: RowFormat, read_only: bool = False) -> None:
@@ -153,7 +153,7 @@ class MemoryRows(Rows):
         self.parts = {}
 
 
-class FileRows(Rows):
+class FileRows(RowTable):
     """Rows of a safetensors file whose tensors are called `name`.weight, or .codes and .step."""
 
     path: Path

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import UsageError
-from edgewright.systems.stem.rows import Rows
+from edgewright.systems.stem.rows import RowTable
 from edgewright.systems.stem.training import RowAdamW
 
 SAMPLE = 30  # times the capacity: requests after which all counts are halved
@@ -90,7 +90,7 @@ class _Job:
 
 
 class EmbeddingStore:
-    """Tables by layer, each `Rows`.
+    """Tables by layer, each `RowTable`.
 
     cache_rows: rows a layer kept on `device` in `dtype` (0: none). prefetch: layers that are read ahead in a prompt;
     threads: that read. optimizer: makes the store trainable; `scatter_grad` gathers gradients and `step` applies them.
@@ -98,7 +98,7 @@ class EmbeddingStore:
 
     def __init__(
         self,
-        tables: Mapping[int, Rows],
+        tables: Mapping[int, RowTable],
         *,
         cache_rows: int = 0,
         prefetch: int = 2,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import UsageError
 from edgewright.systems.stem.layer import table_weights
-from edgewright.systems.stem.rows import Rows
+from edgewright.systems.stem.rows import RowTable
 from edgewright.training.optimizer import parameter_groups
 
 
@@ -170,7 +170,7 @@ class RowAdamW:
         self.pending.setdefault(layer, []).append((ids, gradient.detach().to("cpu", torch.float32)))
 
     def apply(
-        self, tables: Mapping[int, Rows], write: Callable[[int, Tensor, Tensor], None], learning_rate: float | None
+        self, tables: Mapping[int, RowTable], write: Callable[[int, Tensor, Tensor], None], learning_rate: float | None
     ) -> float:
         """Update the rows of `tables` through `write`; the norm before clipping."""
         group = self.group if learning_rate is None else self.group | {"lr": learning_rate}
