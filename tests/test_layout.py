@@ -45,9 +45,7 @@ ONE_PLACE: dict[str, tuple[str, ...]] = {
     r"(import|from) hashlib\b|\bzlib\.crc32\b|from (zlib|binascii) import .*crc": ("io/hashing.py",),
     r"\brich\.progress\b": ("measure/progress.py",),
     r"setattr\(\w+\.get_submodule\(|\bdef set_submodule\b": (),  # nn.Module has set_submodule
-    # the optimizer whose projections are split makes and reads such tensors itself
     r"torch\.distributed\.(_?tensor)\b|\.(to_local|full_tensor)\(|\b_local_tensor\b|\.placements\b": (
-        "systems/apollo/sketch.py",
         "training/distributed.py",
     ),
     r"\bif math\.isfinite\(\w+\) else None": ("io/json_file.py",),

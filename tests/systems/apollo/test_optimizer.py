@@ -15,9 +15,10 @@ from torch import nn
 
 import edgewright.systems.apollo.optimizer as module
 from edgewright.errors import CheckFailed, MissingPackage, Unsupported, UsageError
+from edgewright.io.hashing import mixed_seed
 from edgewright.systems.apollo import APOLLO, APOLLOMini, apollo_param_groups
 from edgewright.systems.apollo.peers import named_optimizer
-from edgewright.systems.apollo.sketch import mixed_seed, projection, sketch_of
+from edgewright.systems.apollo.sketch import projection, sketch_of
 from tests.systems.apollo import toys as toy
 from tests.systems.apollo.toys import apollo, flat, network, train
 

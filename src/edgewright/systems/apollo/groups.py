@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from edgewright.errors import Unsupported, UsageError
 from edgewright.systems.apollo.state import state_kind
+from edgewright.training.distributed import is_split
 from edgewright.training.optimizer import parameter_groups
-from edgewright.training.sharded import is_split
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as the paper
 CHOICES = {

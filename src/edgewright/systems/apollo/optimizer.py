@@ -18,22 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, Unsupported, UsageError
+from edgewright.io.hashing import mixed_seed
 from edgewright.systems.apollo import state as kept
 from edgewright.systems.apollo.groups import check_group, check_parameter
-from edgewright.systems.apollo.sketch import (
-    Sketch,
-    all_agree,
-    column_norms,
-    columns_like,
-    local,
-    mixed_seed,
-    projection,
-    rows_here,
-    sketch_of,
-    svd_projection,
-)
+from edgewright.systems.apollo.sketch import Sketch, column_norms, projection, sketch_of, svd_projection
 from edgewright.systems.apollo.step import Facts, Work, adamw_step, advance, apply, chunks, share_norms
-from edgewright.training.sharded import is_split
+from edgewright.training.distributed import all_agree, is_split, local, part_like, row_range
 
 
 class APOLLO(torch.optim.Optimizer):
@@ -150,7 +140,7 @@ class APOLLO(torch.optim.Optimizer):
         gradient, dtype = sketch.view(local(p.grad)), torch.promote_types(p.dtype, torch.float32)
         needed = group["norm_growth"] is not None or group["nan_policy"] != "ignore"
         norms = column_norms(gradient, dtype) if needed else None
-        return Work(p, group, sketch, rows_here(p, self._name(p, group)), gradient, dtype, norms)
+        return Work(p, group, sketch, row_range(p, self._name(p, group)), gradient, dtype, norms)
 
     def _usable(self, works: list[Work], plain: list[tuple[dict[str, Any], list[nn.Parameter]]]) -> bool:
         """Whether to go on; every gradient is finite, or nobody asked. Nothing has changed yet."""
@@ -184,7 +174,7 @@ class APOLLO(torch.optim.Optimizer):
         kept.add_moments(state, like, work.group["state_dtype"])
         if work.channels_split:
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = columns_like(state[name], work.weight, work.sketch.channels)
+                state[name] = part_like(state[name], work.weight, dim=1)
         state["last_norm"] = torch.zeros((), dtype=work.dtype, device=like.device)
         numbered = (p for group in self.param_groups for p in group["params"])
         number = next(i for i, p in enumerate(numbered) if p is work.weight)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import UsageError
-from edgewright.systems.apollo.sketch import local, sketch_of
+from edgewright.systems.apollo.sketch import sketch_of
+from edgewright.training.distributed import local
 
 KINDS = ("float32", "bfloat16")
 HOST = ("step", "proj_seed")  # numbers that the host reads: they stay on the CPU, so that no step waits for a device

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from edgewright.systems.apollo import state as kept
-from edgewright.systems.apollo.sketch import BUCKET, TINY, Rows, Sketch, add_up, limited, local, moment_norms, sketches
-from edgewright.training.sharded import is_split
+from edgewright.systems.apollo.sketch import TINY, Sketch, limited, moment_norms, sketches
+from edgewright.training.distributed import BUCKET, RowRange, add_up, is_split, local
 
 
 class Facts(NamedTuple):
@@ -38,7 +38,7 @@ class Work:
     weight: nn.Parameter
     group: dict[str, Any]
     sketch: Sketch
-    rows: Rows
+    rows: RowRange
     gradient: Tensor
     dtype: torch.dtype  # of the arithmetic
     norms: Tensor | None  # of the gradient's channels [N]; None where nobody needs them

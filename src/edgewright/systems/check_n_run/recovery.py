@@ -35,7 +35,7 @@ from edgewright.systems.check_n_run.state import Ranks
 from edgewright.systems.check_n_run.tables import RowShard, leaves
 from edgewright.training import snapshot
 from edgewright.training.checkpoint import decode_state
-from edgewright.training.sharded import is_split
+from edgewright.training.distributed import is_split
 
 _TAGS = ("__tensor__", "__part__")
 # A group of an optimizer, its options, and (the optimizer's state, parameter, its entries) of each parameter.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
-from edgewright.training.sharded import is_split
+from edgewright.training.distributed import is_split
 from edgewright.training.snapshot import model_tensors
 
 

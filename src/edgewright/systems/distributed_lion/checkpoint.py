@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.systems.distributed_lion.distributed import DistributedLion
 from edgewright.systems.distributed_lion.exchange import spread
-from edgewright.training.sharded import FOLDER, begin_folder, finish_folder, is_split
+from edgewright.training.distributed import is_split
+from edgewright.training.sharded import FOLDER, begin_folder, finish_folder
 from edgewright.training.sharded_parts import new_parts, write_parts
 
 FORMAT = 1
