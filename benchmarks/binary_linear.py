@@ -2,7 +2,7 @@
 
 Both layers of MiniLM's feed-forward network, at batches of 1 and 32 rows and 512 for the larger picture, on one thread
 and on all. Inputs are float in every case: the binary layer's time includes turning them into bits. `kernel` is the
-compiled path, `twin` the same in plain torch, `codes` a float product of the unpacked codes (what a machine without a
+compiled path, `torch` the same in plain torch, `codes` a float product of the unpacked codes (what a machine without a
 compiler gets).
 """
 
@@ -36,8 +36,8 @@ def cases(n: int, out: int, rows: int) -> dict[str, Callable[[], object]]:
     paths = {"float32": lambda: F.linear(x, weight, bias)}
     if why_no_kernel() is None:
         paths["kernel"] = lambda: binary("kernel")
-    if rows <= 32:  # the twin needs tens of milliseconds a row
-        paths["twin"] = lambda: binary("torch")
+    if rows <= 32:  # plain torch needs tens of milliseconds a row
+        paths["torch"] = lambda: binary("torch")
     return paths | {"codes": lambda: binary("float")}
 
 
@@ -58,7 +58,7 @@ def main(repeats: int = 7) -> None:
         torch.set_num_threads(threads)
         for n, out in SHAPES:
             for rows in ROWS:
-                calls = {name: 1 if name == "twin" else CALLS for name in cases(n, out, rows)}
+                calls = {name: 1 if name == "torch" else CALLS for name in cases(n, out, rows)}
                 timed = {name: repeated(case, calls[name]) for name, case in cases(n, out, rows).items()}
                 times = alternate(timed, repeats=repeats, warmup=1)
                 each = {name: time.map(lambda s, k=calls[name]: s / k, "s") for name, time in times.items()}
