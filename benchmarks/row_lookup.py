@@ -1,7 +1,7 @@
 """Lookups in packed tables beside float ones: rate against the limit of the bytes, latency of requests, size of files.
 
 One table of 2,000,000 x 64, far larger than the cache, bags of 20 ids drawn evenly, so that every row comes from
-memory. torch's fused operators (FBGEMM's kernels in torch), our twin in plain torch, and nn.EmbeddingBag take turns.
+memory. torch's fused operators (FBGEMM's kernels in torch), our plain torch form, and nn.EmbeddingBag take turns.
 The limit is the ratio of the bytes of a row: what a kernel could gain that only waits for memory. `request` rows are a
 whole DLRM, one request at a time. Files are what `save_pretrained` writes beside the arithmetic of the format.
 """

@@ -27,8 +27,8 @@ def test_help_is_instant() -> None:
         seconds.append(time.perf_counter() - start)
         assert result.returncode == 0
     assert min(seconds) < 0.3  # the least disturbed of five: other work on the machine is not ours
-    for verb, (_, text) in cli.COMMANDS.items():
-        assert verb in result.stdout and text in result.stdout
+    for probe, (_, text) in cli.COMMANDS.items():
+        assert probe in result.stdout and text in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["systems", "--json"], ["systems", "dlrm"]])
@@ -80,12 +80,12 @@ def raising(error: BaseException) -> Callable[[object], int]:
 
 
 @pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A verb `probe` whose `run` the test puts in."""
-    module = types.ModuleType("probe_verb")
+def probe(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A command `probe` whose `run` the test puts in."""
+    module = types.ModuleType("probe_command")
     module.add_arguments = lambda parser: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "probe_verb", module)
-    monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_verb", "for the tests"))
+    monkeypatch.setitem(sys.modules, "probe_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_command", "for the tests"))
     monkeypatch.delenv("EDGEWRIGHT_TRACEBACK", raising=False)
     return module
 
@@ -100,26 +100,26 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         (OSError(13, "Denied", "x"), 1, "edgewright: [Errno 13] Denied: 'x' (EDGEWRIGHT_TRACEBACK=1 shows where)\n"),
     ],
 )
-def test_errors_are_one_line(verb, capsys, error: BaseException, code: int, line: str) -> None:
-    verb.run = raising(error)
+def test_errors_are_one_line(probe, capsys, error: BaseException, code: int, line: str) -> None:
+    probe.run = raising(error)
     assert cli.main(["probe"]) == code
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_bug_keeps_its_traceback(verb) -> None:
-    verb.run = raising(RuntimeError("a bug"))
+def test_a_bug_keeps_its_traceback(probe) -> None:
+    probe.run = raising(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["probe"])
 
 
-def test_traceback_on_request(verb, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_on_request(probe, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEWRIGHT_TRACEBACK", "1")
-    verb.run = raising(UsageError("no"))
+    probe.run = raising(UsageError("no"))
     assert cli.main(["probe"]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback") and shown.endswith("edgewright: no\n")
 
 
-def test_the_exit_code_of_a_verb_is_passed_on(verb) -> None:
-    verb.run = lambda args: 1
+def test_the_exit_code_of_a_command_is_passed_on(probe) -> None:
+    probe.run = lambda args: 1
     assert cli.main(["probe"]) == 1

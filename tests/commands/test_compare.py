@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edgewright.cli import main
-from edgewright.commands import compare as verb
+from edgewright.commands import compare as compare_module
 from edgewright.errors import MissingPackage, UsageError
 
 SMALL = ["--blocks", "3", "--block-length", "32"]
@@ -144,7 +144,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tiny_llama: Any, tmp_path: Path) -> St
         opened.append(options)
         return stub
 
-    monkeypatch.setattr(verb, "open_engine", open_engine)
+    monkeypatch.setattr(compare_module, "open_engine", open_engine)
     stub.opened = opened  # type: ignore[attr-defined]
     (tmp_path / "model.gguf").write_bytes(b"")
     return stub
@@ -158,7 +158,7 @@ def test_an_exported_file_runs_in_its_runtime(
         stub.closed = False
         code, printed, _ = command(capsys, *order, "--text", text, *SMALL, "--json", "--threads", "2")
         assert code == 0 and stub.closed
-        assert stub.opened[-1] == {"threads": 2, "context": verb.SMALLEST_CONTEXT}  # type: ignore[attr-defined]
+        assert stub.opened[-1] == {"threads": 2, "context": compare_module.SMALLEST_CONTEXT}  # type: ignore[attr-defined]
         rows = values(printed)
         # the stub is the same model; a batch of one row may differ from it in the last bits
         assert rows["kl", Path(order[1]).name]["value"] < 1e-9
@@ -228,7 +228,7 @@ def test_bad_input_is_one_sentence(
 def test_an_encoder_is_refused(pair: tuple[str, str]) -> None:
     try:
         with pytest.raises(UsageError, match="predicts no tokens"):
-            verb.compare([pair[0], "minilm-l6"], progress=False)
+            compare_module.compare([pair[0], "minilm-l6"], progress=False)
     except MissingPackage as error:
         pytest.skip(str(error))
 
@@ -260,9 +260,9 @@ def test_a_disk_that_fills_up_does_not_cost_the_figures(
 
 
 def test_subjects_are_short_and_different() -> None:
-    assert verb._subjects(["a/x.gguf", "b/y.gguf"]) == ["x.gguf", "y.gguf"]
-    assert verb._subjects(["a/x.gguf", "b/x.gguf"]) == ["a/x.gguf", "b/x.gguf"]
-    assert verb._subjects(["m", "m", "m"]) == ["m", "m (2)", "m (3)"]
+    assert compare_module._subjects(["a/x.gguf", "b/y.gguf"]) == ["x.gguf", "y.gguf"]
+    assert compare_module._subjects(["a/x.gguf", "b/x.gguf"]) == ["a/x.gguf", "b/x.gguf"]
+    assert compare_module._subjects(["m", "m", "m"]) == ["m", "m (2)", "m (3)"]
 
 
 def test_bundled_model_and_its_file_in_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:

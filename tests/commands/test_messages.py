@@ -108,9 +108,9 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, text
 
 
-def parser_of(verb: str) -> argparse.ArgumentParser:
-    module = importlib.import_module(cli.COMMANDS[verb][0])
-    parser = argparse.ArgumentParser(prog=verb, exit_on_error=False)
+def parser_of(command: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    parser = argparse.ArgumentParser(prog=command, exit_on_error=False)
     module.add_arguments(parser)
     return parser
 
@@ -149,9 +149,9 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize(("where", "line"), FOUND, ids=lambda value: value if ":" not in value else "")
 def test_every_command_that_is_named_can_be_typed(where: str, line: str) -> None:
-    verb = line.split()[1]
+    command = line.split()[1]
     given = shlex.split(re.sub(r"\{[^}]*\}", "1", line).replace("[", "").replace("]", "").rstrip("."))[2:]
-    parser = parser_of(verb)
+    parser = parser_of(command)
     known = options(parser)
     words = [word.split("=")[0] for word in given if word.startswith("--")]
     assert set(words) <= known, f"{where}: {line}"
@@ -172,7 +172,7 @@ def test_commands_without_files_run(line: str, capsys: pytest.CaptureFixture[str
 
 
 def test_every_option_that_is_named_is_one() -> None:
-    every = {"--help", "--version"}.union(*(options(parser_of(verb)) for verb in cli.COMMANDS))
+    every = {"--help", "--version"}.union(*(options(parser_of(command)) for command in cli.COMMANDS))
     for path in SOURCES:
         for line, text in messages(path):
             for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
@@ -185,20 +185,20 @@ def test_messages_of_commands_speak_no_python(source: str) -> None:
     for line, text in messages(PACKAGE / source):
         if any(part in text for part in PYTHON_ONLY) or "python -c" in text:
             continue
-        for verb in REACHED[source]:
-            module = importlib.import_module(cli.COMMANDS[verb][0])
+        for command in REACHED[source]:
+            module = importlib.import_module(cli.COMMANDS[command][0])
             plain = re.sub(r"\{[^}]*\}", "1", text)  # values, as they would stand there
-            said = in_command_words(plain, parser_of(verb), getattr(module, "WORDS", ()))
+            said = in_command_words(plain, parser_of(command), getattr(module, "WORDS", ()))
             if PYTHON.search(said):
-                wrong.append(f"{source}:{line} in {verb}: {said}")
+                wrong.append(f"{source}:{line} in {command}: {said}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_a_departure_names_the_option_of_each_command() -> None:
     sentence = next(text for _, text in messages(PACKAGE / "export/gguf/exporter.py") if "strict=False" in text)
-    for verb in ("export", "compress"):
-        assert "--lenient writes the file" in in_command_words(sentence, parser_of(verb))
-        assert "--lenient" in options(parser_of(verb))
+    for command in ("export", "compress"):
+        assert "--lenient writes the file" in in_command_words(sentence, parser_of(command))
+        assert "--lenient" in options(parser_of(command))
 
 
 def test_arguments_become_options() -> None:

@@ -106,10 +106,10 @@ def test_nll_is_torch_cross_entropy() -> None:
 def test_a_model_agrees_with_itself_exactly() -> None:
     p, blocks = hashed(3), random_blocks()
 
-    def twin(ids: Tensor) -> Tensor:
+    def copied(ids: Tensor) -> Tensor:
         return p(ids)
 
-    for q in (p, twin):  # the same function object, and another one with the same bits
+    for q in (p, copied):  # the same function object, and another one with the same bits
         found = evaluate(q, blocks, reference=p)
         assert found.kl == found.kl_se == found.kl_quantiles[1.0] == 0.0
         assert found.top1_agreement == 1.0 and found.top1_agreement_se == 0.0

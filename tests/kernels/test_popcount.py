@@ -73,15 +73,15 @@ def test_integer_products_equal_numpy(n, out, rows, signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize(("n", "out", "rows"), SHAPES)
-def test_kernel_twin_and_float_agree_in_every_bit(n, out, rows, signed):
+def test_kernel_torch_and_float_agree_in_every_bit(n, out, rows, signed):
     x, weight, shift, bias, alpha_x, alpha_w = layer(n, out, rows)
     words = pack_bits(weight)
     for given in ({"shift": shift, "bias": bias}, {"shift": None, "bias": None}):
         arguments = {"alpha_x": alpha_x, "alpha_w": alpha_w, "signed": signed, **given}
-        twin = binary_linear(x, words, path="torch", **arguments)
-        assert torch.equal(binary_linear(x, words, path="float", **arguments), twin)
+        copied = binary_linear(x, words, path="torch", **arguments)
+        assert torch.equal(binary_linear(x, words, path="float", **arguments), copied)
         if popcount.why_no_kernel() is None:
-            assert torch.equal(binary_linear(x, words, path="kernel", **arguments), twin)
+            assert torch.equal(binary_linear(x, words, path="kernel", **arguments), copied)
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -1,4 +1,4 @@
-"""The sparse row product: the kernel equals a plain sum in every bit, its twin to rounding, whatever is kept."""
+"""The sparse row product: the kernel equals a plain sum in every bit, plain torch to rounding, whatever is kept."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_kernel_is_the_plain_sum_in_every_bit(n, out, rank, threshold, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threshold", [-1.0, 0.3, 1e30])
 @pytest.mark.parametrize(("n", "out", "rank"), SHAPES)
-def test_the_twin_is_the_same_product(n, out, rank, threshold, dtype):
+def test_plain_torch_is_the_same_product(n, out, rank, threshold, dtype):
     x, weight, scale, more = layer(n, out, rank, dtype)
     wanted, count = plain(x, weight.rows, scale, threshold, **more)
     found, kept = sparse_rows(x, weight, scale, threshold, path="torch", **more)
@@ -118,11 +118,11 @@ def test_a_prepared_product_holds_what_it_reads():
     assert torch.equal(prepared(x)[0], wanted) and torch.equal(prepared(x.reshape(1, 1, -1))[0], wanted)
 
 
-def test_without_a_compiler_auto_takes_the_twin(monkeypatch):
+def test_without_a_compiler_auto_takes_plain_torch(monkeypatch):
     monkeypatch.setattr(module, "_kernel", lambda extra=(): (None, "no C++ compiler found"))
     x, weight, scale, more = layer(40, 33, 2)
-    auto, twin = (sparse_rows(x, weight, scale, 0.1, path=path, **more)[0] for path in ("auto", "torch"))
-    assert torch.equal(auto, twin)
+    auto, copied = (sparse_rows(x, weight, scale, 0.1, path=path, **more)[0] for path in ("auto", "torch"))
+    assert torch.equal(auto, copied)
     with pytest.raises(UsageError, match="path='kernel' cannot be taken: no C\\+\\+ compiler found"):
         sparse_rows(x, weight, scale, 0.1, path="kernel", **more)
 

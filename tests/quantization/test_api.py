@@ -177,9 +177,9 @@ def test_all_zero_and_huge_and_bfloat16_weights_stay_valid():
         model[0].weight[0] = 0.0
         model[0].weight[1] *= 1e6
     for grid in GRIDS:
-        twin = quantize_(copy.deepcopy(model).bfloat16(), QuantConfig.weights(grid))
-        out = twin(torch.randn(3, 32).bfloat16())
+        copied = quantize_(copy.deepcopy(model).bfloat16(), QuantConfig.weights(grid))
+        out = copied(torch.randn(3, 32).bfloat16())
         assert torch.isfinite(out).all()
-        assert isinstance(twin[0], QuantLinear)
-        packed = convert_(twin)[0].packed
+        assert isinstance(copied[0], QuantLinear)
+        packed = convert_(copied)[0].packed
         assert torch.isfinite(packed.step).all() and packed.codes.dtype == torch.int8

@@ -217,14 +217,14 @@ def test_detach_copy_and_repeat(tiny_llama):
     expected = tiny_llama(tokens()).logits
     model = attach_kv_quantization(copy.deepcopy(tiny_llama), KVConfig(4))
     quantised = model(tokens()).logits
-    twin = copy.deepcopy(model)
-    assert attached_kv_config(twin) == KVConfig(4) and torch.equal(twin(tokens()).logits, quantised)
+    copied = copy.deepcopy(model)
+    assert attached_kv_config(copied) == KVConfig(4) and torch.equal(copied(tokens()).logits, quantised)
     detach_kv_quantization(model)
     assert torch.equal(model(tokens()).logits, expected)
     assert attached_kv_config(model) is None and not any(module._forward_hooks for module in model.modules())
-    assert torch.equal(twin(tokens()).logits, quantised)  # the copy keeps its own hooks
+    assert torch.equal(copied(tokens()).logits, quantised)  # the copy keeps its own hooks
     with pytest.raises(UsageError, match="detach_kv_quantization"):
-        attach_kv_quantization(twin, KVConfig(8))
+        attach_kv_quantization(copied, KVConfig(8))
     with pytest.raises(UsageError, match="not quantised"):
         detach_kv_quantization(model)
 

@@ -12,8 +12,8 @@ from edgewright.runtime.benchmark import FILE_METRICS, MACHINE, benchmark_files
 
 
 def test_every_file_gets_every_metric_in_turn(toy_file, tmp_path, monkeypatch):
-    twin = tmp_path / "twin.gguf"
-    shutil.copy(toy_file, twin)
+    copied = tmp_path / "copied.gguf"
+    shutil.copy(toy_file, copied)
     order: list[str] = []
     real = benchmark.LlamaCppEngine.generate
 
@@ -22,15 +22,15 @@ def test_every_file_gets_every_metric_in_turn(toy_file, tmp_path, monkeypatch):
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(benchmark.LlamaCppEngine, "generate", spy)
-    report = benchmark_files([toy_file, twin], prompt_tokens=8, decode_tokens=4, repeats=2, threads=1)
-    assert order == [toy_file.name, twin.name] * 3
-    for name in (toy_file.name, twin.name):
+    report = benchmark_files([toy_file, copied], prompt_tokens=8, decode_tokens=4, repeats=2, threads=1)
+    assert order == [toy_file.name, copied.name] * 3
+    for name in (toy_file.name, copied.name):
         assert all(report.value(metric, name) > 0 for metric in FILE_METRICS)
         assert report.row("decode", name).n == 2 and report.row("decode", name).unit == "tok/s"
-    assert report.value("file_size", "twin.gguf") == twin.stat().st_size / 1e6
-    assert report.value("bits_per_weight", "twin.gguf") == 32
+    assert report.value("file_size", "copied.gguf") == copied.stat().st_size / 1e6
+    assert report.value("bits_per_weight", "copied.gguf") == 32
     assert report.value("read bandwidth, threads: 1", MACHINE) > 0.1
-    assert report.value("peak_memory", "twin.gguf") > 10
+    assert report.value("peak_memory", "copied.gguf") > 10
     assert report.settings["prompt_tokens"] == 8 and any("interquartile" in note for note in report.notes)
 
 

@@ -370,7 +370,7 @@ def test_unknown_sizes_and_planned_systems_are_wrong_usage() -> None:
         load_recipe(planned.slug)
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     toy = make_toy()
     monkeypatch.setattr(frame, "load_recipe", {"toy-walk": toy}.__getitem__)
     arguments = ["run", "toy-walk", "--set", "walk.steps=50", "--output", str(tmp_path / "run")]

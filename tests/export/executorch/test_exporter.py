@@ -38,12 +38,12 @@ def by_token(x):
 def test_the_reference_is_8da4w_written_out(grid, group):
     columns = 96 if group in (32, 96) else 64
     layer = PackedLinear(packed_matrix(16, columns, grid, group))
-    twin, notes = executorch_layers.prepare(torch.nn.Sequential(layer))
+    copied, notes = executorch_layers.prepare(torch.nn.Sequential(layer))
     x = torch.randn(5, columns, generator=torch.Generator().manual_seed(1))
     expected = by_token(x) @ layer.weight.double().T
     assert not notes
     # float32 against float64: an input on the border of its rounding may move by one step of 1/255
-    torch.testing.assert_close(twin(x).double(), expected, rtol=1e-4, atol=2e-3 * expected.abs().max().item())
+    torch.testing.assert_close(copied(x).double(), expected, rtol=1e-4, atol=2e-3 * expected.abs().max().item())
 
 
 def test_file_computes_what_the_packed_model_computes(language):
@@ -131,9 +131,9 @@ def test_grouped_head_is_refused_where_asked_and_noted_otherwise():
     model.model.embed_tokens = type(model.model.embed_tokens)(PackedTensor(packed.codes, packed.step, "int8"))
     with pytest.raises(Unsupported, match="layer lm_head"):
         executorch_layers.prepare(model, "exact")
-    twin, notes = executorch_layers.prepare(model)
+    copied, notes = executorch_layers.prepare(model)
     assert len(notes) == 1 and "one step a row" in notes[0]
-    assert twin.lm_head.codes.data_ptr() == twin.model.embed_tokens.codes.data_ptr()
+    assert copied.lm_head.codes.data_ptr() == copied.model.embed_tokens.codes.data_ptr()
 
 
 def test_rows_of_a_cut_head_are_rounded_apart_from_the_table():
@@ -141,10 +141,10 @@ def test_rows_of_a_cut_head_are_rounded_apart_from_the_table():
 
     model = packed_llama()
     model.lm_head = PrunedHead(PackedLinear(packed_matrix(5, 64, "int8", 32)), torch.arange(5), 256)
-    twin, notes = executorch_layers.prepare(model)
-    assert twin.lm_head.rows.bits == 8 and twin.lm_head(torch.randn(2, 64)).shape == (2, 5)
+    copied, notes = executorch_layers.prepare(model)
+    assert copied.lm_head.rows.bits == 8 and copied.lm_head(torch.randn(2, 64)).shape == (2, 5)
     assert len(notes) == 1 and notes[0].startswith("lm_head.rows")
-    assert torch.equal(twin.model.embed_tokens.codes, model.model.embed_tokens.codes)  # the table keeps its own
+    assert torch.equal(copied.model.embed_tokens.codes, model.model.embed_tokens.codes)  # the table keeps its own
 
 
 @pytest.mark.parametrize(

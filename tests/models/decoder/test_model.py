@@ -116,8 +116,8 @@ def test_a_block_that_runs_twice_is_two_equal_blocks() -> None:
     theirs.loss.backward()
     for block in range(2):
         for name, weight in shared.model.layers[block].named_parameters():
-            twins = [wide.model.layers[layer].get_parameter(name).grad for layer in (2 * block, 2 * block + 1)]
-            torch.testing.assert_close(weight.grad, twins[0] + twins[1])  # type: ignore[operator]
+            copies = [wide.model.layers[layer].get_parameter(name).grad for layer in (2 * block, 2 * block + 1)]
+            torch.testing.assert_close(weight.grad, copies[0] + copies[1])  # type: ignore[operator]
 
 
 MIXTURES = {

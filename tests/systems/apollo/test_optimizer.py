@@ -202,12 +202,12 @@ def test_a_zero_gradient_does_not_lock_the_limiter():
 @pytest.mark.parametrize("kind", ["channel", "tensor"])
 def test_a_transposed_weight_moves_transposed(kind):
     p, q = weight_of((6, 10)), nn.Parameter(weight_of((6, 10)).detach().t().clone())
-    ours, twin = (APOLLO([w], lr=1e-2, rank=3, scale_type=kind) for w in (p, q))
+    ours, copied = (APOLLO([w], lr=1e-2, rank=3, scale_type=kind) for w in (p, q))
     for step in range(6):
         p.grad = gradient_of((6, 10), step)
         q.grad = p.grad.t().clone()
         ours.step()
-        twin.step()
+        copied.step()
     torch.testing.assert_close(q.t(), p, rtol=1e-12, atol=0)
 
 
@@ -367,8 +367,8 @@ def test_a_rank_beyond_the_smaller_side_is_clamped_with_a_warning():
         optimizer = APOLLO([p], rank=9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        twin = APOLLO([q], rank=4)
-    assert torch.equal(run(p, optimizer, 3), run(q, twin, 3))
+        copied = APOLLO([q], rank=4)
+    assert torch.equal(run(p, optimizer, 3), run(q, copied, 3))
 
 
 def test_complex_integer_and_sparse_parameters_are_named():

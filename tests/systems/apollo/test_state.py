@@ -105,18 +105,18 @@ def test_saved_in_a_window_it_goes_on_to_the_same_bits(kind, dtype, tmp_path):
     resumed.load_state_dict(saved["optimizer"])
     steps(again, resumed, 37, 67)
     assert torch.equal(flat(model), flat(again))
-    twin = copy.deepcopy(resumed)
-    assert twin.state_dict()["param_groups"] == resumed.state_dict()["param_groups"]
+    copied = copy.deepcopy(resumed)
+    assert copied.state_dict()["param_groups"] == resumed.state_dict()["param_groups"]
 
 
 def test_a_state_of_other_parameters_is_refused_before_anything_changes():
     model, other = network(), nn.Sequential(*network()[:5], nn.Linear(16, 20))
-    optimizer, twin = apollo(model), apollo(other)
+    optimizer, copied = apollo(model), apollo(other)
     train(model, optimizer, 0, 2)
     saved = optimizer.state_dict()
     with pytest.raises(UsageError, match=r"state of parameter 5.weight has moments \[4, 16\], now they are \[4, 20\]"):
-        twin.load_state_dict(saved)
-    assert not twin.state
+        copied.load_state_dict(saved)
+    assert not copied.state
     adamw = torch.optim.AdamW(model.parameters())
     with pytest.raises(UsageError, match="the saved optimizer is no APOLLO"):
         APOLLO(model.parameters()).load_state_dict(adamw.state_dict())

@@ -96,8 +96,8 @@ def _one_of_two(folder: Path, rank: int) -> None:
         target = {"optimizer": copy.deepcopy(get_optimizer_state_dict(again, resumed))}
         dcp.load(target, checkpoint_id=str(folder / name))
         set_optimizer_state_dict(again, resumed, target["optimizer"])
-        for part, twin in ((model, optimizer), (again, resumed)):
-            train(part, twin, 6, 12)
+        for part, copied in ((model, optimizer), (again, resumed)):
+            train(part, copied, 6, 12)
         whole = flat(model)
         assert torch.equal(whole, flat(again)), name
         if rank == 0:

@@ -47,7 +47,7 @@ def test_it_equals_dequantise_then_bag(bits: int, dim: int, mode: str) -> None:
     assert low(square[:, :0]).shape == (2, dim) and not low(square[:, :0]).any()
 
 
-def test_without_torchs_operators_the_twin_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchs_operators_plain_torch_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     low = RowwiseQuantEmbeddingBag.from_float(bag(), 4)
     fused = low(VALUES, OFFSETS, WEIGHTS)
     monkeypatch.setattr(module, "fused_operator", lambda bits: None)

@@ -266,7 +266,7 @@ def full_range(weight: Tensor, group_axis: str) -> Tensor:
 
 def trained(module: Any, u: Tensor) -> Tensor:
     """The plain loop over the quantised values and inputs."""
-    twin = SparseMoE(64, module.config)
+    copied = SparseMoE(64, module.config)
     quantized, shared = module.experts.gate_up_proj.input_quantizer, module.shared_experts
     flat = u.flatten(0, 1)
     routing = module.gate(flat)
@@ -276,7 +276,7 @@ def trained(module: Any, u: Tensor) -> Tensor:
             gate, up = (module.experts.gate_up_proj()[e] @ quantized(flat[n : n + 1])[0]).chunk(2)
             hidden = module.experts.down_proj.input_quantizer((F.silu(gate) * up).unsqueeze(0))[0]
             out[n] += weight * (module.experts.down_proj()[e] @ hidden)
-    assert twin.config == module.config
+    assert copied.config == module.config
     return (out + shared(flat)).view_as(u)
 
 

@@ -155,8 +155,8 @@ def test_a_copy_goes_its_own_way():
     model = network()
     optimizer = parq(model, LSBQ(1), ProxPARQ(0, 20))
     train(model, optimizer, 0, 5)
-    twin, twin_optimizer = copy.deepcopy((model, optimizer))
-    assert torch.equal(train(model, optimizer, 5, 9)[-1], train(twin, twin_optimizer, 5, 9)[-1])
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    assert torch.equal(train(model, optimizer, 5, 9)[-1], train(copied, copied_optimizer, 5, 9)[-1])
 
 
 def test_memory_stays_where_it_is_and_blocks_put_everything_back():

@@ -99,8 +99,8 @@ def _one_of_two(folder: Path, rank: int) -> None:
             for p, q in zip(model.parameters(), again.parameters(), strict=True):
                 if p.ndim == 1:
                     q.to_local().copy_(p.to_local())
-        for part, twin in ((model, optimizer), (again, resumed)):
-            train(part, twin, 6, 12)
+        for part, copied in ((model, optimizer), (again, resumed)):
+            train(part, copied, 6, 12)
         whole = flat(model)
         assert torch.equal(whole, flat(again))
         with optimizer.latent_weights():

@@ -410,7 +410,7 @@ def test_layers_that_cannot_be(tiny_llama):
         truncated_svd(holed, 2)
 
 
-def test_packed_layers_take_the_twin_without_a_compiler(monkeypatch):
+def test_packed_layers_take_plain_torch_without_a_compiler(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (24, 32), generator=generator, dtype=torch.int8)
     layer = PackedLinear(PackedTensor(codes, torch.rand(24, 1, generator=generator), "int4"))
