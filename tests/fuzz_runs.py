@@ -75,7 +75,7 @@ def read_program(folder: Path) -> None:
 def build_r_sparse(folder: Path) -> None:
     from edgewright.systems.r_sparse.folder import save_rsparse
     from edgewright.systems.r_sparse.model import LayerPlan, RSparseConfig, apply_rsparse, calibrate
-    from tests.fuzz_readers import tokenizer
+    from tests.fuzz_models import tokenizer
     from tests.toy_llama import make_tiny_llama
 
     model = make_tiny_llama(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
@@ -100,7 +100,7 @@ def build_guard(folder: Path) -> None:
     from edgewright.systems.llama_guard_int4.model import save_guard
     from edgewright.systems.llama_guard_int4.policy import GuardPolicy
     from edgewright.systems.llama_guard_int4.settings import GuardSettings
-    from tests.fuzz_readers import tokenizer
+    from tests.fuzz_models import tokenizer
     from tests.toy_llama import make_tiny_llama
 
     text, policy = tokenizer(), GuardPolicy({"S1": "cards", "S2": "doses"})
@@ -119,7 +119,7 @@ def read_guard(folder: Path) -> None:
 def build_store(folder: Path) -> None:
     from edgewright.systems.stem.files import save_stem
     from edgewright.systems.stem.offload import offload_
-    from tests.fuzz_readers import tokenizer
+    from tests.fuzz_models import tokenizer
     from tests.systems.stem.toys import stem
 
     model = stem(vocab_size=256)
@@ -141,7 +141,7 @@ def read_store(folder: Path) -> None:
 def build_torch(folder: Path) -> None:
     from safetensors.torch import load_file
 
-    from tests.fuzz_readers import build_llama
+    from tests.fuzz_models import build_llama
 
     build_llama(folder)
     weights = folder / "model" / "model.safetensors"
