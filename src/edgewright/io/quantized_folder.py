@@ -27,6 +27,7 @@ from edgewright.io.own_forward import keeping_forward
 from edgewright.io.packed import CODE_RANGES, PackedEmbedding, PackedLinear, PackedStack, PackedTensor
 from edgewright.io.safetensors_header import SafetensorsEntry, check_safetensors
 from edgewright.io.tensors import load_tensors
+from edgewright.protocols import HasWeightStacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,7 +199,7 @@ def _put(
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         stack = PackedStack(packed, fields["count"], fields["group_axis"])
-        if not hasattr(owner, "weight_stacks"):
+        if not isinstance(owner, HasWeightStacks):
             put_stack(owner, child, stack)
         else:
             delattr(owner, child)

@@ -17,6 +17,7 @@ from edgewright.errors import Unsupported, UsageError
 from edgewright.io.expert_stacks import foreign_stacks, put_stack, stack_axis
 from edgewright.io.own_forward import has_own_forward, keeping_forward, original_layer
 from edgewright.io.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedStack
+from edgewright.protocols import HasWeightStacks
 from edgewright.quantization.config import QuantConfig, Rule
 from edgewright.quantization.coverage import warn_left_out
 from edgewright.quantization.kv_cache import attach_kv_quantization
@@ -118,10 +119,12 @@ def quantizable_layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE) and not isinstance(module, PACKED):
             found[name] = module
-        for stack in getattr(module, "weight_stacks", ()):
-            if isinstance(weight := getattr(module, stack), nn.Parameter):
-                found[_child(name, stack)] = WeightStack(weight, getattr(module, "group_axis", "in"))
-        for stack in () if hasattr(module, "weight_stacks") else foreign_stacks(module):
+        if isinstance(module, HasWeightStacks):
+            for stack in module.weight_stacks:
+                if isinstance(weight := getattr(module, stack), nn.Parameter):
+                    found[_child(name, stack)] = WeightStack(weight, getattr(module, "group_axis", "in"))
+            continue
+        for stack in foreign_stacks(module):
             found[_child(name, stack)] = WeightStack(getattr(module, stack), str(stack_axis(module)), foreign=True)
     return found
 
@@ -278,7 +281,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> N
     owner = model.get_submodule(parent)
     held = getattr(owner, child)
     stacked = held.ndim == 3 if isinstance(held, nn.Parameter) else isinstance(held, QuantStack | PackedStack)
-    if stacked and not hasattr(owner, "weight_stacks"):
+    if stacked and not isinstance(owner, HasWeightStacks):
         put_stack(owner, child, module)
         return
     if isinstance(held, nn.Parameter):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
+from edgewright.protocols import HasSparseParameters
 from edgewright.training.distributed import is_split
 from edgewright.training.snapshot import model_tensors
 
@@ -125,7 +126,7 @@ def find_tables(
     """
     names = {id(tensor): name for name, tensor in model_tensors(model).items()}
     found = {id(shard.parameter): shard for shard in shards}
-    sparse = model.sparse_parameters() if callable(getattr(model, "sparse_parameters", None)) else ()  # type: ignore[operator]
+    sparse = model.sparse_parameters() if isinstance(model, HasSparseParameters) else ()
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     for parameter in [*sparse, *(module.weight for module in embeddings)]:
         if id(parameter) not in found and id(parameter) in names and not is_split(parameter):
