@@ -28,16 +28,16 @@ def test_reading_is_plausible_and_beats_copying(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for _ in range(9):
+        for _ in range(30):
             read.append(probe.sample())
             start = time.perf_counter()
             target.copy_(source)
             copied.append(BUFFER / (time.perf_counter() - start))
     finally:
         torch.set_num_threads(before)
-    # A copy moves two or three bytes for each one copied. The best of nine and half of it, because other programs,
-    # tests beside this one among them, share the machine.
-    assert max(read) > 0.5 * max(copied)
+    # A copy moves two or three bytes for each one copied. The best of thirty, because other programs, tests beside this
+    # one among them, share the machine.
+    assert max(read) > max(copied)
     assert 1e8 < max(read) < 1e13
 
 
