@@ -14,6 +14,7 @@ from edgewright.errors import EdgewrightError, UsageError
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import new_decoder
 from edgewright.systems.stem.files import load_offloaded, save_stem
+from tests.fuzz_models import tokenizer
 from tests.systems.stem.toys import stem
 
 WRONG: dict[str, tuple[Any, ...]] = {  # by the declared type, without "| None"
@@ -53,8 +54,6 @@ def test_layers_are_made_of_typed_fields(kind: str, fields: dict[str, Any]) -> N
 
 
 def test_folders_with_such_fields_are_refused(tmp_path: Path) -> None:
-    from tests.fuzz_readers import tokenizer
-
     save_stem(stem(vocab_size=256), tmp_path, tokenizer())
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
