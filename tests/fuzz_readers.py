@@ -66,7 +66,7 @@ def build_checkpoints(folder: Path) -> None:
 
 
 def seal_checkpoints(folder: Path) -> None:
-    from edgewright.systems.check_n_run.manifest import NAME, _digest
+    from edgewright.training.checkpoint.manifest import NAME, _digest
 
     for manifest in (folder / "ck").glob(f"ckpt-*/{NAME}"):
         body = json.loads(manifest.read_text())
@@ -80,8 +80,8 @@ def seal_checkpoints(folder: Path) -> None:
 def read_checkpoints(folder: Path) -> None:
     from edgewright.errors import EdgewrightError
     from edgewright.systems.check_n_run import restore
-    from edgewright.systems.check_n_run.files import LocalFiles
     from edgewright.systems.check_n_run.recovery import inspect_dir, load_model
+    from edgewright.training.checkpoint.files import LocalFiles
     from tests.systems.check_n_run.toy import Run, same
 
     inspect_dir(folder / "ck", content=True)
@@ -100,9 +100,9 @@ def read_checkpoints(folder: Path) -> None:
 def build_update(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from edgewright.systems.check_n_run.files import LocalFiles
     from edgewright.systems.check_n_run.recovery import load_model
     from edgewright.systems.check_n_run.update import diff
+    from edgewright.training.checkpoint.files import LocalFiles
 
     build_checkpoints(folder)
     first, last = sorted((folder / "ck").glob("ckpt-*"))

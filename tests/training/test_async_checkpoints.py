@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import OutputError
-from edgewright.training import BlockBatches, TrainConfig, checkpoint as files, fit
+from edgewright.training import BlockBatches, TrainConfig, fit, run_checkpoint as files
 
 
 def make(seed: int = 0) -> nn.Module:

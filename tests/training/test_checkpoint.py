@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.training import checkpoint
+from edgewright.training import run_checkpoint as checkpoint
 
 
 def same(a, b) -> bool:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
-from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, checkpoint, fit
+from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit, run_checkpoint as checkpoint
 from tests.processes import run_script
 from tests.training import training_toy as toy
 from tests.training.training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run

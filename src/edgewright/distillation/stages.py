@@ -29,9 +29,9 @@ from edgewright.io.hashing import crc32
 from edgewright.io.json_file import read_object
 from edgewright.io.run_folder import difference
 from edgewright.io.tensors import load_tensors, save_tensors
-from edgewright.training.checkpoint import latest_checkpoint
 from edgewright.training.config import TrainConfig
 from edgewright.training.loop import fit
+from edgewright.training.run_checkpoint import latest_checkpoint
 
 STUDENT = "student.safetensors"
 RECORD = "stage.json"

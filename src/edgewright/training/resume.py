@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, EdgewrightError, FormatError, UsageError
 from edgewright.protocols import DiffersByProcess, KeepsState
-from edgewright.training import checkpoint, sharded, snapshot
+from edgewright.training import run_checkpoint as checkpoint, sharded, snapshot
 from edgewright.training.background import Background
+from edgewright.training.checkpoint.tree import check_state, describe
 from edgewright.training.distributed import is_split
 from edgewright.training.metrics import MetricsLog
 from edgewright.training.sharded_parts import new_parts
@@ -79,8 +80,8 @@ class Keeper:
                     "the optimizer holds parameters that are not in the model, so a checkpoint would miss them; "
                     "put all of them into one nn.Module"
                 )
-            checkpoint.check_state(dict(settings), "settings")
-            checkpoint.check_state(optimizer.state_dict()["param_groups"], "optimizer")
+            check_state(dict(settings), "settings")
+            check_state(optimizer.state_dict()["param_groups"], "optimizer")
             self._frozen = snapshot.frozen_checksums(model)
 
     def restore(self, policy: str) -> Position:
@@ -210,7 +211,7 @@ class Keeper:
                 "optimizer": self._optimizer.state_dict(),
                 "gradients": snapshot.gradients(self._model),
                 "frozen": self._frozen,
-                "shapes": {n: checkpoint.describe(t) for n, t in snapshot.model_tensors(self._model).items()},
+                "shapes": {n: describe(t) for n, t in snapshot.model_tensors(self._model).items()},
                 "own": self._accelerator.num_processes if own else 0,
                 **dict.fromkeys(own or ()),  # each process writes those itself
             }

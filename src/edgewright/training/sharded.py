@@ -9,50 +9,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, OutputError, UsageError
-from edgewright.training.distributed import cuts, is_split, whole, zeros_like_split
+from edgewright.errors import OutputError, UsageError
+from edgewright.training.checkpoint.tree import Part
+from edgewright.training.distributed import is_split, whole
 
 FOLDER = "sharded"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Stands in a saved state for a tensor that lies in the folder of parts, under `key`.
-
-    shape and dtype of the whole; cuts: for each dimension of the mesh the tensor's dimension that it splits, or None.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    cuts: tuple[int | None, ...]
-
-    @classmethod
-    def of(cls, key: str, tensor: Any) -> Part:
-        """The stand-in of a split tensor."""
-        return cls(key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), cuts(tensor))
-
-    def empty(self, parameter: Tensor) -> Tensor:
-        """Zeros for the tensor, on the mesh of the parameter whose state it is; whole where the parameter is whole."""
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise FormatError(f"the state {self.key!r} is of an unknown type {self.dtype[:20]!r}")
-        if not is_split(parameter):
-            return torch.zeros(self.shape, dtype=dtype, device=parameter.device)
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-        if len(self.cuts) != mesh.ndim:
-            raise UsageError(
-                f"the state {self.key!r} was split over a mesh of {len(self.cuts)} dimensions, and the model is over "
-                f"one of {mesh.ndim}; resume on a mesh of as many dimensions"
-            )
-        return zeros_like_split(self.shape, dtype, parameter, self.cuts)
 
 
 def shard_(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:

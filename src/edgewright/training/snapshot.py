@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.hashing import bit_sum
 from edgewright.training.batches import ResumableBatches
-from edgewright.training.checkpoint import describe
+from edgewright.training.checkpoint.tree import describe
 
 # Entries of torch's optimizers that have the shape of their parameter.
 FULL_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg", "exp_inf", "acc_delta")

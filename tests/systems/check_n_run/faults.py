@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from edgewright.errors import UsageError
-from edgewright.systems.check_n_run.files import Kind
+from edgewright.training.checkpoint.files import Kind
 
 
 @dataclass

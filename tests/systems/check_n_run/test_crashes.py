@@ -17,7 +17,7 @@ import torch
 
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.systems.check_n_run.files import LocalFiles
+from edgewright.training.checkpoint.files import LocalFiles
 from tests.systems.check_n_run.faults import Killed, MemoryFiles, Operation, crashed
 from tests.systems.check_n_run.toy import Run, same
 

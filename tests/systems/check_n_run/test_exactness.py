@@ -14,7 +14,7 @@ from edgewright.errors import OutputError
 from edgewright.io.row_codes import unpackable_rows
 from edgewright.io.row_ranges import quantize_rows
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, Prefetched, RestoreInfo, restore
-from edgewright.systems.check_n_run.chain import catalogue, chain_of, replay
+from edgewright.training.checkpoint.chain import catalogue, chain_of, replay
 from tests.systems.check_n_run.faults import MemoryFiles, Operation
 from tests.systems.check_n_run.toy import DIM, Run, same
 
@@ -252,7 +252,7 @@ def test_state_that_appears_later_makes_the_next_checkpoint_full() -> None:
 
 
 def test_many_chunks_and_the_child_process_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgewright.systems.check_n_run import writer
+    from edgewright.training.checkpoint import writer
 
     run = Run()
     begin = writer.Job.__init__

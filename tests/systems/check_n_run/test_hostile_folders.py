@@ -16,8 +16,8 @@ from edgewright import cli
 from edgewright.errors import EdgewrightError, FormatError, UsageError
 from edgewright.io.cover import cover_problem
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, restore
-from edgewright.systems.check_n_run.files import LocalFiles
-from edgewright.systems.check_n_run.manifest import NAME, _digest
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.manifest import NAME, _digest
 from tests.fuzz_readers import build_checkpoints, seal_checkpoints
 from tests.systems.check_n_run.toy import Run, same
 

@@ -14,8 +14,8 @@ from torch import nn
 from edgewright.errors import CheckFailed, EdgewrightError, FormatError, Unsupported, UsageError
 from edgewright.systems.check_n_run import CheckpointConfig, DiffCheckpointer, RestoreInfo, RowShard, restore
 from edgewright.systems.check_n_run.config import full_is_due, next_kind, stored_bits
-from edgewright.systems.check_n_run.manifest import _digest
 from edgewright.systems.check_n_run.tables import RowBits
+from edgewright.training.checkpoint.manifest import _digest
 from tests.systems.check_n_run.faults import MemoryFiles
 from tests.systems.check_n_run.toy import Clicks, Run, same
 

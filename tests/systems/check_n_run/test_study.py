@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgewright.systems.check_n_run.files import LOCK, LocalFiles
 from edgewright.systems.check_n_run.study import LOCK_BYTES, held_bytes
+from edgewright.training.checkpoint.files import LOCK, LocalFiles
 
 
 def test_held_bytes_do_not_depend_on_who_holds_the_lock(tmp_path: Path, monkeypatch) -> None:

@@ -22,7 +22,7 @@ from edgewright.systems.check_n_run import (
     restore,
     update as updates,
 )
-from edgewright.systems.check_n_run.files import LOCK, open_files
+from edgewright.training.checkpoint.files import LOCK, open_files
 from tests.systems.check_n_run.toy import Run, same
 
 

@@ -33,7 +33,7 @@ from edgewright.systems.distributed_lion.distributed import (
 )
 from edgewright.systems.distributed_lion.lion import Lion
 from edgewright.training import BlockBatches, TrainConfig, fit
-from edgewright.training.checkpoint import latest_checkpoint, read_state
+from edgewright.training.run_checkpoint import latest_checkpoint, read_state
 from tests.processes import fork
 from tests.systems.distributed_lion.network import (
     CASES,

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from edgewright.systems.check_n_run.config import (
         CheckpointConfig as CheckpointConfig,
         RestoreInfo as RestoreInfo,
-        Saved as Saved,
     )
     from edgewright.systems.check_n_run.recovery import inspect_dir as inspect_dir, restore as restore
-    from edgewright.systems.check_n_run.tables import RowShard as RowShard
     from edgewright.systems.check_n_run.update import apply_delta as apply_delta, diff as diff, merge as merge
+    from edgewright.training.checkpoint.capture import RowShard as RowShard
+    from edgewright.training.checkpoint.writer import Saved as Saved
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
@@ -25,8 +25,8 @@ __getattr__, __dir__, __all__ = lazy(
         "DiffCheckpointer": "edgewright.systems.check_n_run.checkpointer",
         "Prefetched": "edgewright.systems.check_n_run.checkpointer",
         "RestoreInfo": "edgewright.systems.check_n_run.config",
-        "RowShard": "edgewright.systems.check_n_run.tables",
-        "Saved": "edgewright.systems.check_n_run.config",
+        "RowShard": "edgewright.training.checkpoint.capture",
+        "Saved": "edgewright.training.checkpoint.writer",
         "apply_delta": "edgewright.systems.check_n_run.update",
         "diff": "edgewright.systems.check_n_run.update",
         "inspect_dir": "edgewright.systems.check_n_run.recovery",

@@ -16,25 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, OutputError, UsageError
-from edgewright.systems.check_n_run.chain import catalogue, chain_of, clean
-from edgewright.systems.check_n_run.config import CheckpointConfig, Policy, RestoreInfo, Saved, next_kind, stored_bits
-from edgewright.systems.check_n_run.files import Files, open_files, output_error
-from edgewright.systems.check_n_run.manifest import Manifest, Table
+from edgewright.systems.check_n_run.config import CheckpointConfig, Policy, RestoreInfo, next_kind, stored_bits
 from edgewright.systems.check_n_run.recovery import changed_rows
-from edgewright.systems.check_n_run.state import Ranks, capture, check_optimizers, describe_tables
+from edgewright.systems.check_n_run.state import capture, check_optimizers, describe_tables
 from edgewright.systems.check_n_run.tables import (
-    RowShard,
     Taken,
-    TouchedRows,
     Tracker,
     find_tables,
     leaves,
     moves_untouched,
 )
-from edgewright.systems.check_n_run.writer import InProcess, InThread, Order, Published, publish
 from edgewright.training import snapshot
 from edgewright.training.background import Background
 from edgewright.training.batches import ResumableBatches
+from edgewright.training.checkpoint.capture import RowShard, TouchedRows
+from edgewright.training.checkpoint.chain import catalogue, chain_of, clean
+from edgewright.training.checkpoint.files import Files, open_files, output_error
+from edgewright.training.checkpoint.manifest import Manifest, Table
+from edgewright.training.checkpoint.ranks import Ranks
+from edgewright.training.checkpoint.records import Encoding
+from edgewright.training.checkpoint.writer import InProcess, InThread, Order, Published, Saved, publish
 
 
 @dataclass
@@ -175,7 +176,7 @@ class DiffCheckpointer:
         self._line = Lineage()
         self._pending: _Pending | None = None
         self._failed: BaseException | None = None
-        self._proved: set[str] = set()
+        self._verified: set[str] = set()
         self._background = Background()
         self._executor = InProcess() if config.executor == "process" else InThread()
         self._last_time = time.monotonic()
@@ -264,14 +265,24 @@ class DiffCheckpointer:
             self.tracker.put_back(taken)
             raise
         line = self._line if kind == "diff" else Lineage(self._line.parent)
+        state_bits = 8 if config.optimizer_bits == 8 else None
         order = Order(
-            kind, said[0][2], bits, line.parent, list(line.chain), list(line.sizes), line.base_bytes, self.restores,
-            time.perf_counter() - began,
-        )  # fmt: skip
+            unique=said[0][2],
+            kind=kind,
+            policy=policy,
+            encoding=Encoding(bits, config.method, config.nbins, config.ratio, state_bits, config.seed),
+            parent=line.parent,
+            chain=list(line.chain),
+            sizes=list(line.sizes),
+            base_bytes=line.base_bytes,
+            restores=self.restores,
+            stall=time.perf_counter() - began,
+            keep=config.keep,
+        )
         pending = self._pending = _Pending(taken, tables)
 
         def write() -> None:
-            pending.published = publish(self.files, self.ranks, self._executor, config, order, state, self._proved)
+            pending.published = publish(self.files, self.ranks, self._executor, order, state, self._verified)
 
         self._background.start(write)
         if now:

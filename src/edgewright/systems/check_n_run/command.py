@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.systems.check_n_run.files import open_files, output_error
+from edgewright.training.checkpoint.files import open_files, output_error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,8 +100,8 @@ def _collect(args: argparse.Namespace) -> int:
     if args.keep < 1:
         raise UsageError(f"--keep {args.keep}; give 1 or more")
 
-    from edgewright.systems.check_n_run.chain import clean, collect
     from edgewright.systems.check_n_run.recovery import inspect_dir, need_checkpoints
+    from edgewright.training.checkpoint.chain import clean, collect
 
     files = open_files(args.dir)
     need_checkpoints(files, inspect_dir(files))

@@ -73,9 +73,6 @@ def next_kind(policy: Policy, based: bool, sizes: Sequence[float]) -> Literal["f
     return "full" if policy == "intermittent" and full_is_due(sizes) else "diff"
 
 
-Kind = Literal["full", "diff"]
-
-
 @dataclass(frozen=True)
 class CheckpointConfig:
     """policy, bits, expected_restores: see `policies` and `bits`. method: "adaptive" (greedy range; 8 bits always have
@@ -126,30 +123,6 @@ class CheckpointConfig:
         for name, (holds, allowed) in rules.items():
             if not holds:
                 raise UsageError(f"CheckpointConfig {name}={getattr(self, name)!r}: it must be {allowed}")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was written.
-
-    bytes: all its files, data_bytes: without the manifest; ratio: of the data, against the full one that it builds
-    upon. stall_seconds: how long training stood still (waiting for the one before included); seconds: until it existed.
-    """
-
-    id: str
-    kind: Kind
-    step: int
-    bits: int | None
-    rows: int
-    raw_rows: int
-    bytes: int
-    data_bytes: int
-    ratio: float
-    digest: str
-    stall_seconds: float = 0.0
-    seconds: float = 0.0
-    quantize_seconds: float = 0.0
-    write_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.systems.check_n_run.chain import (
+from edgewright.systems.check_n_run.config import RestoreInfo
+from edgewright.systems.check_n_run.tables import leaves
+from edgewright.training import snapshot
+from edgewright.training.checkpoint.capture import RowShard
+from edgewright.training.checkpoint.chain import (
     Catalogue,
     TableRows,
     catalogue,
@@ -26,15 +30,12 @@ from edgewright.systems.check_n_run.chain import (
     newest,
     replay,
 )
-from edgewright.systems.check_n_run.config import RestoreInfo
-from edgewright.systems.check_n_run.files import Files, open_files
-from edgewright.systems.check_n_run.manifest import ROWS, Manifest
-from edgewright.systems.check_n_run.records import decode_ids
-from edgewright.systems.check_n_run.shards import DTYPES, Place, read_file, read_tensors, whole_shape
-from edgewright.systems.check_n_run.state import Ranks
-from edgewright.systems.check_n_run.tables import RowShard, leaves
-from edgewright.training import snapshot
-from edgewright.training.checkpoint import decode_state
+from edgewright.training.checkpoint.files import Files, open_files
+from edgewright.training.checkpoint.manifest import ROWS, Manifest
+from edgewright.training.checkpoint.ranks import Ranks
+from edgewright.training.checkpoint.records import decode_ids
+from edgewright.training.checkpoint.shards import DTYPES, Place, read_file, read_tensors, whole_shape
+from edgewright.training.checkpoint.tree import decode_state
 from edgewright.training.distributed import is_split
 
 _TAGS = ("__tensor__", "__part__")
@@ -85,7 +86,7 @@ class Placing:
             parts[shard.name] = low, high - low
         self.tables = replay(files, chain, parts)
         ranks = self.tip.state["ranks"]
-        own = decode_state(_whole(ranks[rank]), targets) if rank < len(ranks) and world == len(ranks) else None
+        own = decode_state(ranks[rank], targets) if rank < len(ranks) and world == len(ranks) else None
         self.random: Any = None if own is None else own["random"]
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if self.random is not None:
@@ -201,7 +202,7 @@ class Placing:
         shards = {id(shard.parameter): shard for shard in self.rows}
         for leaf, entry in zip(self.leaves, self.tip.state["optimizers"], strict=False):
             for group, saved in zip(leaf.param_groups, entry["groups"], strict=True):
-                options = decode_state(_whole(saved), self.values)
+                options = decode_state(saved, self.values)
                 for name, value in options.items():
                     if not snapshot.option_fits(value, group.get(name)):
                         raise FormatError(
@@ -216,7 +217,7 @@ class Placing:
                         if shard is not None and isinstance(value, dict) and ROWS in value:
                             found[label] = _slice(self.tables[shard.name], shard).state[label].clone()
                         else:
-                            found[label] = decode_state(_whole(value), self.values)
+                            found[label] = decode_state(value, self.values)
                     odd = [n for n, value in found.items() if not snapshot.state_fits(leaf, n, value, parameter)]
                     if odd:
                         raise FormatError(f"{self.tip.id}: the optimizer's {odd[0][:40]!r} is of another kind")
@@ -256,15 +257,6 @@ def _placed(value: Any, label: str, before: Any, parameter: Tensor, group: dict[
         return old.copy_(value)
     counts = label == "step" and not (group.get("capturable") or group.get("fused"))
     return value.to("cpu" if counts else parameter.device)
-
-
-def _whole(tree: Any) -> Any:
-    """Tags of parts as tags of tensors: what is split was put together, or split anew, when it was read."""
-    if isinstance(tree, list):
-        return [_whole(part) for part in tree]
-    if isinstance(tree, dict):
-        return {("__tensor__" if key == "__part__" else key): _whole(value) for key, value in tree.items()}
-    return tree
 
 
 def restore(

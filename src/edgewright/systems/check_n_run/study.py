@@ -14,14 +14,14 @@ import torch
 from edgewright.io.row_ranges import quantize_rows
 from edgewright.systems.check_n_run.checkpointer import DiffCheckpointer
 from edgewright.systems.check_n_run.config import POLICIES, CheckpointConfig
-from edgewright.systems.check_n_run.files import LOCK
-from edgewright.systems.check_n_run.records import RANGE
 from edgewright.systems.check_n_run.recovery import restore
 from edgewright.systems.dlrm.clicks import ClickLoss
 from edgewright.systems.dlrm.metrics import evaluate
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.movielens import CROSSES, TABLES, movielens_100k
 from edgewright.systems.dlrm.optimizers import dlrm_optimizer
+from edgewright.training.checkpoint.files import LOCK
+from edgewright.training.checkpoint.records import RANGE
 
 if TYPE_CHECKING:
     from torch import Tensor

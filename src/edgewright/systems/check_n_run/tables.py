@@ -12,7 +12,7 @@ written is marked anew, and a write that fails puts its rows back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.protocols import HasSparseParameters
+from edgewright.training.checkpoint.capture import RowShard
 from edgewright.training.distributed import is_split
 from edgewright.training.snapshot import model_tensors
 
@@ -70,28 +71,6 @@ class RowBits:
 
 
 ROW_LOCAL = ("SGD", "Adagrad", "SparseAdam", "RowwiseAdagrad")
-TouchedRows = Callable[[], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class RowShard:
-    """A table, or this process's part of one: rows first .. first + len(parameter) of `rows` rows called `name`.
-
-    touched: gives the rows (int64, counted from `first`) that the optimizer step just done has changed; None: the rows
-    with a gradient. The first axis of `parameter` counts the rows, whatever follows is a row: experts of a mixture,
-    adapters of a bank.
-    """
-
-    parameter: Tensor
-    name: str
-    first: int = 0
-    rows: int | None = None
-    touched: TouchedRows | None = None
-
-    @property
-    def total(self) -> int:
-        """Rows of the whole table."""
-        return len(self.parameter) if self.rows is None else self.rows
 
 
 def leaves(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.optim.Optimizer]:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from edgewright.errors import CheckFailed, FormatError, UsageError
 from edgewright.io.hashing import sha256, tensors_hash
 from edgewright.io.tensors import read_tensors, save_tensors
-from edgewright.systems.check_n_run.files import Files
-from edgewright.systems.check_n_run.manifest import Manifest, Table, check_record, kinds_of
-from edgewright.systems.check_n_run.records import decode_ids, decode_values, encode_ids
 from edgewright.systems.check_n_run.recovery import find, load_model
-from edgewright.systems.check_n_run.shards import read_file
 from edgewright.training import snapshot
+from edgewright.training.checkpoint.files import Files
+from edgewright.training.checkpoint.manifest import Manifest, Table, check_record, kinds_of
+from edgewright.training.checkpoint.records import decode_ids, decode_values, encode_ids
+from edgewright.training.checkpoint.shards import read_file
 
 KIND, VERSION = "edgewright-update", 1
 _KEY = "update"

@@ -9,9 +9,9 @@ Give the optimizer of the tables last: a process without tables has none.
 
 from __future__ import annotations
 
-from edgewright.systems.check_n_run import RowShard
 from edgewright.systems.dlrm.sharded import ShardedDLRM
 from edgewright.systems.dlrm.tables import QREmbeddingBag, row_parameters
+from edgewright.training.checkpoint.capture import RowShard
 
 
 def row_shards(sharded: ShardedDLRM) -> list[RowShard]:

@@ -15,8 +15,8 @@ from edgewright.errors import UsageError
 from edgewright.systems.dlrm.clicks import ClickData, ClickLoss
 from edgewright.systems.dlrm.metrics import ClickMetrics, evaluate
 from edgewright.systems.dlrm.optimizers import dlrm_optimizer
-from edgewright.training.checkpoint import latest_checkpoint
 from edgewright.training.loop import TrainConfig, TrainResult, fit
+from edgewright.training.run_checkpoint import latest_checkpoint
 from edgewright.training.schedules import Schedule
 
 

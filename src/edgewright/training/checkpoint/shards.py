@@ -34,7 +34,7 @@ from edgewright.errors import FormatError
 from edgewright.io.cover import cover_problem
 from edgewright.io.hashing import RunningHash, file_hash
 from edgewright.io.safetensors_header import SafetensorsEntry, read_header
-from edgewright.systems.check_n_run.files import Files
+from edgewright.training.checkpoint.files import Files
 
 SUFFIX = ".safetensors"
 DTYPES = {

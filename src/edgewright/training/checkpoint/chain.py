@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError
-from edgewright.systems.check_n_run.files import Files
-from edgewright.systems.check_n_run.manifest import (
+from edgewright.training.checkpoint.files import Files
+from edgewright.training.checkpoint.manifest import (
     FILE,
     ID,
     NAME,
@@ -33,8 +33,8 @@ from edgewright.systems.check_n_run.manifest import (
     dtype_of,
     read,
 )
-from edgewright.systems.check_n_run.records import decode_ids, decode_state, decode_values
-from edgewright.systems.check_n_run.shards import SUFFIX, Place, digest, header, read_file
+from edgewright.training.checkpoint.records import decode_ids, decode_state, decode_values
+from edgewright.training.checkpoint.shards import SUFFIX, Place, digest, header, read_file
 
 
 @dataclass

@@ -11,14 +11,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from edgewright.errors import EdgewrightError, OutputError
 from edgewright.measure.machine import versions
-from edgewright.systems.check_n_run.chain import (
+from edgewright.training.checkpoint.capture import Captured, merge_tables, merge_trees
+from edgewright.training.checkpoint.chain import (
     catalogue,
     checkpoint_id,
     collect,
@@ -27,12 +28,11 @@ from edgewright.systems.check_n_run.chain import (
     point,
     working_folder,
 )
-from edgewright.systems.check_n_run.config import CheckpointConfig, Kind, Saved
-from edgewright.systems.check_n_run.files import Files, output_error
-from edgewright.systems.check_n_run.manifest import Manifest
-from edgewright.systems.check_n_run.records import Encoding, RowBatch, encode, tuned
-from edgewright.systems.check_n_run.shards import SUFFIX, write_shard
-from edgewright.systems.check_n_run.state import Captured, Ranks, merge_tables, merge_trees
+from edgewright.training.checkpoint.files import Files, output_error
+from edgewright.training.checkpoint.manifest import Manifest
+from edgewright.training.checkpoint.ranks import Ranks
+from edgewright.training.checkpoint.records import Encoding, RowBatch, encode, tuned
+from edgewright.training.checkpoint.shards import SUFFIX, write_shard
 
 _CHUNK = 32 << 20  # bytes of rows that become one file
 
@@ -182,19 +182,52 @@ def _serve(pipe: Any) -> None:
             pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
+Kind = Literal["full", "diff"]
+
+
 @dataclass(frozen=True)
 class Order:
-    """What the checkpoint is to be. unique: 32 hex digits that all processes agreed on; chain, sizes: see Manifest."""
+    """What the checkpoint is to be. unique: hex digits that all processes agreed on, the first eight end its name.
 
-    kind: Kind
+    encoding: of rows. parent, chain, sizes, restores: see Manifest. base_bytes: of the full checkpoint that this one
+    builds upon. stall: seconds that training has stood still for it. keep: how many checkpoints stay.
+    """
+
     unique: str
+    kind: Kind = "full"
+    policy: str = "full"
+    encoding: Encoding = Encoding()
+    parent: list[str] | None = None
+    chain: list[list[str]] = field(default_factory=list)
+    sizes: list[float] = field(default_factory=list)
+    base_bytes: int = 0
+    restores: int = 0
+    stall: float = 0.0
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was written.
+
+    bytes: all its files, data_bytes: without the manifest; ratio: of the data, against the full one that it builds
+    upon. stall_seconds: how long training stood still (waiting for the one before included); seconds: until it existed.
+    """
+
+    id: str
+    kind: Kind
+    step: int
     bits: int | None
-    parent: list[str] | None
-    chain: list[list[str]]
-    sizes: list[float]
-    base_bytes: int
-    restores: int
-    stall: float
+    rows: int
+    raw_rows: int
+    bytes: int
+    data_bytes: int
+    ratio: float
+    digest: str
+    stall_seconds: float = 0.0
+    seconds: float = 0.0
+    quantize_seconds: float = 0.0
+    write_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -209,7 +242,6 @@ def publish(
     files: Files,
     ranks: Ranks,
     executor: InThread | InProcess,
-    config: CheckpointConfig,
     order: Order,
     state: Captured,
     verified: set[str],
@@ -221,9 +253,7 @@ def publish(
     began = time.perf_counter()
     identity = checkpoint_id(state.step, order.unique)
     folder = working_folder(files, identity, order.unique)
-    state_bits = 8 if config.optimizer_bits == 8 else None
-    encoding = Encoding(order.bits, config.method, config.nbins, config.ratio, state_bits, config.seed)
-    job = Job(folder, ranks.rank, state.tensors, state.offsets, state.rows, encoding)
+    job = Job(folder, ranks.rank, state.tensors, state.offsets, state.rows, order.encoding)
     error: BaseException | None = None
     written, manifest, digest = Written(), None, ""
     try:
@@ -235,7 +265,7 @@ def publish(
         parts = ranks.gather((written, state.tree, state.tables), behind=True)
         if ranks.first:
             try:
-                manifest = _manifest(files, config, order, state.step, identity, parts)
+                manifest = _manifest(files, order, state.step, identity, parts)
                 digest = commit(files, folder, manifest)
             except Exception as caught:
                 error = _spoken(files, caught)
@@ -247,12 +277,12 @@ def publish(
         raise
     assert manifest is not None
     verified.add(identity)
-    late = _afterwards(files, config, identity, verified) if ranks.first else None
+    late = _afterwards(files, order.keep, identity, verified) if ranks.first else None
     saved = Saved(
         id=identity,
         kind=order.kind,
         step=state.step,
-        bits=order.bits,
+        bits=order.encoding.bits,
         rows=manifest.rows,
         raw_rows=manifest.raw_rows,
         bytes=manifest.data_bytes + len(manifest.encode()[0]),
@@ -267,9 +297,7 @@ def publish(
     return Published(saved, late)
 
 
-def _manifest(
-    files: Files, config: CheckpointConfig, order: Order, step: int, identity: str, parts: list[Any]
-) -> Manifest:
+def _manifest(files: Files, order: Order, step: int, identity: str, parts: list[Any]) -> Manifest:
     all_files: dict[str, list[Any]] = {}
     dense: dict[str, list[list[Any]]] = {}
     for written, _, _ in parts:
@@ -283,9 +311,9 @@ def _manifest(
         sequence=max((manifest.sequence for manifest in catalogue(files).found), default=0) + 1,
         parent=None if order.parent is None else order.parent[0],
         chain=order.chain,
-        policy=config.policy,
-        bits=order.bits,
-        method=config.method,
+        policy=order.policy,
+        bits=order.encoding.bits,
+        method=order.encoding.method,
         restores=order.restores,
         world=len(parts),
         tables=merge_tables([tables for _, _, tables in parts]),
@@ -299,11 +327,11 @@ def _manifest(
     )
 
 
-def _afterwards(files: Files, config: CheckpointConfig, identity: str, verified: set[str]) -> BaseException | None:
+def _afterwards(files: Files, keep: int, identity: str, verified: set[str]) -> BaseException | None:
     """What comes once the checkpoint exists; its failure leaves a hint, or old checkpoints, as they were."""
     try:
         point(files, identity)
-        collect(files, config.keep, verified)
+        collect(files, keep, verified)
     except OSError as error:
         return output_error(files, error)
     return None

@@ -21,8 +21,8 @@ from edgewright.errors import FormatError
 from edgewright.io.hashing import sha256
 from edgewright.io.row_codes import ROW_BITS, row_bytes
 from edgewright.io.safetensors_header import SafetensorsEntry
-from edgewright.systems.check_n_run.files import Files
-from edgewright.systems.check_n_run.shards import DTYPES, Place, header, whole_shape
+from edgewright.training.checkpoint.files import Files
+from edgewright.training.checkpoint.shards import DTYPES, Place, header, whole_shape
 
 KIND, VERSION = "edgewright-checkpoint", 1
 NAME = "manifest.json"

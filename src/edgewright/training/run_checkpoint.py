@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,8 +22,9 @@ from edgewright.io.atomic import atomic_directory, sync_file
 from edgewright.io.json_file import read_json
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import save_tensors
+from edgewright.training.checkpoint.tree import decode_state, describe, encode_state
 from edgewright.training.distributed import is_split
-from edgewright.training.sharded import FOLDER as PARTS, Part, begin_folder, finish_folder
+from edgewright.training.sharded import FOLDER as PARTS, begin_folder, finish_folder
 from edgewright.training.sharded_parts import part_names, write_parts
 
 FORMAT = 1
@@ -127,11 +126,6 @@ def _own(folder: Path, process: int, name: str) -> Path:
     return folder / f"{process:05d}-{name}"
 
 
-def check_state(value: Any, place: str) -> None:
-    """Raise UsageError now rather than at the first checkpoint when `value` could not be saved."""
-    encode_state(value, {}, place)
-
-
 def read_state(path: Path) -> Any:
     """The `state` of a checkpoint, tensors in memory of their own. Raises FormatError when the folder is damaged."""
     try:
@@ -183,11 +177,6 @@ def remove_checkpoints(output: str | Path, keep: Path | None = None) -> None:
         pass
 
 
-def describe(tensor: Tensor) -> str:
-    """Dtype and shape, as in "float32[64, 128]"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
 def _checkpoints(output: Path) -> list[Path]:
     folder = output / FOLDER
     return [path for path in folder.iterdir() if NAME.fullmatch(path.name)] if folder.is_dir() else []
@@ -214,54 +203,3 @@ def damaged(path: Path, error: Exception) -> FormatError:
     return FormatError(
         f"checkpoint {path} is damaged ({' '.join(reason.split())[:300]}): remove that folder, or pass resume='never'"
     )
-
-
-def encode_state(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
-    """JSON for a tree; tensors go to `tensors` and leave their key. Tags are dicts whose one key starts with "__"."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided:
-            raise UsageError(f"{place} is a {value.layout} tensor, which a checkpoint cannot hold: make it dense")
-        key = f"{len(tensors):05d} {place}"
-        tensors[key] = value
-        if not is_split(value):
-            return {"__tensor__": key}
-        part = Part.of(key, value)
-        return {"__part__": key, "shape": list(part.shape), "dtype": part.dtype, "cuts": list(part.cuts)}
-    if isinstance(value, np.ndarray):
-        return {"__array__": encode_state(torch.from_numpy(np.ascontiguousarray(value)), tensors, place)}
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, tuple):
-        return {"__tuple__": [encode_state(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]}
-    if isinstance(value, list):
-        return [encode_state(part, tensors, f"{place}[{i}]") for i, part in enumerate(value)]
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) and not key.startswith("__") for key in value):
-            return {key: encode_state(part, tensors, f"{place}.{key}") for key, part in value.items()}
-        pairs = [
-            [encode_state(key, tensors, place), encode_state(part, tensors, f"{place}.{key}")]
-            for key, part in value.items()
-        ]
-        return {"__pairs__": pairs}
-    kind = type(value).__name__
-    raise UsageError(f"{place} is of type {kind}, which a checkpoint cannot hold: use tensors and JSON values")
-
-
-def decode_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, list):
-        return [decode_state(part, tensors) for part in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if "__part__" in tree:
-        return Part(tree["__part__"], tuple(tree["shape"]), tree["dtype"], tuple(tree["cuts"]))
-    if "__array__" in tree:
-        return decode_state(tree["__array__"], tensors).numpy()
-    if "__tuple__" in tree:
-        return tuple(decode_state(part, tensors) for part in tree["__tuple__"])
-    if "__pairs__" in tree:
-        return {decode_state(key, tensors): decode_state(part, tensors) for key, part in tree["__pairs__"]}
-    return {key: decode_state(part, tensors) for key, part in tree.items()}
