@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.errors import OutputError
-from edgewright.training import BlockBatches, TrainConfig, fit, run_checkpoint as files
+from edgewright.training import BlockBatches, TrainConfig, fit, resume
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.whole import SavedState
+from edgewright.training.resume import MODEL, latest_checkpoint, step_of
 
 
 def make(seed: int = 0) -> nn.Module:
@@ -47,10 +50,10 @@ def stopping(at: int) -> Any:
 
 
 def contents(folder: Path) -> dict[str, Tensor]:
-    path = files.latest_checkpoint(folder)
+    path = latest_checkpoint(folder)
     assert path is not None
-    targets = {name: tensor for name, tensor in make(5).named_parameters()}
-    return {"step": torch.tensor(files.step_of(path)), **files.read_model(path, targets)}
+    targets = {MODEL + name: tensor for name, tensor in make(5).named_parameters()}
+    return {"step": torch.tensor(step_of(path)), **SavedState(LocalFiles(path.parent)).new(targets)}
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -60,13 +63,13 @@ def test_a_stopped_run_resumes_to_the_same_bits_whichever_way_it_saved(first: bo
     model = make()
     with pytest.raises(Stop):
         run(tmp_path, model, behind=first, function=stopping(6))
-    assert files.step_of(files.latest_checkpoint(tmp_path)) == 4  # written whole, though the run ended by an error
+    assert step_of(latest_checkpoint(tmp_path)) == 4  # written whole, though the run ended by an error
     again = make(3)
     result = run(tmp_path, again, behind=not first)
     assert result.resumed_from == 4
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "checkpoints").glob("ckpt-*"))) == 1
 
 
 def test_the_checkpoint_is_that_of_its_step_while_training_goes_on(
@@ -74,19 +77,19 @@ def test_the_checkpoint_is_that_of_its_step_while_training_goes_on(
 ) -> None:
     with pytest.raises(Stop):
         run(tmp_path / "now", make(), behind=False, function=stopping(4))
-    gate, write = threading.Event(), files.write_checkpoint
+    gate, write = threading.Event(), resume.save_state
 
     def slowly(*arguments: Any) -> None:
         assert gate.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(files, "write_checkpoint", slowly)
+    monkeypatch.setattr(resume, "save_state", slowly)
     calls = [0]
 
     def function(model: nn.Module, batch: Tensor) -> Tensor:
         calls[0] += 1
         if calls[0] == 4:  # a step later, the checkpoint of step 2 is still being written
-            assert files.latest_checkpoint(tmp_path / "behind") is None
+            assert latest_checkpoint(tmp_path / "behind") is None
             gate.set()
             raise Stop
         return loss(model, batch)
@@ -98,7 +101,7 @@ def test_the_checkpoint_is_that_of_its_step_while_training_goes_on(
 
 
 def test_a_write_that_fails_ends_the_run_and_names_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = files.write_checkpoint, [0]
+    write, calls = resume.save_state, [0]
 
     def failing(*arguments: Any) -> None:
         calls[0] += 1
@@ -106,7 +109,7 @@ def test_a_write_that_fails_ends_the_run_and_names_itself(tmp_path: Path, monkey
             raise OutputError("cannot write: No space left on device")
         write(*arguments)
 
-    monkeypatch.setattr(files, "write_checkpoint", failing)
+    monkeypatch.setattr(resume, "save_state", failing)
     with pytest.raises(OutputError, match="No space left"):
         run(tmp_path, make())
-    assert files.step_of(files.latest_checkpoint(tmp_path)) == 2
+    assert step_of(latest_checkpoint(tmp_path)) == 2

@@ -1,4 +1,4 @@
-"""Checkpoint folders: what goes in comes out to the bit, and nothing else is accepted."""
+"""Checkpoints of a whole state: what goes in comes out to the bit, and nothing else is accepted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.training import run_checkpoint as checkpoint
+from edgewright.systems.check_n_run import DiffCheckpointer
+from edgewright.training.checkpoint.chain import clear
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.ranks import Ranks
+from edgewright.training.checkpoint.whole import SavedState, capture_state, save_state
+from edgewright.training.resume import checkpoint_path, latest_checkpoint
+from tests.systems.check_n_run.toy import Run
 
 
 def same(a, b) -> bool:
@@ -24,6 +30,12 @@ def same(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
+def save(root: Path, tensors, state, own=None, step: int = 3, keep: int = 1, unique: str = "") -> SavedState:
+    files, ranks = LocalFiles(root), Ranks()
+    saved = save_state(files, ranks, capture_state(step, tensors, state, own, ranks), unique, keep)
+    return SavedState(files, saved.id)
+
+
 def test_any_tree_survives(tmp_path: Path) -> None:
     flat = torch.arange(12.0)
     state = {
@@ -34,59 +46,55 @@ def test_any_tree_survives(tmp_path: Path) -> None:
         "array": np.arange(6, dtype=np.uint16).reshape(2, 3),
         "empty": [{}, [], ()],
     }
-    path = checkpoint.checkpoint_path(tmp_path, 3, 1)
-    checkpoint.write_checkpoint(path, {"w": flat.view(3, 4).T}, state)
-    assert same(checkpoint.read_state(path), state)
-    assert sorted(file.name for file in path.iterdir()) == ["model.safetensors", "state.json", "state.safetensors"]
-    read = checkpoint.read_model(path, {"w": torch.zeros(4, 3)})
-    assert torch.equal(read["w"], flat.view(3, 4).T) and checkpoint.model_names(path) == {"w"}
-    assert checkpoint.read_state(path)["numbers"][2] == 1e-300
+    saved = save(tmp_path, {"w": flat.view(3, 4).T}, state, own=[flat, {"a": 1}])
+    assert same(saved.state(), state) and same(saved.own(0), [flat, {"a": 1}])
+    assert torch.equal(saved.new({"w": torch.zeros(4, 3)})["w"], flat.view(3, 4).T)
+    assert {name for name in saved.names if " " not in name} == {"w"}
+    assert saved.state()["numbers"][2] == 1e-300
+    with pytest.raises(FormatError, match="there is no process 1"):
+        saved.own(1)
 
 
 def test_objects_are_refused_with_their_place(tmp_path: Path) -> None:
-    path = checkpoint.checkpoint_path(tmp_path, 0, 0)
     with pytest.raises(UsageError, match=r"state\.a\[1\] is of type object"):
-        checkpoint.write_checkpoint(path, {}, {"a": [1, object()]})
+        save(tmp_path, {}, {"a": [1, object()]})
     with pytest.raises(UsageError, match="make it dense"):
-        checkpoint.write_checkpoint(path, {}, {"a": torch.eye(2).to_sparse()})
+        save(tmp_path, {}, {"a": torch.eye(2).to_sparse()})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_latest_is_the_furthest_and_removal_keeps_one(tmp_path: Path) -> None:
-    assert checkpoint.latest_checkpoint(tmp_path) is None
+def test_latest_is_the_furthest_and_deleting_keeps_what_is_not_ours(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
     for step, micro in [(9, 1), (10, 0), (9, 0), (123456789, 2)]:
-        checkpoint.write_checkpoint(checkpoint.checkpoint_path(tmp_path, step, micro), {}, {})
-    torn = tmp_path / "checkpoints" / ".step-00000011.0.abc.part"
-    torn.mkdir()
-    last = checkpoint.latest_checkpoint(tmp_path)
-    assert last is not None and last.name == "step-123456789.2"
-    checkpoint.remove_checkpoints(tmp_path, keep=last)
-    assert list(last.parent.iterdir()) == [last]
-    checkpoint.remove_checkpoints(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        save(tmp_path / "checkpoints", {}, {}, step=step, unique=f"{micro:08x}", keep=9)
+    last = latest_checkpoint(tmp_path)
+    assert last == checkpoint_path(tmp_path, 123456789, 2)
+    (torn := tmp_path / "checkpoints" / "tmp-00000000").mkdir()
+    (torn / "r00000-00000.safetensors").write_bytes(b"half")
+    (theirs := tmp_path / "checkpoints" / "ckpt-00000001-00000000").mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    clear(LocalFiles(tmp_path / "checkpoints"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").rglob("*")) == [theirs.name, "notes.txt"]
 
 
-def test_nothing_is_copied_from_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
-    path = checkpoint.checkpoint_path(tmp_path, 1, 0)
-    checkpoint.write_checkpoint(path, {"a": torch.ones(2), "b": torch.ones(3)}, {})
+def test_nothing_is_filled_from_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    saved = save(tmp_path, {"a": torch.ones(2), "b": torch.ones(3)}, {})
     for wrong, sentence in [
-        (torch.zeros(4), r"'b' was float32\[3\], now float32\[4\]"),
-        (torch.zeros(3, dtype=torch.float64), r"'b' was float32\[3\], now float64\[3\]"),
+        (torch.zeros(4), r"'b' as float32\[3\], here it is float32\[4\]"),
+        (torch.zeros(3, dtype=torch.float64), r"'b' as float32\[3\], here it is float64\[3\]"),
     ]:
         targets = {"a": torch.zeros(2), "b": wrong}
-        with pytest.raises(UsageError, match=sentence):
-            checkpoint.read_model(path, targets)
+        with pytest.raises(FormatError, match=sentence):
+            saved.read(targets)
         assert not targets["a"].any()
-    with pytest.raises(UsageError, match="'a' was .*, now absent"):
-        checkpoint.read_model(path, {"b": torch.zeros(3)})
+    with pytest.raises(FormatError, match="'c' as absent"):
+        saved.read({"c": torch.zeros(3)})
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format": 2, "state": {}}', '{"format": 1, "state": {"__tensor__": "x"}}']
-)
-def test_hostile_state_is_a_format_error(content: str, tmp_path: Path) -> None:
-    path = checkpoint.checkpoint_path(tmp_path, 1, 0)
-    checkpoint.write_checkpoint(path, {}, {})
-    (path / "state.json").write_text(content)
-    with pytest.raises(FormatError):
-        checkpoint.read_state(path)
+def test_checkpoints_of_rows_are_none_of_a_state(tmp_path: Path) -> None:
+    run = Run()
+    with DiffCheckpointer(tmp_path, run.model, run.optimizers, reader=run.reader) as checkpointer:
+        run.step()
+        checkpointer.save(now=True)
+    with pytest.raises(FormatError, match="changed rows"):
+        SavedState(LocalFiles(tmp_path))

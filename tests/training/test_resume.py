@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import re
+import errno
+import json
+import os
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from edgewright.errors import CheckFailed, FormatError, OutputError, UsageError
-from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit, run_checkpoint as checkpoint
+from edgewright.training import BlockBatches, TrainConfig, TrainingInterrupted, fit
+from edgewright.training.checkpoint import writer
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.manifest import _digest
+from edgewright.training.checkpoint.whole import SavedState
+from edgewright.training.resume import MODEL, checkpoint_path, latest_checkpoint
 from tests.processes import run_script
 from tests.training import training_toy as toy
 from tests.training.training_toy import ACCUMULATION, STEPS, Plain, cross_entropy, data, seeded, toy_run
@@ -51,7 +57,7 @@ def assert_same(state, result, folder: Path, whole) -> None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.name.startswith("."))
+    return sorted(path.name for path in folder.rglob("*") if path.name.startswith((".", "tmp-", "trash-")))
 
 
 @pytest.mark.parametrize("at", range(1, MICRO_STEPS + 1))
@@ -59,7 +65,7 @@ def test_ctrl_c_at_every_micro_step(at: int, tmp_path: Path, whole) -> None:
     with pytest.raises(TrainingInterrupted) as stopped:
         toy_run(tmp_path, interrupt(at))
     micro = at % ACCUMULATION
-    assert stopped.value.checkpoint == checkpoint.checkpoint_path(tmp_path, at // ACCUMULATION, micro)
+    assert stopped.value.checkpoint == checkpoint_path(tmp_path, at // ACCUMULATION, micro)
     assert "same command again to resume" in str(stopped.value)
     state, result = toy_run(tmp_path)
     assert result.resumed_from == at // ACCUMULATION
@@ -98,16 +104,16 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     state = load_file(tmp_path / "end.safetensors")
     assert all(torch.equal(state[name], value) for name, value in expected.items())
     assert (tmp_path / "run/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000020.0"]
+    assert list((tmp_path / "run/checkpoints").glob("*-*")) == [checkpoint_path(tmp_path / "run", 20)]
 
 
 def test_a_kill_between_two_checkpoints_leaves_none_too_many(tmp_path: Path, whole, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "remove_checkpoints", lambda *_, **__: None)  # the kill came before it
+    monkeypatch.setattr(writer, "collect", lambda *_, **__: None)  # the kill came before it
     toy_run(tmp_path, checkpoint_every=1)
-    assert len(list((tmp_path / "checkpoints").iterdir())) > 1
+    assert len(list((tmp_path / "checkpoints").glob("ckpt-*"))) > 1
     monkeypatch.undo()
     state, result = toy_run(tmp_path, checkpoint_every=1)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "checkpoints").glob("ckpt-*"))) == 1
     assert_same(state, result, tmp_path, whole)
 
 
@@ -120,19 +126,19 @@ def test_second_ctrl_c_leaves_at_once_and_spoils_nothing(tmp_path: Path, whole, 
     with pytest.raises(KeyboardInterrupt) as left:
         toy_run(tmp_path, twice, checkpoint_every=2)
     assert not isinstance(left.value, TrainingInterrupted)
-    save_tensors = checkpoint.save_tensors
+    commit = writer.commit
 
-    def save_slowly(path, tensors) -> None:
-        save_tensors(path, tensors)
+    def commit_slowly(*arguments) -> str:
         signal.raise_signal(signal.SIGINT)
+        return commit(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_tensors", save_slowly)
+    monkeypatch.setattr(writer, "commit", commit_slowly)
     with pytest.raises(KeyboardInterrupt) as left:
         toy_run(tmp_path, interrupt(1), checkpoint_every=2)
     assert not isinstance(left.value, TrainingInterrupted)
     monkeypatch.undo()
     assert leftovers(tmp_path) == []
-    assert checkpoint.latest_checkpoint(tmp_path) == checkpoint.checkpoint_path(tmp_path, 2, 0)
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2, 0)
     state, result = toy_run(tmp_path, checkpoint_every=2)
     assert_same(state, result, tmp_path, whole)
 
@@ -164,7 +170,7 @@ def test_policies(tmp_path: Path) -> None:
         run("must")
     with pytest.raises(UsageError, match="no output folder"):
         run("must", None)
-    with pytest.raises(UsageError, match="'always' is unknown; use one of auto, never, must"):
+    with pytest.raises(UsageError, match="resume='always'; it must be one of auto, never, must"):
         run("always")
     first = run("auto")
     assert first.resumed_from is None and run("must").resumed_from == 3
@@ -250,8 +256,8 @@ def test_frozen_weights_must_be_those_of_the_run(tmp_path: Path) -> None:
         return model
 
     stopped_run(tmp_path, model=frozen(0))
-    saved = load_file(next(tmp_path.glob("checkpoints/*")) / "model.safetensors")
-    assert sorted(saved) == ["layers.2.bias", "layers.2.weight"]
+    saved = [name for name in SavedState(LocalFiles(tmp_path / "checkpoints")).names if name.startswith(MODEL)]
+    assert sorted(saved) == ["model.layers.2.bias", "model.layers.2.weight"]
     with pytest.raises(UsageError, match="'layers.0.weight' has other values"):
         fit(**fresh(model=frozen(1)), output=tmp_path)
     with pytest.raises(UsageError, match="groups.0.parameters was 1, now 2"):
@@ -321,10 +327,10 @@ def test_nan_keeps_the_last_good_checkpoint_and_weights(tmp_path: Path) -> None:
         return cross_entropy(model, batch) * (float("nan") if calls[0] == 4 else 1.0)
 
     config = TrainConfig(6, 1e-2, checkpoint_every=2, schedule="constant")
-    with pytest.raises(CheckFailed, match=r"loss is nan at step 4 \(learning rate 0.01\).*step-00000002.0"):
+    with pytest.raises(CheckFailed, match=r"loss is nan at step 4 \(learning rate 0.01\).*ckpt-00000002-00000000"):
         fit(model, loss_function, data(), config, output=tmp_path, progress=False)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert checkpoint.latest_checkpoint(tmp_path) == checkpoint.checkpoint_path(tmp_path, 2, 0)
+    assert latest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2, 0)
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 3
 
 
@@ -333,10 +339,10 @@ def test_unwritable_and_full_disks_are_one_sentence(tmp_path: Path, monkeypatch)
     with pytest.raises(OutputError, match="cannot create the output folder"):
         fit(**fresh(), output=tmp_path / "file/run")
 
-    def full(tensors, path, metadata) -> None:  # as safetensors says it
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(self, handle, data) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(LocalFiles, "write", full)
     arguments = fresh() | {"config": TrainConfig(2, 1e-2, checkpoint_every=1)}
     with pytest.raises(OutputError, match="No space left"):
         fit(**arguments, output=tmp_path / "run")
@@ -345,19 +351,25 @@ def test_unwritable_and_full_disks_are_one_sentence(tmp_path: Path, monkeypatch)
 
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     stopped_run(tmp_path)
-    folder = checkpoint.latest_checkpoint(tmp_path)
-    for name in ("state.json", "state.safetensors", "model.safetensors"):
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[: len(content) // 2])
-        with pytest.raises(FormatError, match="damaged.*resume='never'"):
-            fit(**fresh(), output=tmp_path)
-        (folder / name).write_bytes(content)
-    state = (folder / "state.json").read_text()
+    folder = latest_checkpoint(tmp_path)
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == ["manifest.json", "r00000-00000.safetensors"]
+    for file in files:
+        content = file.read_bytes()
+        for damaged in (content[: len(content) // 2], bytes([content[-2] ^ 1]).join([content[:-2], content[-1:]])):
+            file.write_bytes(damaged)
+            with pytest.raises(FormatError, match="damaged.*resume='never'"):
+                fit(**fresh(), output=tmp_path)
+        file.write_bytes(content)
+    text = files[0].read_text()
     for micro in (2**53, 1):
-        (folder / "state.json").write_text(re.sub(r'"micro": \d+', f'"micro": {micro}', state))
+        manifest = json.loads(text)
+        manifest["state"]["state"]["micro"] = micro
+        manifest["digest"] = _digest({name: value for name, value in manifest.items() if name != "digest"})
+        files[0].write_text(json.dumps(manifest))
         with pytest.raises(FormatError, match=f"damaged: it has 0 losses and 0 metrics of {micro} micro steps"):
             fit(**fresh(), output=tmp_path)
-    (folder / "state.json").write_text(state)
+    files[0].write_text(text)
     fit(**fresh(), output=tmp_path)
 
 

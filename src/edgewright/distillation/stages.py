@@ -31,7 +31,7 @@ from edgewright.io.run_folder import difference
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.training.config import TrainConfig
 from edgewright.training.loop import fit
-from edgewright.training.run_checkpoint import latest_checkpoint
+from edgewright.training.resume import latest_checkpoint
 
 STUDENT = "student.safetensors"
 RECORD = "stage.json"

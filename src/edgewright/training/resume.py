@@ -1,10 +1,14 @@
-"""The bond between a run and its output folder: when to start afresh, where to go on, what a checkpoint holds."""
+"""The bond between a run and its output folder: when to start afresh, where to go on, what a checkpoint holds.
+
+`output/checkpoints/` is a root of the checkpoint engine with one checkpoint, `ckpt-<step>-<micro step in hex>`: the
+second number counts the micro steps of a step that was interrupted within accumulation.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, EdgewrightError, FormatError, UsageError
+from edgewright.checks import check, one_of
+from edgewright.errors import CheckFailed, EdgewrightError, FormatError, OutputError, UsageError
 from edgewright.protocols import DiffersByProcess, KeepsState
-from edgewright.training import run_checkpoint as checkpoint, sharded, snapshot
+from edgewright.training import sharded, snapshot
 from edgewright.training.background import Background
+from edgewright.training.checkpoint.chain import checkpoint_id, clean, clear, collect
+from edgewright.training.checkpoint.files import LocalFiles, output_error
+from edgewright.training.checkpoint.manifest import ID
+from edgewright.training.checkpoint.ranks import Ranks
 from edgewright.training.checkpoint.tree import check_state, describe
-from edgewright.training.distributed import is_split
+from edgewright.training.checkpoint.whole import SavedState, capture_state, save_state
 from edgewright.training.metrics import MetricsLog
-from edgewright.training.sharded_parts import new_parts
 
 RESUME = ("auto", "never", "must")
+FOLDER = "checkpoints"
+MODEL = "model."  # before the names of the model's tensors in a checkpoint
+TIMEOUT = 1800.0  # seconds that processes wait for each other
 
 
 @dataclass
@@ -34,10 +45,32 @@ class Position:
     metrics: list[dict[str, float | Tensor]] = field(default_factory=list)
 
 
+def checkpoint_path(output: str | Path, step: int, micro: int = 0) -> Path:
+    """The folder of the checkpoint of a run at this place."""
+    return Path(output) / FOLDER / checkpoint_id(step, f"{micro:08x}")
+
+
+def latest_checkpoint(output: str | Path) -> Path | None:
+    """The checkpoint of a run that got furthest, or None."""
+    root = Path(output) / FOLDER
+    found = [name for name in LocalFiles(root).names("") if ID.fullmatch(name)]
+    return max((root / name for name in found), key=_place, default=None)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return _place(path)[0]
+
+
+def _place(path: Path) -> tuple[int, int]:
+    _, step, micro = path.name.split("-")
+    return int(step), int(micro, 16)
+
+
 def steps_lost(output: str | Path) -> tuple[int | None, int]:
     """(step that the run in `output` goes on from, or None; steps that it had done beyond and does again)."""
-    path = checkpoint.latest_checkpoint(output)
-    step = None if path is None else checkpoint.step_of(path)
+    path = latest_checkpoint(output)
+    step = None if path is None else step_of(path)
     done = MetricsLog.last_step(Path(output) / "metrics.csv")
     return step, max(0, done - (step or 0))
 
@@ -47,8 +80,8 @@ class Keeper:
 
     `settings` is everything outside the model that shapes the result; a resume under other settings is refused.
     A loss function with `state_dict()` and `load_state_dict()` is kept with the run, unless it is an nn.Module.
-    In a distributed run every process calls `save` and `restore`; the first one writes, each keeps its random state,
-    its gradients within an accumulated step, and the state of an optimizer that says `differs_by_process`.
+    In a distributed run every process calls `save` and `restore`; each writes its part of split tensors, its random
+    state, its gradients within an accumulated step, and the state of an optimizer that says `differs_by_process`.
     """
 
     def __init__(
@@ -64,7 +97,7 @@ class Keeper:
         accelerator: Any,
         settings: Mapping[str, Any],
     ) -> None:
-        self.folder, self._saved = folder, None if folder is None else checkpoint.latest_checkpoint(folder)
+        self.folder, self._saved = folder, None if folder is None else latest_checkpoint(folder)
         self._background = Background()
         self._writing: Path | None = None
         self._model, self._optimizer, self._batches = model, optimizer, batches
@@ -73,21 +106,23 @@ class Keeper:
         self._device, self._generator, self._scaler = device, generator, scaler
         self._accelerator, self._settings = accelerator, settings
         self._frozen: dict[str, int] = {}
-        if folder is not None:
-            inside = {id(parameter) for parameter in model.parameters()}
-            if any(id(p) not in inside for group in optimizer.param_groups for p in group["params"]):
-                raise UsageError(
-                    "the optimizer holds parameters that are not in the model, so a checkpoint would miss them; "
-                    "put all of them into one nn.Module"
-                )
-            check_state(dict(settings), "settings")
-            check_state(optimizer.state_dict()["param_groups"], "optimizer")
-            self._frozen = snapshot.frozen_checksums(model)
+        if folder is None:
+            return
+        inside = {id(parameter) for parameter in model.parameters()}
+        if any(id(p) not in inside for group in optimizer.param_groups for p in group["params"]):
+            raise UsageError(
+                "the optimizer holds parameters that are not in the model, so a checkpoint would miss them; "
+                "put all of them into one nn.Module"
+            )
+        check_state(dict(settings), "settings")
+        check_state(optimizer.state_dict()["param_groups"], "optimizer")
+        self._frozen = snapshot.frozen_checksums(model)
+        self._files = LocalFiles(folder / FOLDER)
+        self._ranks = Ranks(TIMEOUT)
 
     def restore(self, policy: str) -> Position:
         """Go on from the last checkpoint or clear the folder for a fresh start, as `policy` (RESUME) says."""
-        if policy not in RESUME:
-            raise UsageError(f"resume={policy!r} is unknown; use one of {', '.join(RESUME)}")
+        check("resume", policy, one_of(*RESUME))
         path = self.saved if policy != "never" else None
         if path is None:
             if policy == "must":
@@ -96,11 +131,11 @@ class Keeper:
             self.clear()
             return Position()
         with damage(path):
-            return self._restore(path)
+            return self._restore(path, SavedState(self._files, path.name))
 
-    def _restore(self, path: Path) -> Position:
+    def _restore(self, path: Path, saved: SavedState) -> Position:
         """Read and compare everything; then change the live objects, those that may still refuse before the model."""
-        state = checkpoint.read_state(path)
+        state = saved.state()
         difference = snapshot.first_difference(state["settings"], dict(self._settings))
         if difference:
             name, was, now = difference
@@ -108,54 +143,45 @@ class Keeper:
                 f"cannot resume from {path}: {name} was {was!r}, now {now!r}; use the old value, another output "
                 "folder, or resume='never' to start again"
             )
-        if wrote := state.get("own"):
-            if wrote != self._accelerator.num_processes:
-                raise UsageError(
-                    f"cannot resume from {path}: each of {wrote} processes wrote a state of its own, and here are "
-                    f"{self._accelerator.num_processes}; start {wrote} processes, or resume='never' to begin again"
-                )
-            state |= checkpoint.read_own(path, self._accelerator.process_index)
-        names = checkpoint.model_names(path)
+        state |= saved.own(self._accelerator.process_index)
+        names = {name.removeprefix(MODEL) for name in saved.names if name.startswith(MODEL)}
         snapshot.check_model(path, self._model, names, state["shapes"], state["frozen"])
         live = snapshot.model_tensors(self._model)
-        values = checkpoint.read_model(path, live)
-        for name in values:
-            if is_split(live[name]):
-                raise UsageError(f"cannot resume from {path}: model tensor {name!r} was whole, now it is split")
-        parts = {checkpoint.PART + name: live[name] for name in names - values.keys()}
-        held = sharded.fill_optimizer(self._optimizer, state["optimizer"])
-        read = new_parts(path / sharded.FOLDER, parts | held)
+        if unknown := names - live.keys():
+            raise FormatError(f"its tensor {min(unknown)[:80]!r} is none of the model")
+        parts = sharded.fill_optimizer(self._optimizer, state["optimizer"])
+        values = saved.new({MODEL + name: live[name] for name in names} | parts)
         with torch.no_grad():
-            for key, tensor in held.items():
-                tensor.copy_(read[key])
-        values |= {name.removeprefix(checkpoint.PART): read[name] for name in parts}
+            for key, tensor in parts.items():
+                tensor.copy_(values[key])
         snapshot.check_gradients(path, self._model, state["gradients"])
-        random = state["random"][self._accelerator.process_index]
+        random = state["random"]
         snapshot.check_random_state(path, self._device, random)
         if self._generator is not None and random["generator"] is None:
             raise UsageError("cannot resume: generator was absent, now one is given")
-        saved = state.get("loss_function")
-        if (saved is None) != (self._loss_function is None):
-            was, is_now = ("absent", "there") if saved is None else ("there", "absent")
+        loss = state["loss_function"]
+        if (loss is None) != (self._loss_function is None):
+            was, is_now = ("absent", "there") if loss is None else ("there", "absent")
             raise UsageError(f"cannot resume from {path}: the loss function's own state was {was}, now it is {is_now}")
         snapshot.check_optimizer(path, self._optimizer, state["optimizer"])
         position = _position(path, state)
 
         snapshot.restore_batches(self._batches, state["batches"])
         if self._loss_function is not None:
-            self._loss_function.load_state_dict(saved)
+            self._loss_function.load_state_dict(loss)
         if self._scaler is not None:
             self._scaler.load_state_dict(state["scaler"])
         snapshot.restore_optimizer(self._optimizer, state["optimizer"])
         self._frozen = state["frozen"]
         with torch.no_grad():
-            for name, value in values.items():
-                live[name].copy_(value)
+            for name in names:
+                live[name].copy_(values[MODEL + name])
         snapshot.restore_gradients(self._model, state["gradients"])
         snapshot.restore_random_state(self._device, self._generator, random)
-        if self.folder is not None and self._accelerator.is_main_process:
-            # A kill may have come between writing this checkpoint and removing the one before.
-            checkpoint.remove_checkpoints(self.folder, keep=path)
+        if self._ranks.first:  # a kill may have come between writing this checkpoint and deleting the one before
+            with suppress(OSError):
+                clean(self._files, math.inf)
+                collect(self._files, 1, {path.name})
         return position
 
     @property
@@ -176,87 +202,79 @@ class Keeper:
         except Exception:
             if error is None:
                 raise
+        finally:
+            if self.folder is not None:
+                self._ranks.close()
 
     def save(self, position: Position, behind: bool = False) -> Path | None:
-        """Write the checkpoint for `position`, then remove the older ones. The folder, or None when none is kept.
+        """Write the checkpoint for `position`, then delete the older ones. The folder, or None when none is kept.
 
-        behind: copy the state now and write while training goes on; what is split over processes is written now.
+        behind: copy the state now and write while training goes on.
         """
         if self.folder is None:
             return None
         saved = self.saved
-        path = checkpoint.checkpoint_path(self.folder, position.step, position.micro)
-        random = [snapshot.random_state(self._device, self._generator)]
-        if self._accelerator.use_distributed:
-            from accelerate.utils import gather_object
-
-            random = gather_object(random)
-        split = sharded.is_sharded(self._model)
-        own = self._own(position, split)
-        together = split or own is not None
-        if (self._accelerator.is_main_process or together) and path != saved:
-            losses = [float(loss) for loss in position.losses]
-            if not all(math.isfinite(loss) for loss in losses):
-                raise CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {saved} is kept")
-            state = {
-                "step": position.step,
-                "micro": position.micro,
-                "losses": losses,
-                "metrics": [{name: float(value) for name, value in part.items()} for part in position.metrics],
-                "settings": dict(self._settings),
-                "batches": snapshot.batches_state(self._batches),
-                "loss_function": None if self._loss_function is None else self._loss_function.state_dict(),
-                "random": random,
-                "scaler": None if self._scaler is None else self._scaler.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
-                "gradients": snapshot.gradients(self._model),
-                "frozen": self._frozen,
-                "shapes": {n: describe(t) for n, t in snapshot.model_tensors(self._model).items()},
-                "own": self._accelerator.num_processes if own else 0,
-                **dict.fromkeys(own or ()),  # each process writes those itself
-            }
-            tensors = snapshot.changing_tensors(self._model, self._frozen)
-            if behind and not together:
-                self._write_behind(path, tensors, state)
-                return path
-            checkpoint.write_checkpoint(path, tensors, state, self._accelerator, own)
-            if self._accelerator.is_main_process:
-                checkpoint.remove_checkpoints(self.folder, keep=path)
-        if behind and not together:  # the first process writes; nobody waits
-            self._writing = path
+        path = checkpoint_path(self.folder, position.step, position.micro)
+        if path == saved:
             return path
-        self._accelerator.wait_for_everyone()
-        self._saved = path
-        return path
-
-    def _own(self, position: Position, split: bool) -> dict[str, Any] | None:
-        """What this process has and the others do not; None, on all of them, where that is nothing."""
-        own: dict[str, Any] = {}
-        if self._accelerator.num_processes > 1:
-            if isinstance(self._optimizer, DiffersByProcess) and self._optimizer.differs_by_process:
-                own["optimizer"] = self._optimizer.state_dict()
-            if position.micro and not split:  # not yet averaged
-                own["gradients"] = snapshot.gradients(self._model)
-        return own or None
-
-    def _write_behind(self, path: Path, tensors: Mapping[str, Tensor], state: Any) -> None:
-        folder, tensors, state = self.folder, snapshot.copied(tensors), snapshot.copied(state)
-        assert folder is not None
+        losses, error = [float(loss) for loss in position.losses], None
+        if not all(math.isfinite(loss) for loss in losses):
+            error = CheckFailed(f"the loss is {losses} at step {position.step + 1}: not saved, {saved} is kept")
+        self._ranks.together(error)
+        state: dict[str, Any] = {
+            "step": position.step,
+            "micro": position.micro,
+            "losses": losses,
+            "metrics": [{name: float(value) for name, value in part.items()} for part in position.metrics],
+            "settings": dict(self._settings),
+            "batches": snapshot.batches_state(self._batches),
+            "loss_function": None if self._loss_function is None else self._loss_function.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "gradients": snapshot.gradients(self._model),
+            "frozen": self._frozen,
+            "shapes": {name: describe(tensor) for name, tensor in snapshot.model_tensors(self._model).items()},
+        }
+        own: dict[str, Any] = {"random": snapshot.random_state(self._device, self._generator)}
+        own |= {name: state.pop(name) for name in self._own(position)}
+        tensors = {MODEL + name: t for name, t in snapshot.changing_tensors(self._model, self._frozen).items()}
+        captured = capture_state(position.step, tensors, state, own, self._ranks, copy=behind)
+        unique = f"{position.micro:08x}{position.step:08x}"
 
         def write() -> None:
-            checkpoint.write_checkpoint(path, tensors, state)
-            checkpoint.remove_checkpoints(folder, keep=path)
+            save_state(self._files, self._ranks, captured, unique)
 
-        self._writing = path
-        self._background.start(write)
+        if behind:
+            self._writing = path
+            self._background.start(write)
+        else:
+            write()
+            self._saved = path
+        return path
+
+    def _own(self, position: Position) -> list[str]:
+        """The parts of the state that processes do not share."""
+        if self._ranks.world == 1:
+            return []
+        own = isinstance(self._optimizer, DiffersByProcess) and self._optimizer.differs_by_process
+        unaveraged = position.micro and not sharded.is_sharded(self._model)
+        return [*(["optimizer"] if own else []), *(["gradients"] if unaveraged else [])]
 
     def clear(self) -> None:
-        """Remove every checkpoint of the run."""
+        """Delete every checkpoint of the run."""
         self.saved  # noqa: B018  (wait for one under way)
-        if self.folder is not None and self._accelerator.is_main_process:
-            checkpoint.remove_checkpoints(self.folder)
-        self._accelerator.wait_for_everyone()
         self._saved = None
+        if self.folder is None:
+            return
+        error: OutputError | None = None
+        if self._ranks.first:
+            try:
+                clear(self._files)
+            except OSError as caught:
+                error = output_error(self._files, caught)
+            with suppress(OSError):
+                self._files.root.rmdir()  # only when empty
+        self._ranks.together(error)
 
 
 @contextmanager
@@ -264,10 +282,20 @@ def damage(path: Path) -> Iterator[None]:
     """What a damaged checkpoint makes our code and `load_state_dict` of others raise, as one FormatError."""
     try:
         yield
+    except FormatError as error:
+        raise error if f"{path} " in str(error) else damaged(path, error) from error
     except EdgewrightError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        raise checkpoint.damaged(path, error) from error
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> FormatError:
+    """The sentence for a checkpoint that cannot be read."""
+    reason = str(error) if isinstance(error, OSError | FormatError) else f"{type(error).__name__}: {error}"
+    return FormatError(
+        f"checkpoint {path} is damaged ({' '.join(reason.split())[:300]}): remove that folder, or pass resume='never'"
+    )
 
 
 def _position(path: Path, state: Mapping[str, Any]) -> Position:

@@ -1,25 +1,16 @@
-"""Models whose weights are split over the processes of a run (FSDP2): splitting, and checkpoints that every process
-writes its part of.
-
-`sharded_parts` writes and reads the files of parts.
-"""
+"""Models whose weights are split over the processes of a run (FSDP2)."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import OutputError, UsageError
+from edgewright.errors import UsageError
 from edgewright.training.checkpoint.tree import Part
 from edgewright.training.distributed import is_split, whole
-
-FOLDER = "sharded"
 
 
 def shard_(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
@@ -65,22 +56,3 @@ def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> d
             if isinstance(value, Part):
                 entries[name] = found[value.key] = value.empty(parameters[index])
     return found
-
-
-def begin_folder(path: Path) -> Path:
-    """A fresh temporary folder beside `path`, under a name that all processes know."""
-    temporary = path.parent / f".{path.name}.part"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"cannot write into {path.parent}: {error.strerror}") from error
-    return temporary
-
-
-def finish_folder(temporary: Path, path: Path) -> None:
-    """Give the complete folder its name."""
-    try:
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -19,7 +19,9 @@ from edgewright.models.decoder.model import new_decoder
 from edgewright.models.decoder.next_token import NextToken
 from edgewright.models.decoder.pretrain import PretrainSettings, pretrain
 from edgewright.models.decoder.pretrain_evaluation import sample
-from edgewright.training.resume import steps_lost
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.whole import SavedState
+from edgewright.training.resume import latest_checkpoint, steps_lost
 from tests import toy_pretrain as toy
 from tests.processes import run_script
 
@@ -165,22 +167,21 @@ def test_two_processes_equal_one(one, others: Path, name: str) -> None:
 
 
 def test_parts_of_two_processes_are_read_by_one(one, others: Path) -> None:
-    from edgewright.training.sharded import FOLDER
-    from edgewright.training.sharded_parts import part_names, read_parts
-
-    folder = next((others / "fsdp" / "checkpoints").iterdir()) / FOLDER
+    root = others / "fsdp" / "checkpoints"
+    folder = latest_checkpoint(root.parent)
     assert len(list(folder.glob("*.safetensors"))) == 2 and not list(folder.glob("*.distcp"))
+    saved = SavedState(LocalFiles(root))
     objective = NextToken(new_decoder(toy.shape(), 9))
     targets = {f"model.{name}": parameter.detach() for name, parameter in objective.named_parameters()}
-    assert targets.keys() <= part_names(folder)
-    read_parts(folder, targets)
+    assert targets.keys() <= saved.names
+    saved.read(targets)
     found = load_file(others / "fsdp.safetensors")
     for name, parameter in objective.decoder.named_parameters():
         assert torch.equal(parameter, found[name])
     shard = next(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(FormatError, match="damaged"):
-        read_parts(folder, targets)
+    with pytest.raises(FormatError, match=r"no checkpoint .* can be used: .* has 100 bytes"):
+        SavedState(LocalFiles(root))
 
 
 def test_bad_input_is_one_sentence(one, tmp_path: Path) -> None:

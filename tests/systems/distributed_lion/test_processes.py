@@ -16,6 +16,9 @@ from edgewright.systems.distributed_lion.checkpoint import load_replicas
 from edgewright.systems.distributed_lion.distributed import DistributedLion, lion_groups
 from edgewright.systems.distributed_lion.exchange import wire_bytes
 from edgewright.systems.distributed_lion.simulated import SimulatedLion
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.ranks import Ranks
+from edgewright.training.checkpoint.whole import capture_state, save_state
 from tests.processes import run_script
 from tests.systems.distributed_lion import toy
 
@@ -118,11 +121,12 @@ def test_what_the_hook_refuses(folder: Path) -> None:
     assert "does not hold 0.weight" in found["lacking"]
 
 
-def test_resume_is_exact_and_a_checkpoint_is_never_written_over(folder: Path) -> None:
+def test_resume_is_exact_and_the_newest_checkpoint_is_read(folder: Path) -> None:
     for rank in range(4):
         found = texts(folder, rank)["checkpoint"]
         assert found["resumed"] and found["extra"] == {"seen": 2} and found["mean"]
-        assert "is there already" in found["again"]
+        assert found["again"] == [2, 4]
+    assert len(list((folder / "again").glob("ckpt-*"))) == 1
 
 
 def test_another_number_of_processes_goes_on_with_the_mean(folder: Path) -> None:
@@ -152,7 +156,7 @@ def test_fit_resumes_with_everybodys_momentum_and_gradients(folder: Path) -> Non
     for rank in range(2):
         found = texts(folder, rank, "pair")
         assert all(found[f"{name} resumes"] for name in ("shared", "own", "within"))
-        assert found["of its own"] == [2, None]
+        assert found["of its own"] == [2, ["optimizer", "random"], False]
 
 
 @pytest.mark.parametrize("how", toy.DEATHS)
@@ -170,13 +174,17 @@ def test_a_process_that_dies_ends_the_others_in_time(folder: Path, how: str) -> 
 def test_damaged_and_foreign_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
     network = toy.model()
     optimizer = DistributedLion(lion_groups(network), toy.LR)
-    with pytest.raises(UsageError, match="is no checkpoint of a Distributed Lion run"):
+    with pytest.raises(UsageError, match="holds no checkpoint"):
         load_replicas(tmp_path, network, optimizer)
-    for text, match in (("{", "is damaged"), ('{"format": 9}', "has format 9; this version reads 1")):
-        (tmp_path / "lion.json").write_text(text)
-        with pytest.raises(FormatError, match=match):
-            load_replicas(tmp_path, network, optimizer)
-    with pytest.raises(UsageError, match="strategy='sum' is unknown"):
+    files, ranks = LocalFiles(tmp_path), Ranks()
+    save_state(files, ranks, capture_state(1, {}, {"world": 1}, None, ranks))
+    with pytest.raises(FormatError, match="is no checkpoint of a Distributed Lion run"):
+        load_replicas(tmp_path, network, optimizer)
+    manifest = next(tmp_path.glob("ckpt-*")) / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-9])
+    with pytest.raises(FormatError, match="no checkpoint .* can be used"):
+        load_replicas(tmp_path, network, optimizer)
+    with pytest.raises(UsageError, match="strategy='sum'; it must be one of exact, mean, reset"):
         load_replicas(folder / "checkpoint", network, optimizer, "sum")
     small = torch.nn.Linear(2, 2)
     with pytest.raises(UsageError, match="written by another model"):

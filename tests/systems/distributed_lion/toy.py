@@ -33,7 +33,8 @@ from edgewright.systems.distributed_lion.distributed import (
 )
 from edgewright.systems.distributed_lion.lion import Lion
 from edgewright.training import BlockBatches, TrainConfig, fit
-from edgewright.training.run_checkpoint import latest_checkpoint, read_state
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.whole import SavedState
 from tests.processes import fork
 from tests.systems.distributed_lion.network import (
     CASES,
@@ -194,7 +195,8 @@ def checkpoints(rank: int, folder: Path) -> dict[str, Any]:
         backward(resumed, step, rank)
         second.step()
     texts["resumed"] = all(map(torch.equal, whole.parameters(), resumed.parameters()))
-    texts["again"] = refusal(lambda: save_replicas(folder / "checkpoint", whole, first))
+    names = [save_replicas(folder / "again", whole, first, {"seen": seen}) for seen in (3, 4)]
+    texts["again"] = [len(set(names)), load_replicas(folder / "again", resumed, second)["seen"]]
     state = consolidated_state(first)
     plain = Lion(whole.parameters(), LR)
     plain.load_state_dict({**state, "param_groups": Lion(model().parameters(), LR).state_dict()["param_groups"]})
@@ -223,10 +225,9 @@ def traffic(groups: dict[int, Any]) -> dict[str, float]:
 
 
 def run_state(output: Path) -> dict[str, Any]:
-    path = latest_checkpoint(output)
-    assert path is not None
-    found: dict[str, Any] = read_state(path)
-    return found
+    """What the processes share, and the names of what each has for itself."""
+    saved = SavedState(LocalFiles(output / "checkpoints"))
+    return {"shared": sorted(saved.state()), "own": sorted(saved.own(0)), "world": saved.manifest.world}
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def two(rank: int, folder: Path) -> None:
         run(6, name, stop=stop, **options)
         if name == "own":
             state = run_state(folder / name)
-            texts["of its own"] = [state["own"], state["optimizer"]]
+            texts["of its own"] = [state["world"], state["own"], "optimizer" in state["shared"]]
         texts[f"{name} resumes"] = all(map(torch.equal, whole, run(6, name, **options)))
     (folder / f"pair-{rank}.json").write_text(json.dumps(texts))
 

@@ -21,7 +21,8 @@ from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.optimizers import RowwiseAdagrad
 from edgewright.systems.dlrm.plan import make_plan
 from edgewright.systems.dlrm.sharded import ShardedDLRM, local_rows, mean_loss
-from edgewright.training.sharded_parts import read_parts
+from edgewright.training.checkpoint.files import LocalFiles
+from edgewright.training.checkpoint.whole import SavedState
 from tests.processes import run_group, run_script
 
 STEPS = 20
@@ -123,7 +124,7 @@ def single() -> dict[str, Tensor]:
 def test_two_processes_equal_one(folder: Path, single: dict[str, Tensor], name: str) -> None:
     start = make_model().state_dict()
     loaded = {key: torch.zeros_like(value) for key, value in single.items()}
-    read_parts(folder / name, loaded)  # one process, whole tables
+    SavedState(LocalFiles(folder / name)).read(loaded)  # one process, whole tables
     for key, value in single.items():
         assert key.startswith("adagrad") or not torch.equal(value, start[key]), key
         # sums over samples in another order, twenty steps long
@@ -133,7 +134,7 @@ def test_two_processes_equal_one(folder: Path, single: dict[str, Tensor], name: 
 @pytest.mark.parametrize("name", PLANS)
 def test_three_processes_read_what_two_wrote(folder: Path, single: dict[str, Tensor], name: str) -> None:
     loaded = {key: torch.zeros_like(value) for key, value in single.items()}
-    read_parts(folder / name, loaded)
+    SavedState(LocalFiles(folder / name)).read(loaded)
     found = load_file(folder / f"{name}-3.safetensors")
     assert found.keys() == loaded.keys()
     assert all(torch.equal(found[key], loaded[key]) for key in loaded)

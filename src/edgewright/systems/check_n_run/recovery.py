@@ -24,10 +24,10 @@ from edgewright.training.checkpoint.chain import (
     TableRows,
     catalogue,
     check_chain,
+    choose,
     dense_places,
     latest,
     leftovers,
-    newest,
     replay,
 )
 from edgewright.training.checkpoint.files import Files, open_files
@@ -35,10 +35,9 @@ from edgewright.training.checkpoint.manifest import ROWS, Manifest
 from edgewright.training.checkpoint.ranks import Ranks
 from edgewright.training.checkpoint.records import decode_ids
 from edgewright.training.checkpoint.shards import DTYPES, Place, read_file, read_tensors, whole_shape
-from edgewright.training.checkpoint.tree import decode_state
+from edgewright.training.checkpoint.tree import TAGS, decode_state
 from edgewright.training.distributed import is_split
 
-_TAGS = ("__tensor__", "__part__")
 # A group of an optimizer, its options, and (the optimizer's state, parameter, its entries) of each parameter.
 Fill = tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Tensor, dict[str, Any]]]]
 
@@ -143,7 +142,7 @@ class Placing:
             for name, labels in entry["state"].items():
                 parameter = names.get(name)
                 for value in labels.values():
-                    tag = next((value[t] for t in _TAGS if isinstance(value, dict) and t in value), None)
+                    tag = next((value[t] for t in TAGS if isinstance(value, dict) and t in value), None)
                     if tag is not None and parameter is not None and is_split(parameter):
                         split[tag] = parameter
         targets = {}
@@ -326,27 +325,6 @@ def changed_rows(files: Files, chain: list[Manifest], shards: Sequence[RowShard]
                     ids = decode_ids(record, tensors, shard.total) - shard.first
                     mask[ids[(ids >= 0) & (ids < len(mask))]] = True
     return [mask.nonzero().squeeze(1) for mask in masks]
-
-
-def choose(files: Files, identity: str | None) -> tuple[list[Manifest], dict[str, str]]:
-    """(chain, what was skipped and why) of the newest usable checkpoint, or of the one named. Raises as `restore`."""
-    known = catalogue(files)
-    if known.other_version is not None and identity not in known.digests:
-        raise known.other_version
-    if identity is not None:
-        manifest = known.get(identity)
-        if manifest is None:
-            reason = known.broken.get(identity)
-            names = ", ".join(m.id for m in known.found[:5]) or "none"
-            raise FormatError(reason) if reason else UsageError(f"{files} holds no {identity}; it holds {names}")
-        return check_chain(files, known, manifest), {}
-    chain, skipped = newest(files, known)
-    if chain is None and not skipped:
-        raise UsageError(f"{files} holds no checkpoint; a DiffCheckpointer writes them as ckpt-<step>-<id>")
-    if chain is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(skipped.items(), reverse=True)[:5])
-        raise FormatError(f"no checkpoint of {files} can be used: {reasons}")
-    return chain, skipped
 
 
 @dataclass(frozen=True)

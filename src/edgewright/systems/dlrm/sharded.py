@@ -28,8 +28,10 @@ from edgewright.systems.dlrm.model import DLRM
 from edgewright.systems.dlrm.optimizers import RowwiseAdagrad
 from edgewright.systems.dlrm.plan import Shard, ShardingPlan, make_plan
 from edgewright.systems.dlrm.tables import EmbeddingTable, ProjectedTable, QREmbeddingBag, row_parameters
+from edgewright.training.checkpoint.files import open_files
+from edgewright.training.checkpoint.ranks import Ranks
+from edgewright.training.checkpoint.whole import SavedState, capture_state, save_state
 from edgewright.training.distributed import join_rows
-from edgewright.training.sharded_parts import read_parts, write_parts_folder
 
 
 class ShardedDLRM(nn.Module):
@@ -156,16 +158,19 @@ class ShardedDLRM(nn.Module):
         mesh = DeviceMesh(tensor.device.type, ranks)
         return join_rows(tensor, mesh, self.model.config.table_sizes[shard.table])
 
-    def save(self, folder: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
-        """Write a checkpoint, every process its part: safetensors files, the folder whole or not at all."""
-        write_parts_folder(Path(folder), self.checkpoint_state(optimizer), self.group)
+    def save(self, root: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
+        """Write a checkpoint into a folder or fsspec URL, every process its part; the one before is deleted then."""
+        with Ranks(group=self.group) as ranks:
+            captured = capture_state(0, self.checkpoint_state(optimizer), None, None, ranks, copy=False)
+            save_state(open_files(root), ranks, captured)
 
-    def load(self, folder: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
+    def load(self, root: str | Path, optimizer: RowwiseAdagrad | None = None) -> None:
         """Read a checkpoint that any number of processes wrote, with any plan, in place.
 
-        Raises FormatError for one that is damaged or of another model; then nothing has been changed.
+        Raises UsageError where there is none, FormatError for one that is damaged or of another model; then nothing has
+        been changed.
         """
-        read_parts(Path(folder), self.checkpoint_state(optimizer))
+        SavedState(open_files(root)).read(self.checkpoint_state(optimizer))
 
     def _root(self) -> int:
         return dist.get_process_group_ranks(self.group or dist.group.WORLD)[0]

@@ -16,7 +16,7 @@ from edgewright.systems.dlrm.clicks import ClickData, ClickLoss
 from edgewright.systems.dlrm.metrics import ClickMetrics, evaluate
 from edgewright.systems.dlrm.optimizers import dlrm_optimizer
 from edgewright.training.loop import TrainConfig, TrainResult, fit
-from edgewright.training.run_checkpoint import latest_checkpoint
+from edgewright.training.resume import latest_checkpoint
 from edgewright.training.schedules import Schedule
 
 

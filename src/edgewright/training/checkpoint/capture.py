@@ -42,10 +42,12 @@ class RowShard:
 class Captured:
     """A step's state on the CPU. tensors: to be written by this process; offsets: of those that are parts.
 
-    tree: {"optimizers": [...], "rank": {...}}, JSON. rows: of tables.
+    tree: JSON, what this process has for itself under "rank". rows: of tables. copy: whether tensors that lie on the
+    CPU get memory of their own.
     """
 
     step: int
+    copy: bool = True
     tensors: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[str, list[int]] = field(default_factory=dict)
     tree: dict[str, Any] = field(default_factory=dict)
@@ -67,18 +69,19 @@ def keep(state: Captured, name: str, tensor: Tensor, mine: bool) -> None:
     if is_split(tensor):
         shape, offset = local_box(tensor)
         if all(shape):
-            state.tensors[name] = copied_rows(local(tensor), None)
+            state.tensors[name] = _on_cpu(local(tensor), state.copy)
             state.offsets[name] = list(offset)
     elif mine:
-        state.tensors[name] = copied_rows(tensor, None)
+        state.tensors[name] = _on_cpu(tensor, state.copy)
 
 
 def copied_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """On the CPU, in memory of its own."""
-    tensor = tensor.detach()
-    if rows is not None:
-        return tensor.index_select(0, rows).cpu()
-    return tensor.to("cpu", copy=True).contiguous()
+    """Rows of a tensor, None for all, on the CPU in memory of their own."""
+    return _on_cpu(tensor, True) if rows is None else tensor.detach().index_select(0, rows).cpu()
+
+
+def _on_cpu(tensor: Tensor, copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=copy).contiguous()
 
 
 def merge_tables(parts: list[dict[str, Table]]) -> dict[str, Table]:

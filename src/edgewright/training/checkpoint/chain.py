@@ -13,6 +13,7 @@ Deleting begins when the new checkpoint is on the disk, and renames to trash-<uu
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from edgewright.errors import FormatError
+from edgewright.errors import FormatError, UsageError
 from edgewright.training.checkpoint.files import Files
 from edgewright.training.checkpoint.manifest import (
     FILE,
@@ -132,6 +133,30 @@ def newest(files: Files, known: Catalogue) -> tuple[list[Manifest] | None, dict[
         except FormatError as error:
             skipped[manifest.id] = str(error)
     return None, skipped
+
+
+def choose(files: Files, identity: str | None) -> tuple[list[Manifest], dict[str, str]]:
+    """(chain, what was skipped and why) of the newest usable checkpoint, or of the one named.
+
+    Raises UsageError (there is none), FormatError (of another format version; none can be used, with the reasons).
+    """
+    known = catalogue(files)
+    if known.other_version is not None and identity not in known.digests:
+        raise known.other_version
+    if identity is not None:
+        manifest = known.get(identity)
+        if manifest is None:
+            reason = known.broken.get(identity)
+            names = ", ".join(m.id for m in known.found[:5]) or "none"
+            raise FormatError(reason) if reason else UsageError(f"{files} holds no {identity}; it holds {names}")
+        return check_chain(files, known, manifest), {}
+    chain, skipped = newest(files, known)
+    if chain is None and not skipped:
+        raise UsageError(f"{files} holds no checkpoint; they are folders called ckpt-<step>-<id>")
+    if chain is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(skipped.items(), reverse=True)[:5])
+        raise FormatError(f"no checkpoint of {files} can be used: {reasons}")
+    return chain, skipped
 
 
 def replay(
@@ -357,6 +382,14 @@ def _age(files: Files, name: str) -> float:
         return max(inside, default=files.modified(name))
     except OSError:
         return 0.0
+
+
+def clear(files: Files) -> None:
+    """Delete every checkpoint and what killed processes left; no link, nothing of others. Raises OSError."""
+    remove(files, [name for name in files.names("") if ID.fullmatch(name) and ours(files, name)])
+    clean(files, math.inf)
+    if files.kind(LATEST) == "file":
+        files.unlink(LATEST)
 
 
 def kept(files: Files, known: Catalogue, keep: int, verified: set[str] | None = None) -> set[str]:

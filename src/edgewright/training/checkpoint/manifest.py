@@ -23,6 +23,7 @@ from edgewright.io.row_codes import ROW_BITS, row_bytes
 from edgewright.io.safetensors_header import SafetensorsEntry
 from edgewright.training.checkpoint.files import Files
 from edgewright.training.checkpoint.shards import DTYPES, Place, header, whole_shape
+from edgewright.training.checkpoint.tree import TAGS
 
 KIND, VERSION = "edgewright-checkpoint", 1
 NAME = "manifest.json"
@@ -224,7 +225,6 @@ def _whole(value: Any) -> bool:
 
 ROWS = "edgewright rows"  # in the place of an optimizer's entry that lies with the rows of its table
 Kinds = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor -> type and shape
-_TAGS = ("__tensor__", "__part__")
 _DEPTH = 64  # of the tree of a state
 _ID_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -316,12 +316,12 @@ def _kinds(entries: Mapping[str, SafetensorsEntry]) -> Kinds:
 
 def _check_state(manifest: Manifest) -> None:
     state = manifest.state
-    optimizers, ranks = state.get("optimizers"), state.get("ranks")
-    if not isinstance(optimizers, list) or not isinstance(ranks, list) or len(ranks) != manifest.world:
-        raise FormatError(
-            f"{manifest.id}: its state lacks optimizers, or a part for each of {manifest.world} processes"
-        )
-    for rank in ranks:
+    ranks, optimizers = state.get("ranks"), state.get("optimizers", [])
+    if not isinstance(ranks, list) or len(ranks) != manifest.world:
+        raise FormatError(f"{manifest.id}: its state lacks a part for each of {manifest.world} processes")
+    if not isinstance(optimizers, list):
+        raise FormatError(f"{manifest.id}: its optimizers are no list")
+    for rank in ranks if "optimizers" in state else ():
         if not isinstance(rank, dict) or "reader" not in rank or not isinstance(rank.get("random"), dict):
             raise FormatError(f"{manifest.id}: the state of a process lacks random numbers or the reader")
     for entry in optimizers:
@@ -349,7 +349,7 @@ def _tags(tree: Any, depth: int) -> Iterator[Any]:
         raise FormatError("the state of a checkpoint is nested more deeply than any that we write")
     if isinstance(tree, dict):
         for key, value in tree.items():
-            if key in _TAGS:
+            if key in TAGS:
                 yield value
             else:
                 yield from _tags(value, depth + 1)

@@ -12,9 +12,12 @@ from edgewright.errors import OutputError
 
 
 class Ranks:
-    """The processes of a run; outside a process group there is one, and everything here is immediate."""
+    """The processes of a run; outside a process group there is one, and everything here is immediate.
 
-    def __init__(self, timeout: float, group: Any = None) -> None:
+    timeout: seconds that they wait for each other.
+    """
+
+    def __init__(self, timeout: float = 600.0, group: Any = None) -> None:
         self.world, self.rank = 1, 0
         self._now: Any = None
         self._behind: Any = None
@@ -24,6 +27,12 @@ class Ranks:
             limit = datetime.timedelta(seconds=timeout)
             self._now = dist.new_group(members, backend="gloo", timeout=limit)
             self._behind = dist.new_group(members, backend="gloo", timeout=limit)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def first(self) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor
 from edgewright.errors import FormatError, UsageError
 from edgewright.training.distributed import cuts, is_split, zeros_like_split
 
+TAGS = ("__tensor__", "__part__")  # keys of a whole tensor and of a split one in the JSON of a tree
+
 
 @dataclass(frozen=True)
 class Part:

@@ -190,7 +190,8 @@ class Order:
     """What the checkpoint is to be. unique: hex digits that all processes agreed on, the first eight end its name.
 
     encoding: of rows. parent, chain, sizes, restores: see Manifest. base_bytes: of the full checkpoint that this one
-    builds upon. stall: seconds that training has stood still for it. keep: how many checkpoints stay.
+    builds upon. stall: seconds that training has stood still for it. keep: how many checkpoints stay. hint: whether the
+    file LATEST names it then.
     """
 
     unique: str
@@ -204,6 +205,7 @@ class Order:
     restores: int = 0
     stall: float = 0.0
     keep: int = 1
+    hint: bool = True
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ def publish(
         raise
     assert manifest is not None
     verified.add(identity)
-    late = _afterwards(files, order.keep, identity, verified) if ranks.first else None
+    late = _afterwards(files, order, identity, verified) if ranks.first else None
     saved = Saved(
         id=identity,
         kind=order.kind,
@@ -327,11 +329,12 @@ def _manifest(files: Files, order: Order, step: int, identity: str, parts: list[
     )
 
 
-def _afterwards(files: Files, keep: int, identity: str, verified: set[str]) -> BaseException | None:
+def _afterwards(files: Files, order: Order, identity: str, verified: set[str]) -> BaseException | None:
     """What comes once the checkpoint exists; its failure leaves a hint, or old checkpoints, as they were."""
     try:
-        point(files, identity)
-        collect(files, keep, verified)
+        if order.hint:
+            point(files, identity)
+        collect(files, order.keep, verified)
     except OSError as error:
         return output_error(files, error)
     return None
