@@ -107,7 +107,7 @@ def test_a_run_that_the_disk_stopped_goes_on(
         real(path, *rest) if len(calls) < 2 else full()
 
     monkeypatch.setattr(edgewright.distillation.best, "save_tensors", later)
-    assert cli.main(command) == 1 and list((tmp_path / "run").glob("training/checkpoints/step-*"))
+    assert cli.main(command) == 1 and list((tmp_path / "run").glob("training/checkpoints/ckpt-*"))
     monkeypatch.undo()
     assert cli.main(command) == 0
     assert DLRM.from_pretrained(tmp_path / "run" / "model").config.table_names == ("shop", "user")
