@@ -1,6 +1,6 @@
 """Kill commands at every rename and at random times, finish them, compare with runs that nothing disturbed.
 
-python benchmarks/kills.py [JOB...] [--renames N] [--times N]    # results/kills.csv
+python benchmarks/kills.py [JOB...] [--renames N] [--times N]    # results/kills.csv, its rows of these jobs
 """
 
 from __future__ import annotations
@@ -15,9 +15,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edgewright.measure.report import Report
-from results import save
+from results import RESULTS, load, save
 from tests.kill_jobs import JOBS
-from tests.kills import kill_everywhere
+from tests.kills import Outcome, kill_everywhere
+
+
+def keep(name: str, outcome: Outcome) -> None:
+    """Put the rows of one job into results/kills.csv; those of the others stay."""
+    report = Report("kills")
+    if (RESULTS / "kills.csv").exists():
+        for row in load("kills").rows:
+            if row.subject != name:
+                report.add(row.metric, row.value, subject=row.subject)
+    report.add("kills", outcome.kills, subject=name)
+    report.add("faults", len(outcome.faults), subject=name)
+    report.add("files_equal_byte_for_byte", outcome.equal_files, subject=name)
+    report.add("files_with_times_in_them", outcome.other_files, subject=name)
+    save(report, "kills")
 
 
 def main() -> int:
@@ -26,20 +40,16 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20, help="random times for each job (default 20)")
     parser.add_argument("--renames", type=int, help="kill points at renames, spread evenly (default: all)")
     args = parser.parse_args()
-    report, faults = Report("kills"), 0
+    faults = 0
     for name in args.jobs or JOBS:
         with tempfile.TemporaryDirectory() as folder:
             outcome = kill_everywhere(JOBS[name], Path(folder) / name, renames=args.renames, times=args.times)
         faults += len(outcome.faults)
-        report.add("kills", outcome.kills, subject=name)
-        report.add("faults", len(outcome.faults), subject=name)
-        report.add("files_equal_byte_for_byte", outcome.equal_files, subject=name)
-        report.add("files_with_times_in_them", outcome.other_files, subject=name)
         print(f"{name}: {outcome.kills} kills, {len(outcome.faults)} faults", flush=True)
         for fault in outcome.faults:
             print(f"  {fault}", flush=True)
-    if not args.jobs and args.renames is None:
-        print(save(report, "kills"))
+        if args.renames is None:
+            keep(name, outcome)
     return int(faults > 0)
 
 
