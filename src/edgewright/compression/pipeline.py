@@ -330,10 +330,21 @@ def compress(
     progress: bool = True,
     files_only: bool = False,
 ) -> Report | None:
-    """Run (or go on with) one compression in `output`; returns the report that is also saved there.
+    """Run (or go on with) one compression.
 
-    files_only: stop when the files are written and verified, and return None. Raises UsageError when the folder holds
-    another run or another process works in it, and whatever a stage raises; finished stages stay usable.
+    Args:
+        settings: everything that decides the bits of the result.
+        output: the folder; finished stages in it are not done again.
+        say: receives sentences for people.
+        progress: show progress bars.
+        files_only: stop when the files are written and verified.
+
+    Returns:
+        The report that is also saved in the folder; None with `files_only`.
+
+    Raises:
+        UsageError: the folder holds another run, or another process works in it.
+        EdgewrightError: whatever a stage raises; finished stages stay usable.
     """
     with working_in(output):
         return _compress(settings, Path(output), say, progress, files_only)

@@ -38,13 +38,29 @@ class TrainingBudget:
 
 @dataclass(frozen=True)
 class CompressSettings:
-    """Everything that decides the bits of the result, apart from the model itself.
+    """Everything that decides the bits of the result.
 
-    method: the way to the shipped file. baselines: other methods shown beside it. data: text to train and calibrate on
-    (None: the model trains on what it writes itself and calibrates on the built-in text). kv: width of the runtime's
-    key-value cache, 4, 8 or None for float16. learning_rate None: by width, see `rate`. Lengths and blocks are in
-    tokens and blocks of tokens. lenient: tensors that cannot have the type that the layout wants are marked in the
-    table instead of ending the run.
+    Args:
+        model: a name, folder or file that `load` takes.
+        bits: of the weights: 1, 1.58, 2, 3 or 4.
+        method: the way to the shipped file, one of METHODS.
+        baselines: other methods shown beside it.
+        budget: how long to train.
+        data: text to train and calibrate on; None: the model trains on what it writes itself and calibrates on the
+            built-in text.
+        kv: width of the runtime's key-value cache, 4, 8 or None for float16.
+        layout: of the file's types, see `export.gguf.layout`.
+        learning_rate: None: by width, see `rate`.
+        block_length: tokens of a block.
+        batch_size: blocks of a training step.
+        calibration_blocks: for calibration.
+        evaluation_blocks: for the figures of the report.
+        benchmark: measure speed too.
+        seed: of training and data.
+        lenient: mark tensors that cannot have the type that the layout wants in the table instead of ending the run.
+
+    Raises:
+        UsageError: a value that is out of range.
     """
 
     model: str
@@ -80,6 +96,7 @@ class CompressSettings:
             raise UsageError(f"learning_rate={self.learning_rate}; it must be positive, for example 2e-5")
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
         return asdict(self)
 
     @property

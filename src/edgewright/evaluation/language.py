@@ -127,12 +127,24 @@ def evaluate_language(
     batch_size: int = 1,
     progress: bool = True,
 ) -> dict[str, LanguageMetrics]:
-    """Score every candidate on the same blocks, int64 [N, T], beside the reference if there is one.
+    """Score every candidate on the same blocks, beside the reference if there is one.
 
     The reference is computed once a batch; a candidate that is the same function object reuses its logits. Alive at any
     time: the logits of one batch of the reference and of one candidate, and slices of SLICE_ELEMENTS.
 
-    Raises UsageError for blocks of the wrong shape or two vocabulary sizes, CheckFailed for logits that are not finite.
+    Args:
+        candidates: name -> function from ids int64 [B, T] to logits [B, T, V]; see `model_logits`, `engine_logits`.
+        blocks: int64 [N, T].
+        reference: the same of the model that the others are compared with; None gives no divergence.
+        batch_size: blocks computed at once.
+        progress: show a progress bar.
+
+    Returns:
+        Name -> perplexity, divergence in nats a token and agreement, each with its standard error over blocks.
+
+    Raises:
+        UsageError: blocks of the wrong shape, or two vocabulary sizes.
+        CheckFailed: logits that are not finite.
     """
     _check_arguments(candidates, blocks, batch_size)
     reference_name = next((name for name, function in candidates.items() if function is reference), "reference")

@@ -29,8 +29,18 @@ Packed = PackedLinear | PackedEmbedding | PackedStack
 def save_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Write a converted model with its codes in 1, 2, 4 or 8 bits; `edgewright.load(folder)` gives the same bits back.
 
-    Raises UsageError for a model without packed layers, Unsupported for layers that the folder cannot describe,
-    OutputError when the folder cannot be written (then nothing is left of it).
+    Args:
+        model: with packed layers, as `convert_` leaves it.
+        tokenizer: saved beside it.
+        folder: made, or replaced where it holds such a model already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: a model without packed layers.
+        Unsupported: layers that the folder cannot describe.
+        OutputError: the folder cannot be written; nothing is left of it then.
     """
     packed = packed_modules(model)
     if not packed:

@@ -39,13 +39,22 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A transformers model in evaluation mode and its tokenizer.
 
-    model: a folder with config.json and safetensors, a .gguf file, a bundled name (see `io.bundled`), or a hub id
-    "org/name", the only case in which anything is downloaded. A folder gives the class that its config.json names in
-    "architectures", with its head: LlamaForCausalLM, BertForSequenceClassification, BertModel, ...
-    Weights that this class has no place for are named in a warning.
+    Args:
+        model: a folder with config.json and safetensors, a .gguf file, a bundled name (see `io.bundled`), or a hub id
+            "org/name", the only case in which anything is downloaded. A folder gives the class that its config.json
+            names in "architectures", with its head: LlamaForCausalLM, BertForSequenceClassification, BertModel, ...
+            Weights that this class has no place for are named in a warning.
+        dtype: of the weights in memory.
+        device: where they go.
 
-    Raises UsageError for a model that cannot be found, FormatError for a broken file or weights that are not finite,
-    Unsupported for an architecture not known here, MissingPackage for a bundled model that is not installed.
+    Returns:
+        (model, tokenizer).
+
+    Raises:
+        UsageError: the model cannot be found.
+        FormatError: a broken file, or weights that are not finite.
+        Unsupported: an architecture not known here.
+        MissingPackage: a bundled model that is not installed.
     """
     if model == "efficientnet-lite0":
         raise UsageError(

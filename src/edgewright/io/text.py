@@ -40,12 +40,18 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "li
 def load_texts(source: str | Path | None = None, split: Split = "all") -> list[str]:
     """Texts of a source, whole or one side of its split.
 
-    source: None for the documentation topics inside Python (about 650 KB of English); a file with rows (.jsonl, .json,
-    .csv, .tsv), of which the column text, content or messages is read (`io.text_rows`); or any other text file (UTF-8,
-    or UTF-16 with its mark; .gz is unpacked). split: about 80 % of the text is for calibration, the rest for
-    evaluation; topics go by a hash of their name, a text file is cut at a paragraph, one with rows between them.
+    Args:
+        source: None for the documentation topics inside Python (about 650 KB of English); a file with rows (.jsonl,
+            .json, .csv, .tsv), of which the column text, content or messages is read (`io.text_rows`); or any other
+            text file (UTF-8, or UTF-16 with its mark; .gz is unpacked).
+        split: "all", "calibration" (about 80 % of the text) or "evaluation" (the rest); topics go by a hash of their
+            name, a text file is cut at a paragraph, one with rows between them.
 
-    Raises UsageError for an unknown split and for a file that is missing, empty, in another encoding, or without texts.
+    Returns:
+        The texts, one a document or row.
+
+    Raises:
+        UsageError: an unknown split, or a file that is missing, empty, in another encoding, or without texts.
     """
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
@@ -111,10 +117,20 @@ def token_blocks(
     max_blocks: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Tokens of the texts as int64 [blocks, block_length], in an order drawn from `seed`.
+    """Tokens of the texts, joined with the end-of-text token and cut into blocks; an incomplete one is dropped.
 
-    The texts are joined with the end-of-text token between them and cut; the last, incomplete block is dropped.
-    Raises UsageError when there is less than one block.
+    Args:
+        texts: documents.
+        tokenizer: of transformers.
+        block_length: tokens of a block.
+        max_blocks: how many are returned at most; None for all.
+        seed: of their order.
+
+    Returns:
+        int64 [blocks, block_length].
+
+    Raises:
+        UsageError: less than one block, or a length below 1.
     """
     if block_length < 1 or (max_blocks is not None and max_blocks < 1):
         raise UsageError(f"block_length {block_length} and max_blocks {max_blocks} must be at least 1")

@@ -37,7 +37,12 @@ class Row:
 
 
 class Report:
-    """Rows in the order they were added, with the machine, the versions and the settings that produced them."""
+    """Rows in the order they were added, with the machine, the versions and the settings that produced them.
+
+    Args:
+        title: heading of report.md.
+        settings: JSON values that decide the result.
+    """
 
     def __init__(self, title: str, settings: Mapping[str, Any] | None = None) -> None:
         self.title = title
@@ -69,17 +74,51 @@ class Report:
         n: int | None = None,
         unit: str = "",
     ) -> Row:
-        """Add one number; a second one of the same metric and subject takes the place of the first."""
+        """Add one number; a second one of the same metric and subject takes the place of the first.
+
+        Args:
+            metric: what was measured, such as "kl".
+            value: NaN and infinities are kept, and become null in JSON.
+            subject: of which candidate; a row of the table.
+            se: standard error of the value.
+            n: observations behind it.
+            unit: such as "nats/token".
+
+        Returns:
+            The row.
+        """
         error, count = None if se is None else float(se), None if n is None else int(n)
         row = self._rows[metric, subject] = Row(metric, plain_number(value), error, count, unit, subject)
         return row
 
     def value(self, metric: str, subject: str = "") -> float:
-        """The value of `metric` for `subject`; UsageError (with what there is) when it was not measured."""
+        """One number.
+
+        Args:
+            metric: as it was added.
+            subject: as it was added.
+
+        Returns:
+            The value.
+
+        Raises:
+            UsageError: it was not measured; the message says what was.
+        """
         return self.row(metric, subject).value
 
     def row(self, metric: str, subject: str = "") -> Row:
-        """As `value`, the whole row."""
+        """As `value`, the whole row.
+
+        Args:
+            metric: as it was added.
+            subject: as it was added.
+
+        Returns:
+            Value, standard error, number of observations and unit.
+
+        Raises:
+            UsageError: it was not measured; the message says what was.
+        """
         try:
             return self._rows[metric, subject]
         except KeyError:
@@ -170,7 +209,12 @@ class Report:
         return "\n".join(parts).rstrip() + "\n"
 
     def print_table(self, console: Console | None = None, metrics: Sequence[str] | None = None) -> None:
-        """The table on screen, with the notes beneath it; turned on its side where it would not fit the width."""
+        """Print the table, with the notes beneath it; turned on its side where it would not fit the width.
+
+        Args:
+            console: of rich; None prints to standard output.
+            metrics: columns and their order; None for all.
+        """
         from rich.console import Console
         from rich.markup import escape
         from rich.measure import Measurement

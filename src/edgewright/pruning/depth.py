@@ -26,12 +26,24 @@ def prune_depth_(
     iterative: Measure | None = None,
     names: MLPNames | None = None,
 ) -> tuple[int, ...]:
-    """Cut the model in place to `layers` blocks, those of highest importance, or to the blocks `keep`.
+    """Cut the model in place to some of its blocks.
 
-    Returns the indices of the blocks that stayed. protect: blocks that stay whatever their importance (our choice:
-    first and last); negative ones count from the end. iterative: a function that measures a model; then one block goes
-    at a time and the rest is measured again (our choice; the published cut is made at once from `stats`).
-    Raises UsageError for more blocks than there are, none, or too few to hold the protected ones.
+    Args:
+        model: a decoder of transformers.
+        layers: how many blocks stay, those of highest importance.
+        stats: measured by `pruning.importance.collect`.
+        keep: the blocks that stay, in place of `layers` and `stats`.
+        protect: blocks that stay whatever their importance (our choice: first and last); negative ones count from the
+            end.
+        iterative: a function that measures a model; then one block goes at a time and the rest is measured again (our
+            choice; the published cut is made at once from `stats`).
+        names: what the linear layers of an MLP are called; default: those of Llama.
+
+    Returns:
+        Indices of the blocks that stayed, ascending.
+
+    Raises:
+        UsageError: more blocks than there are, none, or too few to hold the protected ones.
     """
     check_prunable(model, names or MLPNames())
     count = len(decoder_layers(model))

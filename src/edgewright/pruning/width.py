@@ -25,10 +25,21 @@ def prune_mlp_(
     multiple: int = 1,
     names: MLPNames | None = None,
 ) -> tuple[Tensor, ...]:
-    """Cut every MLP in place to its `width` most important neurons; returns their indices, ascending, one [width] each.
+    """Cut every MLP in place to its most important neurons.
 
-    stats: measured statistics, or one score [F] a block. multiple: the quantisation group that the width must divide
-    into. Raises UsageError for a width that does not fit, Unsupported for MLPs that are not plain linear layers.
+    Args:
+        model: a decoder of transformers.
+        width: neurons that stay in each.
+        stats: measured by `pruning.importance.collect`, or one score [F] a block.
+        multiple: the quantisation group that the width must divide into.
+        names: what the linear layers of an MLP are called; default: those of Llama.
+
+    Returns:
+        Indices of the neurons that stayed, ascending, int64 [width] a block.
+
+    Raises:
+        UsageError: a width that does not fit.
+        Unsupported: MLPs that are not plain linear layers.
     """
     names = names or MLPNames()
     check_prunable(model, names)

@@ -41,14 +41,30 @@ def benchmark_files(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Compare exported files: one row of each of `FILE_METRICS` a language model and of each of `PROGRAM_METRICS` a
-    program, and the read bandwidth of the machine where there are language models.
+    """Compare exported files.
 
     Every file is opened, then in each of `repeats` rounds (after one for warming up) every language model computes the
-    same random prompt and decodes greedily past any end of text, and the bandwidth is taken in between; programs take
-    turns likewise, on inputs of `batch` rows and, where a length is free, of `length`. Values are medians over rounds,
-    `se` half the interquartile range. threads: None uses every core. What a file does not tell (bits per weight of an
-    .onnx, or of a .pte that was not written here) has no row.
+    same random prompt and decodes greedily past any end of text, and the read bandwidth of the machine is taken in
+    between; programs take turns likewise.
+
+    Args:
+        paths: .gguf, .pte and .onnx files.
+        prompt_tokens: of the prompt.
+        decode_tokens: that follow.
+        batch: rows of a program's inputs.
+        length: of a program's inputs where it is free.
+        repeats: rounds.
+        threads: None uses every core.
+        seed: of prompts and inputs.
+        progress: show a progress bar.
+
+    Returns:
+        One row of each of `FILE_METRICS` a language model and of each of `PROGRAM_METRICS` a program. Values are
+        medians over rounds, `se` half the interquartile range. What a file does not tell (bits per weight of an .onnx,
+        or of a .pte that was not written here) has no row.
+
+    Raises:
+        UsageError: numbers below 1, or no such file.
     """
     files = _subjects(paths)
     if min(prompt_tokens, decode_tokens, repeats) < 1:

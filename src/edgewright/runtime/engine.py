@@ -22,10 +22,22 @@ def open_engine(
 ) -> Engine:
     """Open a language model in the runtime of its suffix (.gguf: llama.cpp, .pte: ExecuTorch).
 
-    threads: None uses every core. context: tokens of prompt and answer together; a .pte has it fixed in the file. cache
-    types: "f16", "q8_0", "q4_0"; a .pte has none to choose. check: run the file first in a child process.
-    Raises UsageError (no such file), Unsupported (suffix, or a .pte that holds no language model), FormatError (broken
-    file), MissingPackage (no runtime).
+    Args:
+        path: the file.
+        threads: None uses every core.
+        context: tokens of prompt and answer together; a .pte has it fixed in the file.
+        cache_type_k: of the keys in the cache: "f16", "q8_0" or "q4_0"; a .pte has none to choose.
+        cache_type_v: of the values.
+        check: run the file first in a child process, so that a file that aborts the runtime ends only that.
+
+    Returns:
+        The engine; close it, or use it in a `with` block.
+
+    Raises:
+        UsageError: no such file, or a cache type for a .pte.
+        Unsupported: another suffix, or a .pte that holds no language model.
+        FormatError: a broken file.
+        MissingPackage: the runtime is not installed.
     """
     path = Path(path)
     suffix = path.suffix.lower()

@@ -40,9 +40,20 @@ class Program(Protocol):
 def open_program(path: str | Path, threads: int | None = None, *, check: bool = True) -> Program:
     """Open an exported file in the runtime of its suffix (.onnx: ONNX Runtime, .pte: ExecuTorch).
 
-    threads: None uses every core. check: run the file once in a process of its own first; False only for a file that
-    was written or checked a moment ago. Raises UsageError (no such file), Unsupported (suffix), FormatError (broken
-    file), MissingPackage (no runtime).
+    Args:
+        path: the file.
+        threads: 1 to 1024; None uses every core.
+        check: run the file once in a process of its own first; False only for a file that was written or checked a
+            moment ago.
+
+    Returns:
+        The program, called with tensors.
+
+    Raises:
+        UsageError: no such file.
+        Unsupported: another suffix.
+        FormatError: a broken file.
+        MissingPackage: the runtime is not installed.
     """
     path = Path(path)
     suffix = path.suffix.lower()

@@ -158,7 +158,17 @@ def runnable() -> list[str]:
 
 
 def load_recipe(slug: str) -> Recipe:
-    """The recipe of a system; UsageError says so when it is only planned."""
+    """The recipe of a system.
+
+    Args:
+        slug: such as "parq"; see `edgewright systems`.
+
+    Returns:
+        Its module: settings by size, plan, run and claims.
+
+    Raises:
+        UsageError: the system is only planned, or there is none of that name.
+    """
     if slug not in runnable():
         row = find(slug)
         ready = ", ".join(runnable()) or "none yet"
@@ -186,12 +196,25 @@ def run_recipe(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> Outcome:
-    """Run a system's recipe in `output` (default `runs/<slug>-<size>`) and check its claims.
+    """Run a system's recipe and check its claims.
 
-    The folder ends with `settings.json`, `report.json`, `report.md` and what the recipe's plan names. A folder with
-    the same settings is resumed, a finished one is read again; other settings are refused unless `fresh` clears it.
-    `overrides` are `path=value` texts; `say` receives the plan and the state of the folder. Raises UsageError,
-    OutputError, CheckFailed (a promised file is missing) and what the recipe raises.
+    Args:
+        recipe: a slug, or a recipe's module.
+        size: "tiny" (a check, seconds) or "small" (the figures of the page).
+        overrides: "path=value" texts that change settings.
+        output: folder, default `runs/<slug>-<size>`; it ends with settings.json, report.json, report.md and what the
+            plan names. One with the same settings is resumed, a finished one is read again, other settings are refused.
+        dry_run: show the plan and stop.
+        fresh: clear a folder of other settings, or of a finished run, first.
+        say: receives the plan and the state of the folder.
+
+    Returns:
+        Settings, plan, report and claims, each held or not.
+
+    Raises:
+        UsageError: an unknown size or setting, or a folder of another run.
+        OutputError: the folder could not be written.
+        CheckFailed: a file that the plan names is missing.
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)

@@ -30,10 +30,18 @@ class ResumableBatches(Protocol):
 class BlockBatches:
     """Endless shuffled batches from rows held in memory.
 
-    `blocks` is a tensor [N, ...] or a dict of tensors that share N; a batch has the same structure with N replaced by
-    `batch_size`. Every row comes once an epoch, each epoch in its own order, drawn from (seed, epoch) alone; a batch
-    may span two epochs, so all have the same size. Row k of the endless stream is a pure function of k: the position
-    is the whole state. Raises UsageError when there are no rows, rows that disagree, or a batch size below 1.
+    Every row comes once an epoch, each epoch in its own order, drawn from (seed, epoch) alone; a batch may span two
+    epochs, so all have the same size. Row k of the endless stream is a pure function of k: the position is the whole
+    state.
+
+    Args:
+        blocks: a tensor [N, ...], or a dict of tensors that share N; a batch has the same structure, with `batch_size`
+            in the place of N.
+        batch_size: rows of a batch.
+        seed: of the orders.
+
+    Raises:
+        UsageError: no rows, tensors with different numbers of them, or a batch size below 1.
     """
 
     def __init__(self, blocks: Tensor | Mapping[str, Tensor], batch_size: int, seed: int = 0) -> None:
@@ -68,6 +76,7 @@ class BlockBatches:
         self.position += count * self.batch_size
 
     def state_dict(self) -> dict[str, Any]:
+        """The position, with what identifies the rows: seed, batch size, number of rows and a checksum of them."""
         return {
             "position": self.position,
             "batch_size": self.batch_size,
@@ -77,7 +86,7 @@ class BlockBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the saved position; raises UsageError when the data, the batch size or the seed are others."""
+        """Go to a saved position. Raises UsageError where the rows, their number, seed or batch size are others."""
         for field, now in self.state_dict().items():
             if field != "position" and state.get(field) != now:
                 meaning = "content of the blocks (digest)" if field == "digest" else field

@@ -20,13 +20,26 @@ FREE = ("device", "checkpoint_every", "checkpoint_async")  # may change between 
 class TrainConfig:
     """Settings of one run.
 
-    `steps` counts optimizer updates, each over `accumulation` batches (times the processes of a distributed run).
-    `learning_rate` may be None when the optimizer or every parameter group brings its own; the schedule multiplies each
-    group's. `clip_norm` None: no clipping. `checkpoint_every` 0: only when interrupted; `checkpoint_async`: those in
-    between are copied to the CPU's memory and written while training goes on (weights that are split over processes are
-    written at once all the same). `precision` other than "no" runs the loss function under autocast. `device` None:
-    where the model is, "auto": accelerate's choice, or a torch device; a distributed run always uses the device of its
-    process.
+    Args:
+        steps: optimizer updates, each over `accumulation` batches (times the processes of a distributed run).
+        learning_rate: of the default optimizer; None where the optimizer, or every parameter group, brings its own.
+        schedule: "constant", "linear", "cosine" or another of `training.schedules`, or a function (step, steps) ->
+            multiplier of each group's learning rate.
+        warmup_steps: first steps, over which the learning rate grows linearly from zero.
+        accumulation: batches of one update.
+        clip_norm: largest norm of all gradients together; None does not clip.
+        weight_decay: of the default optimizer, for matrices only.
+        betas: decay rates of the default optimizer's moments.
+        checkpoint_every: updates between checkpoints; 0 saves only when interrupted.
+        checkpoint_async: copy the state to the CPU's memory and write it while training goes on.
+        log_every: updates between rows of metrics.csv.
+        seed: of torch's global generators.
+        precision: "no", "bf16" or "fp16": the loss function runs under autocast.
+        device: None: where the model is; "auto": accelerate's choice; or a torch device. A distributed run always uses
+            the device of its process.
+
+    Raises:
+        UsageError: a value that is out of range.
     """
 
     steps: int

@@ -43,9 +43,16 @@ Groups = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gave: `history` has one row a logged step (as metrics.csv), `loss` and `metrics` are its last ones.
+    """What a run gave.
 
-    `seconds` is the time of this call alone; `resumed_from` the step at which it took over an earlier one, or None.
+    Args:
+        steps: updates of the whole run.
+        loss: of the last logged step, in the loss function's unit.
+        metrics: further numbers of the last logged step.
+        history: one row a logged step, as in metrics.csv.
+        seconds: of this call alone.
+        resumed_from: step at which this call took over an earlier one, or None.
+        output: the folder of the run, or None.
     """
 
     steps: int
@@ -58,7 +65,13 @@ class TrainResult:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run at a safe point; `checkpoint` is where it goes on from, or None."""
+    """Ctrl-C or SIGTERM ended a run at a safe point.
+
+    Args:
+        step: updates done.
+        steps: updates of the whole run.
+        checkpoint: the folder that the run goes on from, or None.
+    """
 
     def __init__(self, step: int, steps: int, checkpoint: Path | None) -> None:
         kept = f"saved in {checkpoint}; run the same command again to resume" if checkpoint else "nothing was saved"
@@ -85,23 +98,37 @@ def fit(
 ) -> TrainResult:
     """Train `model` in place for `config.steps` updates.
 
-    loss_function(model, batch) gives a scalar, or a scalar and a dict of further numbers to record. It runs once for
-    each batch, in train mode, under autocast where `config.precision` asks for it; where it has `state_dict()` and
-    `load_state_dict()` and is no nn.Module, checkpoints keep its state. batches is any iterator (see training.batches);
-    a batch is any nesting of dicts, lists and tuples of tensors and is moved to the device. optimizer: a ready one,
-    parameter groups for the default AdamW, or None. evaluate(model) runs every `evaluate_every` steps and after the
-    last one, in eval mode, without gradients and without disturbing the random numbers; its results become columns
-    "eval_...".
-
-    output receives metrics.csv, loss.png and checkpoints/. resume: "auto" goes on from a checkpoint where there is one,
-    "never" starts again (and removes it), "must" insists on one. generator: what the loss function draws from, if
-    anything; its state is kept too. settings: further JSON values (model name, method) that must be the same in a
-    resume. accelerator: an accelerate.Accelerator of your own for special distributed set-ups.
-
     The run draws from torch's global generators, seeded by config.seed, and puts back their states and every module's
-    train or eval mode. Raises UsageError for settings that cannot work or do not match the checkpoint, CheckFailed when
-    the loss or the gradient is not finite (weights and checkpoint stay at the last good step), TrainingInterrupted
-    after Ctrl-C or SIGTERM.
+    train or eval mode.
+
+    Args:
+        model: trained where it is; frozen parameters stay as they are.
+        loss_function: called as (model, batch) once for each batch, in train mode, under autocast where
+            `config.precision` asks for it; gives a scalar, or a scalar and a dict of further numbers to record. Where
+            it has `state_dict()` and `load_state_dict()` and is no nn.Module, checkpoints keep its state.
+        batches: any iterator (see `training.batches`); a batch is any nesting of dicts, lists and tuples of tensors and
+            is moved to the device.
+        config: settings of the run.
+        optimizer: a ready one, parameter groups for the default AdamW, or None.
+        output: folder that receives metrics.csv, loss.png and checkpoints/; None keeps nothing.
+        resume: "auto" goes on from a checkpoint where there is one, "never" starts again (and removes it), "must"
+            insists on one.
+        evaluate: called as (model) every `evaluate_every` steps and after the last one, in eval mode, without gradients
+            and without disturbing the random numbers; its results become columns "eval_...".
+        evaluate_every: updates between evaluations; 0 for none.
+        progress: show a progress bar.
+        label: its text, and the title of loss.png.
+        generator: what the loss function draws from, if anything; its state is kept too.
+        settings: further JSON values (model name, method) that must be the same in a resume.
+        accelerator: an accelerate.Accelerator of your own for special distributed set-ups.
+
+    Returns:
+        Losses, metrics and times of the run.
+
+    Raises:
+        UsageError: settings that cannot work or do not match the checkpoint.
+        CheckFailed: the loss or the gradient is not finite; weights and checkpoint stay at the last good step.
+        TrainingInterrupted: after Ctrl-C or SIGTERM.
     """
     began = time.monotonic()
     if evaluate_every < 0 or (evaluate_every and evaluate is None):

@@ -105,21 +105,35 @@ def export_executorch(
 ) -> ExecuTorchExport:
     """Write `model` (float or converted) as `path` (.pte) and verify that the file computes what the model computes.
 
-    A causal language model of transformers gets a static key-value cache of `context` tokens (default 1024, or as many
-    as the model knows), and its tokenizer travels inside the file. Any other module is traced with `example_inputs`;
-    `dynamic_batch` leaves their first axis free. A finished ExportedProgram is lowered as it is. tokenizer: may be
-    None; then the file takes and gives token ids only. Where the model calls torch.fake_quantize_* with fixed scales
-    (what `convert_static` gives), XNNPACK computes in integers with exactly those codes and scales.
+    Where the model calls torch.fake_quantize_* with fixed scales (what `convert_static` gives), XNNPACK computes in
+    integers with exactly those codes and scales.
 
-    embedding: what becomes of token table and head. "auto": their codes as they are where a kernel holds them; grouped
-    8-bit codes of a head, which XNNPACK lacks, and the float table of an otherwise packed model are rounded to 8 bits
-    per row, and `notes` says so. "exact": refuse instead. "int8": round a float table too. "float": leave it.
-    min_delegated: least share of graph nodes that XNNPACK must take. original: the float model before quantisation;
-    `checks["original"]` then says how far the file is from it (see `export.original`). A language model without
-    quantised weights is its own original.
+    Args:
+        model: a causal language model of transformers gets a static key-value cache, and its tokenizer travels inside
+            the file. Any other module is traced with `example_inputs`. A finished ExportedProgram is lowered as it is.
+        tokenizer: of a language model; None: the file takes and gives token ids only.
+        path: ends in .pte.
+        example_inputs: of any other module, the batch first.
+        context: tokens of the static cache; default 1024, or as many as the model knows.
+        embedding: what becomes of token table and head. "auto": their codes as they are where a kernel holds them;
+            grouped 8-bit codes of a head, which XNNPACK lacks, and the float table of an otherwise packed model are
+            rounded to 8 bits per row, and `notes` says so. "exact": refuse instead. "int8": round a float table too.
+            "float": leave it.
+        dynamic_batch: leave the first axis of `example_inputs` free.
+        min_delegated: least share of graph nodes that XNNPACK must take, from 0 to 1.
+        verify: run the file and compare it with the model.
+        original: the float model before quantisation; `checks["original"]` then says how far the file is from it (see
+            `export.original`). A language model without quantised weights is its own original.
 
-    Raises CheckFailed (share, or a file that computes something else), Unsupported naming the operator and the module
-    or the layer, UsageError (arguments), MissingPackage (the extra `executorch`), OutputError.
+    Returns:
+        Path, sizes, what was delegated, checks and notes.
+
+    Raises:
+        CheckFailed: too little was delegated, or the file computes something else.
+        Unsupported: an operator, named with its module, or a layer that cannot be lowered.
+        UsageError: arguments that cannot work.
+        MissingPackage: without the extra `executorch`.
+        OutputError: the file could not be written.
     """
     path = Path(path)
     check_arguments(path, embedding, min_delegated)

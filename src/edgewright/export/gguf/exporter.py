@@ -102,18 +102,33 @@ def export_gguf(
 ) -> GGUFExport:
     """Write a converted (or plain) causal language model to `path` and verify it.
 
-    layout: "auto", "portable", "small" or "fast", see `gguf_layout`. strict: a tensor that cannot have the type its
-    layout wants is an error instead of a marked row. verify: decode every tensor again with three decoders and run
-    the file against PyTorch (needs xllamacpp). float_type: "F16" or "F32" for matrices that are not quantised.
-    embedding: "Q8_0", "F16" or "F32" for embedding tables that are not quantised; Q8_0 rounds, and the file is then
-    compared with the rounded table. kv: 4 or 8 (or a KVConfig of that width) to run and recommend the file with a
-    quantised cache. threshold: least top-1 agreement with PyTorch. original: the float model before quantisation, or a
-    function from ids [1, T] to its logits [1, T, V]; `checks["original"]` then says how far the file is from it (see
-    `export.original`), with a UserWarning where that is further than a guess. A model without quantised weights is its
-    own original, and the file must not be that far away.
+    Args:
+        model: of transformers, or an EdgeDecoder.
+        tokenizer: its tokenizer, which travels inside the file.
+        path: ends in .gguf; `path`.json is written beside it. Both appear, or neither.
+        layout: "auto", "portable", "small" or "fast", see `export.gguf.layout`.
+        strict: a tensor that cannot have the type its layout wants is an error instead of a marked row.
+        verify: decode every tensor again with three decoders and run the file against PyTorch (needs xllamacpp).
+        float_type: "F16" or "F32" for matrices that are not quantised.
+        embedding: "Q8_0", "F16" or "F32" for embedding tables that are not quantised; Q8_0 rounds, and the file is then
+            compared with the rounded table.
+        kv: 4 or 8 (or a KVConfig of that width) to run and recommend the file with a quantised cache.
+        threshold: least top-1 agreement with PyTorch, from 0 to 1.
+        progress: show a progress bar.
+        original: the float model before quantisation, or a function from ids [1, T] to its logits [1, T, V];
+            `checks["original"]` then says how far the file is from it (see `export.original`), with a UserWarning where
+            that is further than a guess. A model without quantised weights is its own original, and the file must not
+            be that far away.
 
-    Writes `path` and `path`.json, or neither. Raises UsageError (settings), Unsupported (architecture, layer,
-    tokenizer), CheckFailed (departure under strict, failed verification), OutputError (disk), MissingPackage.
+    Returns:
+        Path, type and size of every tensor, and what the checks measured.
+
+    Raises:
+        UsageError: settings that cannot work.
+        Unsupported: an architecture, layer or tokenizer.
+        CheckFailed: a departure under strict, or a failed verification.
+        OutputError: the files could not be written.
+        MissingPackage: verification without the extra `llamacpp`.
     """
     path = Path(path)
     kv = getattr(kv, "bits", kv)

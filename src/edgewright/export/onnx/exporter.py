@@ -80,20 +80,33 @@ def export_onnx(
 ) -> OnnxExport:
     """Write `model` (float32, on the CPU) to `path`, run the file in ONNX Runtime, compare, and only then name it.
 
-    example_inputs: a tensor, a sequence for the positional arguments, or a mapping for the keyword arguments of
-        forward, with the batch first; left out, `example_inputs_for(model)`.
-    dynamic_batch: leave the first axis of every input free, and the length of token inputs (integers [batch, length]).
-    tolerance: largest allowed difference, relative to the largest value of an output; default 1e-4, or 0.1 where inputs
-        of layers are rounded.
-    storage: "nibbles" keeps linear weights of 1 to 4 bits at 4 bits, which ONNX Runtime multiplies fastest; "smallest"
-        at their own 1, 2 or 4 bits (1-bit weights become floats when the file is loaded).
-    integers: type of 8-bit codes in QDQ. "unsigned" stores int8 codes as uint8, 128 higher: the same values, which ONNX
-        Runtime multiplies exactly on every CPU. "signed" leaves int8 as int8, for runtimes that take symmetric weights
-        only; ONNX Runtime on x86 without VNNI then clips sums of large products.
-    original: the float model before quantisation; `checks["original"]` then says how far the file is from it.
+    Args:
+        model: any module that torch.export traces.
+        path: ends in .onnx.
+        example_inputs: a tensor, a sequence for the positional arguments, or a mapping for the keyword arguments of
+            forward, with the batch first; left out, `example_inputs_for(model)`.
+        input_names: of the graph; default: the names of forward's arguments.
+        output_names: of the graph; default: the names that the model's output has.
+        dynamic_batch: leave the first axis of every input free, and the length of token inputs (integers [batch,
+            length]).
+        opset: one of OPSETS.
+        tolerance: largest allowed difference, relative to the largest value of an output; default 1e-4, or 0.1 where
+            inputs of layers are rounded.
+        storage: "nibbles" keeps linear weights of 1 to 4 bits at 4 bits, which ONNX Runtime multiplies fastest;
+            "smallest" at their own 1, 2 or 4 bits (1-bit weights become floats when the file is loaded).
+        integers: type of 8-bit codes in QDQ. "unsigned" stores int8 codes as uint8, 128 higher: the same values, which
+            ONNX Runtime multiplies exactly on every CPU. "signed" leaves int8 as int8, for runtimes that take symmetric
+            weights only; ONNX Runtime on x86 without VNNI then clips sums of large products.
+        original: the float model before quantisation; `checks["original"]` then says how far the file is from it.
 
-    Raises Unsupported naming the operator and the module without a translation, UsageError for arguments that cannot
-    work, CheckFailed when the runtime answers otherwise, MissingPackage without the extra.
+    Returns:
+        Path, sizes, operators, largest difference and notes.
+
+    Raises:
+        Unsupported: an operator without a translation, named with its module.
+        UsageError: arguments that cannot work.
+        CheckFailed: the runtime answers otherwise.
+        MissingPackage: without the extra `onnx`.
     """
     path = Path(path)
     _import_extra()

@@ -25,15 +25,38 @@ ATTENTION = ("full_attention", "sliding_attention")
 class EdgeDecoderConfig(PreTrainedConfig):
     """Shape of an `EdgeDecoderForCausalLM`. A per-layer list has one entry for every executed layer.
 
-    num_hidden_layers: executed layers, which is also the number of cache slots. share_map: executed layer -> stored
-    block, the identity by default; [0, 0, 1, 1] runs each of two stored blocks twice in a row.
-    mixers: of MIXERS (also taken as `layer_types`); ffn_types: of FEED_FORWARDS; each one name for all layers or a
-    list. intermediate_size, num_attention_heads, num_key_value_heads: one number or a list.
-    qk_norm: "none", "l2" (weightless, as in Llama 4) or "rms" (weighted, before the rotation, as in Qwen3).
-    rope_interleaved: rows of q and k in pairs (Llama 4 checkpoints) instead of halves. qkv_bias: biases of the three
-    input projections. moe, stem, longhorn: fields of the configuration of those layers, where there are any.
+    Args:
+        vocab_size: rows of the token table.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the feed-forward layers, one number or a list.
+        num_hidden_layers: executed layers, which is also the number of cache slots.
+        num_attention_heads: one number or a list.
+        num_key_value_heads: one number or a list; None: as many as heads.
+        head_dim: None: hidden_size / heads.
+        mixers: of MIXERS (also taken as `layer_types`), one name for all layers or a list.
+        ffn_types: of FEED_FORWARDS, one name for all layers or a list.
+        share_map: executed layer -> stored block, the identity by default; [0, 0, 1, 1] runs each of two stored blocks
+            twice in a row (MobileLLM, arXiv 2402.14905, section 3.4).
+        qk_norm: "none", "l2" (weightless, as in Llama 4) or "rms" (weighted, before the rotation, as in Qwen3).
+        qkv_bias: biases of the three input projections.
+        rope_parameters: as in transformers.
+        rope_interleaved: rows of q and k in pairs (Llama 4 checkpoints) instead of halves.
+        sliding_window: tokens that a sliding_attention layer sees.
+        moe: fields of MoEConfig, where there are such layers.
+        stem: fields of StemConfig, where there are such layers.
+        longhorn: fields of LonghornConfig, where there are such layers.
+        hidden_act: activation of the feed-forward layers, as transformers names it.
+        max_position_embeddings: positions that the model is trained on.
+        initializer_range: standard deviation of initial weights.
+        rms_norm_eps: of the norms.
+        use_cache: whether generation keeps keys and values.
+        tie_word_embeddings: one table for tokens and head.
+        pad_token_id: None where there is none.
+        bos_token_id: None where there is none.
+        eos_token_id: one or several that end a text.
 
-    Raises UsageError naming the field for anything that cannot be built.
+    Raises:
+        UsageError: naming the field, for anything that cannot be built.
     """
 
     model_type = "edgewright_decoder"
@@ -167,7 +190,15 @@ class EdgeDecoderConfig(PreTrainedConfig):
         return [CACHE_TYPES.get(mixer, mixer) for mixer in self.mixers]
 
     def of_layer(self, name: str, layer: int) -> int:
-        """The entry of an executed layer in a field that is one number or a list."""
+        """The entry of an executed layer in a field that is one number or a list.
+
+        Args:
+            name: of the field.
+            layer: of the executed layer, from 0.
+
+        Returns:
+            The number.
+        """
         value = getattr(self, name)
         return value if isinstance(value, int) else value[layer]
 

@@ -342,7 +342,15 @@ def _check_reset(reset: Tensor, x: Tensor, cache: Any, attention_mask: Any, conf
 
 
 def new_decoder(config: EdgeDecoderConfig, seed: int = 0) -> EdgeDecoderForCausalLM:
-    """A decoder with random weights that the seed alone decides; torch's global generator is left as it was."""
+    """A decoder with random weights that the seed alone decides; torch's global generator is left as it was.
+
+    Args:
+        config: its shape.
+        seed: of the weights.
+
+    Returns:
+        The model, in float32 on the CPU.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EdgeDecoderForCausalLM(config)

@@ -55,10 +55,32 @@ EVALUATIONS = 10  # in a run that does not say how often
 class PretrainSettings:
     """How a model is trained.
 
-    context: tokens that it sees. batch_size: rows of an update, all processes together; micro_batch: rows that one
-    process computes at a time (None: its whole share). steps, or tokens to read (rounded up to steps). schedule: see
-    training.schedules. warmup: steps, or below 1 the share of the steps. parallel: "ddp" or "fsdp", for more than one
-    process. evaluate_every 0: ten times. checkpoint_every: what a kill costs at most. validation_share: of documents.
+    Args:
+        context: tokens that the model sees at once.
+        batch_size: rows of an update, all processes together.
+        micro_batch: rows that one process computes at a time; None: its whole share.
+        steps: updates; give these or `tokens`.
+        tokens: tokens to read, rounded up to steps.
+        learning_rate: at the top of the schedule.
+        schedule: see `training.schedules`.
+        warmup: steps, or below 1 the share of the steps.
+        weight_decay: of matrices.
+        betas: decay rates of AdamW's moments.
+        clip_norm: largest norm of all gradients together; None does not clip.
+        precision: "no" or "bf16".
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        parallel: "ddp" or "fsdp", for more than one process.
+        device: see TrainConfig.
+        validation_share: of the documents.
+        validation_rows: rows of an evaluation.
+        evaluate_every: steps; 0: ten times in a run.
+        checkpoint_every: steps that a kill costs at most.
+        samples: texts that the model writes at each evaluation.
+        sample_tokens: tokens of each.
+        seed: of weights, order and samples.
+
+    Raises:
+        UsageError: a value that is out of range.
     """
 
     context: int = 256
@@ -169,15 +191,26 @@ def pretrain(
     progress: bool = True,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> PretrainResult:
-    """Train a decoder of the shape `config` from scratch; the same call again goes on where a run was stopped.
+    """Train a decoder from scratch; the same call again goes on where a run was stopped.
 
-    data: documents (anything that can be iterated twice), or token shards, ready or as their folder. tokenizer: None
-    trains one of config.vocab_size tokens, or takes the one beside the shards. prompts: what the samples go on from.
-    resume: "auto", "never" (start again), "must".
+    Args:
+        config: shape of the decoder.
+        data: documents (anything that can be iterated twice), or token shards, ready or as their folder.
+        settings: how it is trained.
+        output: gets tokenizer/, shards/, checkpoints/, metrics.csv, loss.png, samples.jsonl, edge/ (our class), model/
+            (the nearest class of transformers, where there is one), the same at its top so that edgewright.load(output)
+            works, and the report.
+        tokenizer: None trains one of config.vocab_size tokens, or takes the one beside the shards.
+        prompts: what the samples go on from.
+        resume: "auto", "never" (start again) or "must".
+        progress: show a progress bar.
+        say: receives sentences for people.
 
-    output gets tokenizer/, shards/, checkpoints/, metrics.csv, loss.png, samples.jsonl, edge/ (our class), model/ (the
-    nearest class of transformers, where there is one), the same at its top so that edgewright.load(output) works, and
-    the report. Raises UsageError for sizes that do not fit one another, and as `fit` and `write_shards` do.
+    Returns:
+        Model, tokenizer, report and training.
+
+    Raises:
+        UsageError: sizes that do not fit one another, and whatever `fit` and `write_shards` raise.
     """
     output = Path(output)
     if settings.context > config.max_position_embeddings:

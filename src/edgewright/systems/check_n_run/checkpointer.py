@@ -80,10 +80,14 @@ def continued(
 
 
 class Prefetched:
-    """An iterator over `batches` that keeps `ahead` of them ready.
+    """An iterator that keeps batches ready ahead of the training.
 
-    `batches` stands `ahead` batches further than the training; its position saved in a checkpoint would skip those.
+    The source stands `ahead` batches further than the training; its position saved in a checkpoint would skip those.
     Every batch therefore brings the position behind it along, and `state_dict` gives that of the last one handed out.
+
+    Args:
+        batches: with `state_dict()` and `load_state_dict()`.
+        ahead: batches that are kept ready.
     """
 
     def __init__(self, batches: ResumableBatches, ahead: int = 2) -> None:
@@ -102,9 +106,11 @@ class Prefetched:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
+        """The position behind the last batch that was handed out."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position; batches that were made ahead are dropped."""
         for made in self._ready:
             made.result()
         self._ready.clear()
@@ -128,19 +134,29 @@ class _Pending:
 class DiffCheckpointer:
     """Checkpoints of a model whose tables change row by row, or (policy="full") of any model.
 
+    In a process group every process makes one and calls alike:
+
         ck = DiffCheckpointer("runs/ck", model, optimizer, reader=batches, config=CheckpointConfig(every_steps=500))
-        for batch in batches:
-            train(batch)
-            ck.step()
+        for batch in batches: train(batch) ck.step()
         ck.save(now=True)
         ck.close()  # or: with DiffCheckpointer(...) as ck
 
-    root: a folder or an fsspec URL. reader: with `state_dict()` and `load_state_dict()`, kept with the checkpoint.
-    generator: its state is kept beside torch's own. shards: see `RowShard`; needed where tables are split over
-    processes. restored: what `restore` gave for this model, so that the chain of differences goes on instead of
-    beginning with a full checkpoint. In a process group every process makes one and calls alike.
+    Args:
+        root: a folder or an fsspec URL.
+        model: whose tables are followed.
+        optimizers: one or several; those that move rows without a gradient are refused.
+        reader: with `state_dict()` and `load_state_dict()`, kept with the checkpoint.
+        config: settings; the defaults of `CheckpointConfig` where there are none.
+        generator: its state is kept beside torch's own.
+        shards: where tables are split over processes, the part of each that lies here.
+        restored: what `restore` gave for this model, so that the chain of differences goes on instead of beginning with
+            a full checkpoint.
+        group: process group; default: all processes.
 
-    Raises UsageError (another writer, optimizers that move untouched rows), Unsupported, OutputError.
+    Raises:
+        UsageError: another writer in this root, or optimizers that move untouched rows.
+        Unsupported: an optimizer whose state is not kept by parameter.
+        OutputError: the root cannot be written.
     """
 
     def __init__(
@@ -204,10 +220,17 @@ class DiffCheckpointer:
                 raise
 
     def register_rows(self, parameter: Tensor, touched: TouchedRows | None = None, name: str = "") -> None:
-        """Follow the rows (first axis) of a parameter: adapters of a bank, experts of a mixture.
+        """Follow the rows (first axis) of a parameter: adapters of a bank, experts of a mixture. Before the first
+        checkpoint.
 
-        touched: gives the rows that the optimizer step just done has changed; None: those with a gradient. Before the
-        first checkpoint. Raises UsageError for an optimizer that moves rows which nobody touched.
+        Args:
+            parameter: of the model, or with a name of its own.
+            touched: gives the rows that the optimizer step just done has changed; None: those with a gradient.
+            name: in the checkpoint; default: its name in the model.
+
+        Raises:
+            UsageError: an optimizer that moves rows which nobody touched, a parameter without a name, or a checkpoint
+                that was written before.
         """
         if self.history or self._pending is not None:
             raise UsageError("register_rows comes before the first checkpoint: the full one must know its tables")

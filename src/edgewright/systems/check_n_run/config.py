@@ -75,15 +75,30 @@ def next_kind(policy: Policy, based: bool, sizes: Sequence[float]) -> Literal["f
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """policy, bits, expected_restores: see `policies` and `bits`. method: "adaptive" (greedy range; 8 bits always have
-    the whole range), "minmax" or "symmetric"; nbins and ratio of the adaptive range are tuned on a sample unless given.
+    """What a checkpoint holds, and when and how it is written (arXiv 2010.08679, sections 4 and 5).
 
-    optimizer_bits: 8 packs the optimizer's rows too. every_steps, every_seconds: when `step` saves (0: never by that).
-    keep: restorable checkpoints that are kept, with what they build upon. on_busy: a checkpoint that is due while the
-    one before is still being written waits for it, or is skipped and counted. executor: "thread" or "process".
-    verify_untracked: hash all rows at each snapshot and refuse when one changed unseen (slow). dense_tables: tables
-    whose optimizer moves every row are refused, or ("full") stored whole each time. timeout_seconds: how long
-    processes wait for each other.
+    Args:
+        policy: which rows a checkpoint holds, see the module.
+        bits: of a stored row: 2, 3, 4, 8, "auto" (by `expected_restores`) or "none" (float).
+        expected_restores: L, how often the job is expected to be restored.
+        method: range of a row's codes: "adaptive" (greedy search; 8 bits always have the whole range), "minmax" or
+            "symmetric".
+        nbins: steps of the adaptive search; None: tuned on a sample.
+        ratio: share of the range that the search may cut; None: tuned on a sample.
+        optimizer_bits: 8 packs the optimizer's rows too.
+        every_steps: steps between checkpoints that `step` writes; 0: never by that.
+        every_seconds: the same by the clock.
+        keep: restorable checkpoints that are kept, with what they build upon.
+        on_busy: a checkpoint that is due while the one before is still being written waits for it, or is skipped and
+            counted.
+        executor: "thread" or "process", where rows are quantised and written.
+        verify_untracked: hash all rows at each snapshot and refuse when one changed unseen (slow).
+        dense_tables: tables whose optimizer moves every row are refused, or ("full") stored whole each time.
+        timeout_seconds: how long processes wait for each other.
+        seed: of the sample on which ranges are tuned.
+
+    Raises:
+        UsageError: a value that is out of range.
     """
 
     policy: Policy = "intermittent"
@@ -127,8 +142,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class RestoreInfo:
-    """What was restored. chain: ids from the full checkpoint to this one; restores_so_far: in the job's history, this
-    one included; skipped: newer folders that cannot be used, and why; random: whether random states were put back.
+    """What was restored.
+
+    Args:
+        step: of the checkpoint.
+        id: of the checkpoint.
+        chain: ids from the full checkpoint to this one.
+        bits: of its rows; None for float.
+        restores_so_far: in the job's history, this one included.
+        skipped: newer folders that cannot be used, and why.
+        random: whether random states were put back.
     """
 
     step: int

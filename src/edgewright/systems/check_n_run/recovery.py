@@ -270,12 +270,28 @@ def restore(
     timeout: float = 600.0,
     group: Any = None,
 ) -> RestoreInfo:
-    """Put the newest usable checkpoint of `root`, or the one called `identity`, into the live objects.
+    """Put the newest usable checkpoint of `root`, or the one named, into the live objects.
 
-    Without optimizers or reader theirs is left out. Random states are put back where as many processes restore as
-    saved. Give what comes back to the next DiffCheckpointer as `restored`. Raises UsageError (no checkpoint, or of
-    another model: tables and tensors are named), FormatError (another format version; none can be used, with the
-    reason for each). Then nothing has been changed.
+    Random states are put back where as many processes restore as saved. Whatever is raised, nothing has been changed
+    then.
+
+    Args:
+        root: a folder or an fsspec URL.
+        model: gets parameters and buffers.
+        optimizers: get their state; None leaves theirs as it is.
+        reader: gets its position; None leaves it.
+        generator: gets its state.
+        shards: where tables are split over processes, the part of each that lies here.
+        identity: the checkpoint; default: the newest that can be used.
+        timeout: seconds that processes wait for each other.
+        group: process group; default: all processes.
+
+    Returns:
+        What was restored; give it to the next DiffCheckpointer as `restored`.
+
+    Raises:
+        UsageError: no checkpoint, or one of another model, whose tables and tensors are named.
+        FormatError: another format version, or none that can be used, with the reason for each.
     """
     files, ranks = open_files(root), Ranks(timeout, group)
     try:
@@ -356,7 +372,15 @@ class Listing:
 
 
 def inspect_dir(root: str | Path | Files, content: bool = False) -> Listing:
-    """The checkpoints of a root. content: read every file and compare its sha256 too, not its size alone."""
+    """List the checkpoints of a root.
+
+    Args:
+        root: a folder or an fsspec URL.
+        content: read every file and compare its sha256 too, not its size alone.
+
+    Returns:
+        Every checkpoint, newest first, usable or why not; what LATEST says; leftovers of killed processes.
+    """
     files = open_files(root)
     known = catalogue(files)
     verified: set[str] = set()

@@ -31,10 +31,20 @@ _KEY = "update"
 
 
 def diff(before: str | Path, after: str | Path, to: str | Path) -> dict[str, Any]:
-    """Write the update from one checkpoint's model to another's into the file `to`; what is in it.
+    """Write the update from one checkpoint's model to another's.
 
-    before, after: folders of checkpoints, of one root or of two. Raises UsageError for models of other shapes,
-    FormatError for checkpoints that cannot be used, OutputError.
+    Args:
+        before: folder of a checkpoint.
+        after: folder of a checkpoint, of the same root or another.
+        to: the file.
+
+    Returns:
+        What is in the update.
+
+    Raises:
+        UsageError: models of other shapes.
+        FormatError: checkpoints that cannot be used.
+        OutputError: the file could not be written.
     """
     (first_files, first), (last_files, last) = find(before), find(after)
     (*_, base), old = load_model(first_files, first)
@@ -58,10 +68,19 @@ def diff(before: str | Path, after: str | Path, to: str | Path) -> dict[str, Any
 
 
 def apply_delta(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """Bring a model (or its tensors by name) from the checkpoint that an update builds upon to the one it leads to.
+    """Bring a model from the checkpoint that an update builds upon to the one it leads to, in place.
 
-    In place; what is in the update comes back. Raises FormatError (no update, or broken), UsageError (the model is
-    not the one it builds upon), CheckFailed (the result is not what it should be). Then nothing has been changed.
+    Args:
+        model: a module, or its tensors by name.
+        path: the update.
+
+    Returns:
+        What is in the update.
+
+    Raises:
+        FormatError: no update, or a broken one.
+        UsageError: the model is not the one that it builds upon.
+        CheckFailed: the result is not what it should be. Nothing has been changed in any of these cases.
     """
     fields, tensors = _read(Path(path))
     held = snapshot.model_tensors(model) if isinstance(model, nn.Module) else dict(model)
@@ -94,7 +113,20 @@ def apply_delta(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> di
 
 
 def merge(first: str | Path, second: str | Path, to: str | Path) -> dict[str, Any]:
-    """One update in place of two that follow each other: of rows in both, the later one's. Raises UsageError."""
+    """Write one update in place of two that follow each other: of rows in both, the later one's.
+
+    Args:
+        first: an update.
+        second: an update that builds upon what `first` leads to.
+        to: the file.
+
+    Returns:
+        What is in the new update.
+
+    Raises:
+        UsageError: the second does not follow the first.
+        FormatError: a broken update.
+    """
     (early, a), (late, b) = _read(Path(first)), _read(Path(second))
     if early["after"] != late["before"]:
         raise UsageError(f"{second} starts at {late['base']} and {first} ends at {early['id']}: they do not follow")

@@ -19,11 +19,16 @@ TouchedRows = Callable[[], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RowShard:
-    """A table, or this process's part of one: rows first .. first + len(parameter) of `rows` rows called `name`.
+    """A table, or this process's part of one. The first axis counts the rows, whatever follows is a row: experts of a
+    mixture, adapters of a bank.
 
-    touched: gives the rows (int64, counted from `first`) that the optimizer step just done has changed; None: the rows
-    with a gradient. The first axis of `parameter` counts the rows, whatever follows is a row: experts of a mixture,
-    adapters of a bank.
+    Args:
+        parameter: rows first .. first + len(parameter) of the table.
+        name: of the table in checkpoints.
+        first: the table's row that is the parameter's row 0.
+        rows: of the whole table; None: as many as the parameter has.
+        touched: gives the rows (int64, counted from `first`) that the optimizer step just done has changed; None: the
+            rows with a gradient.
     """
 
     parameter: Tensor

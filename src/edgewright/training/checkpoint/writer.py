@@ -212,8 +212,21 @@ class Order:
 class Saved:
     """A checkpoint that was written.
 
-    bytes: all its files, data_bytes: without the manifest; ratio: of the data, against the full one that it builds
-    upon. stall_seconds: how long training stood still (waiting for the one before included); seconds: until it existed.
+    Args:
+        id: ckpt-<step>-<8 hex digits>.
+        kind: "full" or "diff".
+        step: in the id.
+        bits: of its rows; None for float.
+        rows: of tables in it.
+        raw_rows: of these, rows stored as floats since no code can hold them.
+        bytes: of all its files.
+        data_bytes: without the manifest.
+        ratio: of the data, against the full checkpoint that it builds upon.
+        digest: of the manifest.
+        stall_seconds: how long training stood still (waiting for the one before included).
+        seconds: until the checkpoint existed.
+        quantize_seconds: of the processor, all processes together.
+        write_seconds: spent writing, all processes together.
     """
 
     id: str
