@@ -41,6 +41,7 @@ def test_what_a_rule_allows(rule: Allowed, good: tuple[Any, ...], bad: tuple[Any
         (whole(2, 16), "a whole number from 2 to 16"),
         (number(), "a number"),
         (number(0, below=1), "a number at least 0 and below 1"),
+        (number(0, 1), "a number from 0 to 1"),
         (optional(one_of("a", "b")), "one of a, b, or None"),
     ],
 )

@@ -43,6 +43,8 @@ def number(
     """A finite int or float between the bounds given: `least` and `most` included, `above` and `below` not."""
     bounds = (("at least", least), ("above", above), ("at most", most), ("below", below))
     words = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    if least is not None and most is not None:
+        words = f"from {least:g} to {most:g}"
 
     def holds(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

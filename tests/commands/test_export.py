@@ -95,7 +95,7 @@ def test_a_quantised_folder_to_pte_that_writes_text(quantized, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["--to", "pte", "--min-delegated", "2"], UsageError, "share from 0 to 1"),
+        (["--to", "pte", "--min-delegated", "2"], UsageError, "a number from 0 to 1; a share"),
         (["--to", "gguf,pte", "--table", "int5"], UsageError, "auto, exact, int8, float"),
         (["--to", "exe"], UsageError, "unknown target 'exe'"),
         (["--to", ","], UsageError, "names no target"),

@@ -123,7 +123,7 @@ def test_bad_files_get_one_sentence(tmp_path, name, content, words):
 
 
 def test_other_bad_arguments(tmp_path):
-    with pytest.raises(UsageError, match="unknown split 'train': allowed are calibration, evaluation, all"):
+    with pytest.raises(UsageError, match="split='train'; it must be one of calibration, evaluation, all"):
         load_texts(None, "train")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="Is a directory"):
         load_texts(tmp_path)
@@ -134,5 +134,5 @@ def test_other_bad_arguments(tmp_path):
         token_blocks(["abcde"], Letters(), 6)
     with pytest.raises(UsageError, match="no text"):
         token_blocks([], Letters(), 6)
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="a whole number from 1 up"):
         token_blocks(["abc"], Letters(), 0)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgewright.checks import check, number, one_of, optional, whole
 from edgewright.errors import UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.run_folder import holds_run
@@ -85,15 +86,12 @@ class CompressSettings:
             widths = ", ".join(f"{width:g}" for width in WIDTHS)
             raise UsageError(f"--bits {self.bits:g} is not supported; choose one of {widths}")
         for method in (self.method, *self.baselines):
-            if method not in METHODS:
-                raise UsageError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+            check("method", method, one_of(*METHODS))
         if self.kv not in (None, 4, 8):
             raise UsageError(f"--kv {self.kv} is not supported; choose 4 or 8, or leave it out for a float16 cache")
         for name in ("block_length", "batch_size", "calibration_blocks", "evaluation_blocks"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}; it must be at least 1")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise UsageError(f"learning_rate={self.learning_rate}; it must be positive, for example 2e-5")
+            check(name, getattr(self, name), whole(1))
+        check("learning_rate", self.learning_rate, optional(number(above=0)), "for example 2e-5")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgewright.checks import check, one_of
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_file, write_text
 from edgewright.io.hashing import blake2b, crc32, sha256
@@ -66,8 +67,7 @@ class TokenShards:
 
     def of(self, split: str) -> list[TokenShard]:
         """The shards of one split, in order. Raises UsageError for an unknown split."""
-        if split not in SPLITS:
-            raise UsageError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
+        check("split", split, one_of(*SPLITS))
         return [shard for shard in self.shards if shard.split == split]
 
     def total(self, split: str, field: str = "tokens") -> int:

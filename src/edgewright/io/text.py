@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, one_of, optional, whole
 from edgewright.errors import MissingPackage, UsageError
 from edgewright.io.decode import read_text
 from edgewright.io.hashing import sha256
@@ -53,8 +54,7 @@ def load_texts(source: str | Path | None = None, split: Split = "all") -> list[s
     Raises:
         UsageError: an unknown split, or a file that is missing, empty, in another encoding, or without texts.
     """
-    if split not in SPLITS:
-        raise UsageError(f"unknown split {split!r}: allowed are {', '.join(SPLITS)}")
+    check("split", split, one_of(*SPLITS))
     if source is None:
         return _topics(split)
     path = Path(source).expanduser()
@@ -132,8 +132,8 @@ def token_blocks(
     Raises:
         UsageError: less than one block, or a length below 1.
     """
-    if block_length < 1 or (max_blocks is not None and max_blocks < 1):
-        raise UsageError(f"block_length {block_length} and max_blocks {max_blocks} must be at least 1")
+    check("block_length", block_length, whole(1))
+    check("max_blocks", max_blocks, optional(whole(1)))
     ids = _joined(texts, tokenizer)
     if len(ids) < block_length:
         raise _too_short("the text", len(ids), block_length)

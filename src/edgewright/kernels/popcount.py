@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgewright.checks import check, one_of
 from edgewright.errors import EdgewrightError, UsageError
 from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.kernels.build import load_kernel
@@ -96,8 +97,7 @@ def binary_linear(
     taken. tiles: `tile(words)` where it is at hand. path: "kernel" (compiled, CPU), "torch" (torch), "float" (a matrix
     product of the codes); "auto" takes the kernel where there is one, else float. Without gradients.
     """
-    if path not in PATHS:
-        raise UsageError(f"path={path!r} is unknown; choose one of {', '.join(PATHS)}")
+    check("path", path, one_of(*PATHS))
     n, out = x.shape[-1], len(words)
     if words.shape[1] != -(-n // WORD) or not 0 < n < MOST_INPUTS:
         raise UsageError(f"inputs of {n} features do not fit weights of {words.shape[1]} words of {WORD} signs")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, one_of
 from edgewright.errors import EdgewrightError, UsageError
 from edgewright.kernels.build import load_kernel
 
@@ -70,8 +71,7 @@ def sparse_rows(
     scale: float32 [n]. down [n, r] and up [r, m], contiguous: B and A transposed. bias: float32 [m].
     path: "kernel" (compiled, CPU), "torch" (torch, any device); "auto": the kernel where there is one. No gradients.
     """
-    if path not in PATHS:
-        raise UsageError(f"path={path!r} is unknown; choose one of {', '.join(PATHS)}")
+    check("path", path, one_of(*PATHS))
     if path == "auto":
         path = "kernel" if x.device.type == "cpu" and why_no_kernel() is None else "torch"
     _check_shapes(x, weight, scale, down, up)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, whole
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.hashing import crc32, mixed_seed
 
@@ -50,8 +51,8 @@ class BlockBatches:
         counts = {name: len(value) for name, value in self._columns().items()}
         if len(set(counts.values())) != 1 or min(counts.values()) == 0:
             raise UsageError(f"blocks need one row or more, and every tensor as many as the others; got {counts}")
-        if batch_size < 1 or seed < 0:
-            raise UsageError(f"batch_size={batch_size}, seed={seed}: batch_size must be at least 1, seed at least 0")
+        check("batch_size", batch_size, whole(1))
+        check("seed", seed, whole(0))
         self._rows = next(iter(counts.values()))
         self._order: tuple[int, Tensor] | None = None
         self._digest: int | None = None

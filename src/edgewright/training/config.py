@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from edgewright.errors import UsageError
+from edgewright.checks import check_fields, number, one_of, optional, whole
 from edgewright.training.schedules import Schedule, check_schedule, schedule_name
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,22 +58,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"precision={self.precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-        rate, clip = self.learning_rate, self.clip_norm
         rules = {
-            "steps": (self.steps >= 1, "at least 1"),
-            "learning_rate": (rate is None or 0 < rate < math.inf, "positive and finite"),
-            "warmup_steps": (0 <= self.warmup_steps < max(self.steps, 1), "0 or more, and less than steps"),
-            "accumulation": (self.accumulation >= 1, "at least 1"),
-            "clip_norm": (clip is None or clip > 0, "positive, or None for no clipping"),
-            "checkpoint_every": (self.checkpoint_every >= 0, "0 (only when interrupted) or more"),
-            "log_every": (self.log_every >= 1, "at least 1"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "steps": whole(1),
+            "learning_rate": optional(number(above=0)),
+            "warmup_steps": whole(0, max(self.steps, 1) - 1),
+            "accumulation": whole(1),
+            "clip_norm": optional(number(above=0)),
+            "checkpoint_every": whole(0),
+            "log_every": whole(1),
+            "seed": whole(0),
+            "precision": one_of(*PRECISIONS),
         }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise UsageError(f"TrainConfig {name}={getattr(self, name)!r}: it must be {allowed}")
+        check_fields(self, rules)
 
     def fixed(self) -> dict[str, Any]:
         """What a resume must repeat, as JSON values."""

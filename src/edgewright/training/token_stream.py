@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgewright.checks import check, whole
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.hashing import mix64
 from edgewright.io.shards import TokenShards
@@ -32,10 +33,9 @@ class TokenStream:
     """
 
     def __init__(self, shards: TokenShards, split: str, length: int, batch_size: int, seed: int = 0) -> None:
-        if length < 2 or batch_size < 1 or seed < 0:
-            raise UsageError(
-                f"length={length} must be at least 2, batch_size={batch_size} at least 1, seed={seed} >= 0"
-            )
+        check("length", length, whole(2))
+        check("batch_size", batch_size, whole(1))
+        check("seed", seed, whole(0))
         self.shards, self.split, self.length = shards, split, length
         self.batch_size, self.seed, self.position = batch_size, seed, 0
         self._parts = shards.of(split)

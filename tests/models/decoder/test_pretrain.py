@@ -192,7 +192,7 @@ def test_bad_input_is_one_sentence(one, tmp_path: Path) -> None:
         (lambda: pretrain(toy.shape(), toy.documents(), toy.settings(context=65), tmp_path), "context=65 is longer"),
         (lambda: PretrainSettings(steps=3, tokens=4), "give one of the two"),
         (lambda: toy.settings(schedule="square"), "schedule='square' is unknown"),
-        (lambda: toy.settings(precision="fp16"), "choose from no, bf16"),
+        (lambda: toy.settings(precision="fp16"), "one of no, bf16"),
         (lambda: toy.settings(batch_size=6, micro_batch=4).train_config(2), "take batch_size=8"),
         (lambda: toy.run(one.output, learning_rate=1.0), "cannot resume"),
         (lambda: pretrain(toy.shape(), tmp_path / "none", run, tmp_path), "manifest.json: No such file"),

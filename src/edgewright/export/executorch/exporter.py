@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, number, one_of
 from edgewright.errors import CheckFailed, EdgewrightError, Unsupported, UsageError, in_one_line
 from edgewright.export.executorch.language import check_language_model, export_language, is_language_model
 from edgewright.export.executorch.layers import TABLES, import_executorch, prepare
@@ -281,7 +282,5 @@ def check_arguments(path: Path, embedding: str, min_delegated: float) -> None:
     """Raise UsageError for what cannot be asked for, before any work."""
     if path.suffix.lower() != ".pte":
         raise UsageError(f"an ExecuTorch file ends in .pte, got {path.name!r}; e.g. {path.stem or 'model'}.pte")
-    if embedding not in TABLES:
-        raise UsageError(f"embedding must be one of {', '.join(TABLES)}, got {embedding!r}; e.g. embedding='auto'")
-    if not 0 <= min_delegated <= 1:
-        raise UsageError(f"min_delegated is a share from 0 to 1, got {min_delegated}; e.g. min_delegated=0.5")
+    check("embedding", embedding, one_of(*TABLES))
+    check("min_delegated", min_delegated, number(0, 1), "a share, e.g. min_delegated=0.5")

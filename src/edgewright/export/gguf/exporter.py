@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, one_of, optional
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.export.gguf import ggml
 from edgewright.export.gguf.blocks import TYPE_IDS, Array
@@ -180,8 +181,7 @@ def llama_cpp_quantize(
     """
     path = Path(path)
     check_settings(path)
-    if type not in ggml.PEER_TYPES:
-        raise UsageError(f"type={type!r}; llama.cpp's quantiser is called here for {', '.join(ggml.PEER_TYPES)}")
+    check("type", type, one_of(*ggml.PEER_TYPES))
     model = native_form(model)
     tensors = model_tensors(model)
     quantized = [tensor.name for tensor in tensors if tensor.is_packed]
@@ -289,12 +289,9 @@ def check_settings(
     if path.suffix != ".gguf":
         raise UsageError(f"the output {str(path)!r} must end in .gguf, for example {path.stem or 'model'}.gguf")
     check_layout(layout)
-    if float_type not in FLOAT_TYPES:
-        raise UsageError(f"float_type={float_type!r}; choose one of {', '.join(FLOAT_TYPES)}")
-    if embedding not in EMBEDDING_TYPES:
-        raise UsageError(f"embedding={embedding!r}; choose one of {', '.join(EMBEDDING_TYPES)}")
-    if kv is not None and kv not in CACHE_TYPES:
-        raise UsageError(f"kv={kv!r}; llama.cpp's quantised caches have 4 or 8 bits, None is its default")
+    check("float_type", float_type, one_of(*FLOAT_TYPES))
+    check("embedding", embedding, one_of(*EMBEDDING_TYPES))
+    check("kv", kv, optional(one_of(*CACHE_TYPES)), "llama.cpp's quantised caches have 4 or 8 bits")
 
 
 def command_lines(path: Path, kv: int | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgewright.errors import UsageError
+from edgewright.checks import check, one_of
 from edgewright.export.gguf.blocks import ENCODINGS, bits_per_weight, ggml_type, inexact, misfit
 from edgewright.io.packed import PackedTensor
 
@@ -104,8 +104,7 @@ def preference(grid: str, layout: str, machine: str | None = None) -> list[str]:
 
 
 def check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise UsageError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    check("layout", layout, one_of(*LAYOUTS))
 
 
 def plan_packed(name: str, packed: PackedTensor, layout: str = "auto", machine: str | None = None) -> LayoutRow:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, number, one_of, optional
 from edgewright.errors import MissingPackage, Unsupported, UsageError
 from edgewright.export.onnx import graph as onnx_graph, trace as onnx_trace
 from edgewright.export.onnx.layers import Storage
@@ -262,14 +263,10 @@ def _rounds(model: nn.Module, operators: Mapping[str, int]) -> bool:
 def _check_arguments(path: Path, opset: int, tolerance: float | None, storage: str, integers: str) -> None:
     if path.suffix.lower() != ".onnx" or path.is_dir():
         raise UsageError(f"{path} is no name for an ONNX file; it ends in .onnx, e.g. out/model.onnx")
-    if opset not in OPSETS:
-        raise UsageError(f"opset={opset} is not supported; choose one of {', '.join(map(str, OPSETS))}")
-    if tolerance is not None and not 0 < tolerance < float("inf"):
-        raise UsageError(f"tolerance={tolerance}; give a positive share of the largest output, e.g. tolerance=1e-3")
-    if storage not in ("nibbles", "smallest"):
-        raise UsageError(f"storage={storage!r}; choose 'nibbles' or 'smallest'")
-    if integers not in ("unsigned", "signed"):
-        raise UsageError(f"integers={integers!r}; choose 'unsigned' or 'signed'")
+    check("opset", opset, one_of(*OPSETS))
+    check("tolerance", tolerance, optional(number(above=0)), "a share of the largest output, e.g. tolerance=1e-3")
+    check("storage", storage, one_of("nibbles", "smallest"))
+    check("integers", integers, one_of("unsigned", "signed"))
 
 
 def _check_model(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from edgewright.checks import check, one_of, whole
 from edgewright.errors import UsageError
 from edgewright.io.typed import check_fields
 
@@ -116,7 +117,7 @@ class EdgeDecoderConfig(PreTrainedConfig):
             lists = (self.share_map, self.mixers, self.ffn_types)
             self.num_hidden_layers = next((len(x) for x in lists if isinstance(x, list | tuple)), 30)
         count = self.num_hidden_layers
-        _at_least("num_hidden_layers", count, 1)
+        check("num_hidden_layers", count, whole(1))
         self.share_map = list(range(count)) if self.share_map is None else list(self.share_map)
         self.mixers = _per_layer("mixers", self.mixers or "full_attention", count)
         self.ffn_types = _per_layer("ffn_types", self.ffn_types, count)
@@ -137,19 +138,21 @@ class EdgeDecoderConfig(PreTrainedConfig):
     def _check(self) -> None:
         assert isinstance(self.mixers, list) and isinstance(self.ffn_types, list) and self.share_map is not None
         for name in ("vocab_size", "hidden_size", "head_dim", "max_position_embeddings"):
-            _at_least(name, getattr(self, name), 1)
-        _one_of("mixers", self.mixers, MIXERS)
-        _one_of("ffn_types", self.ffn_types, FEED_FORWARDS)
-        _one_of("qk_norm", [self.qk_norm], QK_NORMS)
+            check(name, getattr(self, name), whole(1))
+        for mixer in self.mixers:
+            check("mixers", mixer, one_of(*MIXERS))
+        for kind in self.ffn_types:
+            check("ffn_types", kind, one_of(*FEED_FORWARDS))
+        check("qk_norm", self.qk_norm, one_of(*QK_NORMS))
         if self.head_dim % 2:  # type: ignore[operator]
             raise UsageError(f"head_dim={self.head_dim} is odd; rotary positions turn pairs of numbers")
         if "sliding_attention" in self.mixers:
             if self.sliding_window is None:
                 raise UsageError("sliding_window is not set, but mixers has 'sliding_attention'")
-            _at_least("sliding_window", self.sliding_window, 1)
+            check("sliding_window", self.sliding_window, whole(1))
         for layer in range(len(self.mixers)):
             if self.ffn_types[layer] == "mlp":
-                _at_least("intermediate_size", self.of_layer("intermediate_size", layer), 1)
+                check("intermediate_size", self.of_layer("intermediate_size", layer), whole(1))
             if self.mixers[layer] in ATTENTION:
                 heads, groups = (self.of_layer(n, layer) for n in ("num_attention_heads", "num_key_value_heads"))
                 if groups < 1 or heads < 1 or heads % groups:
@@ -217,13 +220,3 @@ def _per_layer(name: str, value: Any, count: int) -> list[Any]:
         length = len(value) if isinstance(value, Sequence) else repr(value)
         raise UsageError(f"{name} has {length} entries for num_hidden_layers={count}; give one value or one a layer")
     return list(value)
-
-
-def _one_of(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
-    if wrong := [value for value in values if value not in allowed]:
-        raise UsageError(f"{name} has {wrong[0]!r}; choose from {', '.join(allowed)}")
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name}={value!r}; give a whole number from {least} up")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from edgewright.checks import check_fields, number, one_of, optional, whole
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.run_folder import claim_folder
@@ -110,23 +111,20 @@ class PretrainSettings:
         check_schedule(self.schedule)
         if (self.steps is None) == (self.tokens is None):
             raise UsageError(f"steps={self.steps}, tokens={self.tokens}: give one of the two")
-        for name, allowed in (("precision", PRECISIONS), ("parallel", PARALLEL)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"{name}={getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        for name, least in (
-            ("context", 1),
-            ("batch_size", 1),
-            ("validation_rows", 1),
-            ("evaluate_every", 0),
-            ("checkpoint_every", 1),
-            ("samples", 0),
-            ("sample_tokens", 1),
-            ("warmup", 0),
-        ):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}={getattr(self, name)}; it must be {least} or more")
-        if self.tokens is not None and not 1 <= self.tokens < math.inf:
-            raise UsageError(f"tokens={self.tokens}; give a number from 1 up")
+        rules = {
+            "context": whole(1),
+            "batch_size": whole(1),
+            "precision": one_of(*PRECISIONS),
+            "parallel": one_of(*PARALLEL),
+            "warmup": number(0),
+            "validation_rows": whole(1),
+            "evaluate_every": whole(0),
+            "checkpoint_every": whole(1),
+            "samples": whole(0),
+            "sample_tokens": whole(1),
+            "tokens": optional(number(1)),
+        }
+        check_fields(self, rules)
 
     @property
     def updates(self) -> int:
