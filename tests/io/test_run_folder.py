@@ -18,7 +18,7 @@ from edgewright import cli
 from edgewright.errors import FormatError, OutputError, UsageError
 from edgewright.io.atomic import atomic_directory, atomic_file
 from edgewright.io.run_folder import MARKER, claim_folder, difference, holds_run, require_empty, working_in
-from edgewright.io.temporaries import OLD, PART, prefix, sweep
+from edgewright.io.temporaries import OLD, PART, is_temporary, prefix, sweep
 from edgewright.io.tensors import load_tensors, read_tensors, save_tensors
 
 
@@ -194,3 +194,21 @@ def test_a_full_disk_is_our_error_whoever_says_so(error: Exception, tmp_path: Pa
         with pytest.raises(type(other)), atomic_file(tmp_path / "f"):
             raise other
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_leaves_of_a_tensor_file_is_swept(tmp_path: Path) -> None:
+    """safetensors makes a temporary file of its own beside its target: ours is a folder whose name is known."""
+    script = (
+        "import os, sys, torch, safetensors.torch as st\n"
+        "from edgewright.io.tensors import save_tensors\n"
+        "def kill(tensors, path, metadata):\n"
+        "    open(os.path.join(os.path.dirname(path), '.tmpAbC123'), 'w').close()\n"
+        "    os._exit(9)\n"
+        "st.save_file = kill\n"
+        "save_tensors(sys.argv[1], {'a': torch.ones(2)})\n"
+    )
+    path = tmp_path / "t.safetensors"
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == 9
+    assert all(is_temporary(entry.name) for entry in tmp_path.iterdir()) and list(tmp_path.iterdir())
+    save_tensors(path, {"a": torch.ones(2)})
+    assert list(tmp_path.iterdir()) == [path]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from edgewright.errors import FormatError, OutputError, in_one_line
 from edgewright.io.atomic import atomic_file
 from edgewright.io.safetensors_header import check_safetensors
+from edgewright.io.temporaries import PART, prefix
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -27,11 +30,17 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with atomic_file(path) as temporary:
+    path = Path(path)
+    # safetensors writes a temporary file of its own beside the target, which a kill leaves: in a folder that is swept.
+    with (
+        atomic_file(path) as temporary,
+        tempfile.TemporaryDirectory(prefix=prefix(path.name), suffix=PART, dir=path.parent) as folder,
+    ):
         try:
-            save_file(_separate(tensors), temporary, None if metadata is None else dict(metadata))
+            save_file(_separate(tensors), Path(folder) / path.name, None if metadata is None else dict(metadata))
         except SafetensorError as error:
             raise OutputError(f"cannot write {path}: {in_one_line(error)}") from error
+        os.replace(Path(folder) / path.name, temporary)
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
