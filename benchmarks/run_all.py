@@ -27,6 +27,7 @@ COMPARISONS = (
     "layer_sharing",
     "apollo_step",
     "onnx_minilm",
+    "static_int8",
     "executorch_smollm2",
     "ternary_decode",
     "guard_head",
