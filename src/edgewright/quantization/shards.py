@@ -12,10 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import Allowed
 from edgewright.errors import UsageError
 from edgewright.training.distributed import is_split, local
 
 Granularity = Literal["row", "tensor"] | int
+GRANULARITY = Allowed(
+    "'row', 'tensor' or a number of weights from 1 up, such as 32",
+    lambda value: value in ("row", "tensor") or (isinstance(value, int) and value >= 1),
+)
 
 
 def matrix_rows(p: Tensor, granularity: Granularity) -> int:
