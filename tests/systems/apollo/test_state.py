@@ -132,7 +132,7 @@ def test_memory_of_a_foreign_optimizer_is_refused():
         optimizer_memory(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(UsageError, match="that is not of this model"):
         optimizer_memory(network(), apollo(model))
-    with pytest.raises(UsageError, match="method='Adam': choose AdamW"):
+    with pytest.raises(UsageError, match="method='Adam'; it must be one of AdamW"):
         state_floats("Adam", (3, 4))
 
 
