@@ -45,8 +45,18 @@ def quantize_(model: M, config: QuantConfig) -> M:
     configuration fits. `coverage(model)` of `quantization.coverage` tells what is quantised then and what is not; where
     the pattern "*" cannot reach a hundredth of the weights there is a UserWarning.
 
-    Raises UsageError (pattern that matches nothing, group that does not divide a row, tied weight without a decision),
-    Unsupported (a layer that would lose something), FormatError (NaN or infinite weight).
+    Args:
+        model: any module with linear, embedding or convolution layers.
+        config: which modules, and how.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a pattern that matches nothing, a group that does not divide a row, a tied weight without a
+            decision.
+        Unsupported: a layer that would lose something.
+        FormatError: a NaN or infinite weight.
     """
     layers = quantizable_layers(model)
     selected = _select(model, layers, config)
@@ -66,6 +76,16 @@ def convert_(model: M) -> M:
     """Replace, in place, fake-quantised modules by packed ones holding integer codes; returns the model.
 
     The packed weights equal the fake-quantised ones bit for bit. Modules that shared a weight share its codes.
+
+    Args:
+        model: that went through `quantize_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a model without fake-quantised modules.
+        FormatError: a NaN or infinite weight.
     """
     tables: dict[int, nn.Module] = {}
     for name, module in _modules_of(model, QUANTIZED, "convert_ needs a model that went through quantize_"):
@@ -83,7 +103,17 @@ def convert_(model: M) -> M:
 
 @torch.no_grad()
 def dequantize_(model: M) -> M:
-    """Replace, in place, packed or fake-quantised modules by ordinary float ones with the same values."""
+    """Replace, in place, packed or fake-quantised modules by ordinary float ones with the same values.
+
+    Args:
+        model: that went through `quantize_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a model without quantised modules.
+    """
     shared: dict[int, nn.Parameter] = {}
     for name, module in _modules_of(model, QUANTIZED + PACKED, "there is nothing to dequantise"):
         if isinstance(module, PACKED):

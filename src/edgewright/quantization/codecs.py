@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, whole
 from edgewright.errors import UsageError
 from edgewright.io.bits import pack_codes, unpack_codes
 
@@ -39,12 +40,12 @@ class Codec:
         x = rows.float().unflatten(-1, (-1, self.block))
         if self.name == "q4_0":
             peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-            step = peak / -8
-            return (x * _inverse(step)).add_(8.5).trunc_().clamp_(0, 15).sub_(8), step.to(torch.float16)
+            scale = peak / -8
+            return (x * _inverse(scale)).add_(8.5).trunc_().clamp_(0, 15).sub_(8), scale.to(torch.float16)
         peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
         if self.name == "q8_0":
-            step = peak / 127
-            return _round_half_away_(x * _inverse(step)), step.to(torch.float16)
+            scale = peak / 127
+            return _round_half_away_(x * _inverse(scale)), scale.to(torch.float16)
         top = 2 ** (self.bits - 1) - 1
         scale = (peak / top).clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
         # Codes follow the scale as stored. Unrounded, top / peak decides ties exactly as the formula does.
@@ -53,8 +54,7 @@ class Codec:
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(codes int8 [..., n], scales [..., n / block]). Raises UsageError for widths above 8 bits."""
-        if self.bits > STORED_BITS:
-            raise UsageError(f"codes of {self.bits} bits cannot be stored; use 2 to {STORED_BITS} bits")
+        check("bits of stored codes", self.bits, whole(2, STORED_BITS))
         codes, scales = self._codes(rows)
         return codes.flatten(-2).to(torch.int8), scales.squeeze(-1)
 
@@ -69,9 +69,9 @@ class Codec:
         return codes.mul_(scales.float()).flatten(-2)
 
 
-def _inverse(step: Tensor) -> Tensor:
-    """1 / step, and 0 where the step is zero or so small that its inverse overflows: such blocks decode to zero."""
-    inverse = step.reciprocal()
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is zero or so small that its inverse overflows: such blocks decode to zero."""
+    inverse = scale.reciprocal()
     return inverse.masked_fill_(inverse.isinf(), 0.0)
 
 

@@ -78,9 +78,17 @@ class RowQuantizer:
 
 
 def row_quantizer(config: KVConfig, family: str, heads: int, head_dim: int, *, values: bool) -> RowQuantizer:
-    """The quantiser of one attention layer's keys or values. Raises UsageError when blocks do not divide a head.
+    """The quantiser of one attention layer's keys or values.
 
-    family: transformers' model type; it decides in which order llama.cpp's codecs meet the entries of a key.
+    Args:
+        config: bits, groups and codec.
+        family: transformers' model type; it decides in which order llama.cpp's codecs meet the entries of a key.
+        heads: of keys and values.
+        head_dim: entries of a head.
+        values: of the values, else of the keys.
+
+    Raises:
+        UsageError: blocks that do not divide a head.
     """
     block = {"token": heads * head_dim, "head": head_dim}.get(str(config.granularity), config.granularity)
     assert isinstance(block, int)
@@ -227,11 +235,20 @@ def _cache_argument(attention: nn.Module) -> tuple[int, str]:
 
 
 def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
-    """Put the keys and values of every attention module under `config`, in place; returns the model.
+    """Put the keys and values of every attention module under a configuration, in place.
 
-    Raises Unsupported naming an attention class that is not known or takes no cache by a known name, UsageError when
-    the model has quantised keys and values already or a group does not divide its heads. Nothing is changed unless all
-    modules fit.
+    Nothing is changed unless all modules fit.
+
+    Args:
+        model: a decoder of transformers (Llama, Mistral, Qwen2, Qwen3).
+        config: of keys and values.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: an attention class that is not known or takes no cache by a known name.
+        UsageError: quantised keys and values already, or a group that does not divide a head.
     """
     if attached_kv_config(model) is not None:
         raise UsageError("the model's key-value cache is quantised already; call detach_kv_quantization(model) first")
@@ -255,7 +272,17 @@ def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
 
 
 def detach_kv_quantization(model: nn.Module) -> nn.Module:
-    """Undo `attach_kv_quantization`, in place; returns the model. Raises UsageError when there is nothing to undo."""
+    """Undo `attach_kv_quantization`, in place.
+
+    Args:
+        model: that it changed.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: there is nothing to undo.
+    """
     if attached_kv_config(model) is None:
         raise UsageError("the model's key-value cache is not quantised; attach_kv_quantization(model, config) does it")
     for module in model.modules():

@@ -32,8 +32,18 @@ from edgewright.quantization.scales import DYNAMIC_RULES, grouped, initial_alpha
 class WeightQuantizer(nn.Module):
     """The clip scales of one weight matrix and the rule that gives them. Shared by modules that share the weight.
 
-    noise: what linear and convolution layers add to both while they train, or None (see `quantization.winq`).
-    group_axis: of a stack [E, out, in], the axis along which the groups of a step run.
+    Args:
+        weight: [out, in], [out, in, h, w] or a stack [E, out, in].
+        config: grid, groups and scales.
+        layer: its name, for errors.
+        group_axis: of a stack, the axis along which the groups of a scale run.
+
+    Attributes:
+        noise: what linear and convolution layers add to both while they train, or None (see `systems.winq`).
+
+    Raises:
+        FormatError: a NaN or infinite weight.
+        UsageError: a group that does not divide a row.
     """
 
     def __init__(self, weight: Tensor, config: WeightConfig, layer: str, group_axis: str = "in") -> None:
@@ -92,11 +102,11 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTensor:
-        """Integer codes and snapped steps of the weight."""
+        """Integer codes and rounded scales of the weight."""
         if not torch.isfinite(weight).all():
             raise FormatError(f"weight of layer {self.layer} holds NaN or infinity; it cannot be converted")
-        codes, step = self.quantizer.encode(*self.operands(weight.detach()))
-        return PackedTensor(codes.to(torch.int8), step, self.quantizer.grid.name)
+        codes, scale = self.quantizer.encode(*self.operands(weight.detach()))
+        return PackedTensor(codes.to(torch.int8), scale, self.quantizer.grid.name)
 
 
 class QuantModule(Protocol):

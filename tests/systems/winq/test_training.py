@@ -94,8 +94,8 @@ def test_a_reset_shrinks_every_distance_by_the_pull_and_moves_no_code(grid: str,
 def test_weights_on_the_border_of_their_cell_stay_in_it(grid: str) -> None:
     """Rounding is where codes could flip: weights at and one bit beside every threshold, many pulls."""
     quantizer = Quantizer(grid_named(grid))
-    step = quantizer.step(torch.tensor([[0.0371]]))
-    borders = torch.cat([(grid_named(grid).levels + 0.5) * step[0, 0], torch.zeros(1)])
+    scale = quantizer.scale(torch.tensor([[0.0371]]))
+    borders = torch.cat([(grid_named(grid).levels + 0.5) * scale[0, 0], torch.zeros(1)])
     beside = [torch.nextafter(borders, torch.full_like(borders, side)) for side in (-9.0, 9.0)]
     weight = torch.cat([borders, *beside]).reshape(1, -1)
     alpha = torch.tensor([[0.0371]])

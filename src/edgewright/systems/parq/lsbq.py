@@ -192,7 +192,7 @@ class Uniform:
             grid = grid_named(self.grid)
             dtype = SCALE_DTYPES[self.scale_dtype]
             alpha = initial_alpha(weights.float().unsqueeze(1), grid, self.scale, dtype)  # [R, 1]
-            return snap(alpha / grid.steps_per_alpha, dtype).to(weights.dtype)
+            return snap(alpha / grid.scales_per_alpha, dtype).to(weights.dtype)
         even = self.even
         if self.scale == "range":
             high = _extreme(weights, reduce)

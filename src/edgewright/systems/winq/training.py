@@ -159,7 +159,7 @@ class WinQ:
         for latent in latent_weights(model):
             assert latent.quantizer is not None
             size, alpha = latent.sizes()
-            scale = alpha / latent.quantizer.quantizer.grid.steps_per_alpha
+            scale = alpha / latent.quantizer.quantizer.grid.scales_per_alpha
             ratio = self.sigma * (size if self.sigma_mode == "relative" else 1.0) / scale
             sizes.append(size)
             for metric, value in (("weight", size), ("alpha", alpha), ("scale", scale), ("sigma_per_scale", ratio)):
