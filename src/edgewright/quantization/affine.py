@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgewright.checks import check_fields, whole
+from edgewright.checks import check, whole
 from edgewright.errors import FormatError
 
 SMALLEST_SCALE = torch.finfo(torch.float32).eps  # a range of width zero still needs a scale to divide by
@@ -46,7 +46,7 @@ class AffineScheme:
     stochastic: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, {"bits": whole(2, 8)})
+        check("AffineScheme bits", self.bits, whole(2, 8), "integer quantisers have 2 to 8 bits")
 
     @property
     def code_range(self) -> tuple[int, int]:
