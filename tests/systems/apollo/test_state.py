@@ -153,7 +153,7 @@ class Stopping:
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_the_houses_loop_stops_and_resumes_to_the_same_bits(kind, tmp_path):
+def test_the_loop_stops_and_resumes_to_the_same_bits(kind, tmp_path):
     x, y = toy.batch(0)
     config = TrainConfig(12, schedule="cosine", clip_norm=1.0, checkpoint_every=5)
 

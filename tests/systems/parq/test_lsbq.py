@@ -135,7 +135,7 @@ def test_even_levels_equal_torchao(config, bits, peer):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("rule", ["absmax", "absmean", "mse"])
-def test_house_rules_give_the_values_of_fake_quantised_layers(grid, rule):
+def test_package_rules_give_the_values_of_fake_quantised_layers(grid, rule):
     weights = matrix()
     config = Uniform.of(WeightConfig(grid, scale=rule))
     found = ProxHard().apply(weights, Targets(config.fit(weights), config.even), 0, torch.empty_like(weights))

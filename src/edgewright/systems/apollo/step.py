@@ -121,8 +121,8 @@ def limited(norm: Tensor, previous: Tensor, growth: float) -> tuple[Tensor, Tens
     """
     divisor = torch.clamp(norm / (previous + TINY), min=growth) / growth
     divisor = torch.where(previous > 0, divisor, torch.ones_like(divisor))
-    kept = norm / divisor
-    return divisor, torch.where(kept > 0, kept, previous)
+    after = norm / divisor
+    return divisor, torch.where(after > 0, after, previous)
 
 
 # -- a step ------------------------------------------------------------------------------------------------------------

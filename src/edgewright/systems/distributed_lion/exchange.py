@@ -80,9 +80,9 @@ class VoteTraffic:
 
     def as_dict(self, world: int) -> dict[str, float]:
         """The figures, and how many times more a ring all-reduce of float32 gradients sends."""
-        found: dict[str, float] = {item.name: getattr(self, item.name) for item in fields(self)}
+        figures: dict[str, float] = {item.name: getattr(self, item.name) for item in fields(self)}
         ring = 2 * (world - 1) / world * 4 * self.elements
-        return found | {"ratio_vs_fp32_ring": ring / self.sent_bytes if self.sent_bytes else math.nan}
+        return figures | {"ratio_vs_fp32_ring": ring / self.sent_bytes if self.sent_bytes else math.nan}
 
 
 def wire_bytes(scheme: str, numel: int, world: int, ternary: bool = False) -> float:
@@ -176,9 +176,9 @@ class Exchange:
         rounds = [self._start(part, bucket, step) for bucket, part in votes]
         for round_ in rounds:
             self._reply(round_)
-        found = [self._finish(round_) for round_ in rounds]
+        outcomes = [self._finish(round_) for round_ in rounds]
         self.traffic.seconds = waited + time.monotonic() - began
-        return found
+        return outcomes
 
     def _start(self, votes: Tensor, bucket: Bucket, step: int) -> Round:
         """Send this process's votes for a bucket."""
@@ -332,26 +332,26 @@ def check_shards(parameter: Tensor, exchange: Exchange | None) -> None:
 
 def check_replicas(exchange: Exchange | None, parameters: Sequence[Tensor], names: Sequence[str]) -> list[int]:
     """The checksums of `parameters`; CheckFailed, naming the first that differs, unless all processes have the same."""
-    found = [ordered_bit_sum(local(parameter)) for parameter in parameters]
+    sums = [ordered_bit_sum(local(parameter)) for parameter in parameters]
     if exchange is None:
-        return found
+        return sums
     device = local(parameters[0]).device
-    if spread(exchange, [len(found)], device):
-        raise CheckFailed(f"process {exchange.rank} trains {len(found)} parameters, others have more or fewer")
-    differing = spread(exchange, found, device)
+    if spread(exchange, [len(sums)], device):
+        raise CheckFailed(f"process {exchange.rank} trains {len(sums)} parameters, others have more or fewer")
+    differing = spread(exchange, sums, device)
     if differing:
         raise CheckFailed(
             f"the processes hold different values of {names[differing[0]]}: start all from the same weights (DDP "
             "broadcasts those of the first) and change them by the optimizer alone"
         )
-    return found
+    return sums
 
 
 def check_gradients_differ(exchange: Exchange, gradients: Sequence[Tensor | None]) -> None:
     """UsageError when all processes have the same gradients to the last bit: somebody has averaged them."""
-    found = [0 if gradient is None else ordered_bit_sum(gradient) for gradient in gradients]
+    sums = [0 if gradient is None else ordered_bit_sum(gradient) for gradient in gradients]
     device = next((gradient.device for gradient in gradients if gradient is not None), torch.device("cpu"))
-    if not spread(exchange, found, device) and any(found):
+    if not spread(exchange, sums, device) and any(sums):
         raise UsageError(
             "all processes have the same gradient, bit for bit: DDP has averaged it already, which spends the bytes "
             "that Lion saves; call disable_gradient_allreduce(model) before the first backward. If every process "

@@ -75,7 +75,7 @@ class SimulatedLion(torch.optim.Optimizer):
         names = [name for group in self.param_groups for name in group.get("param_names", [""] * len(group["params"]))]
         starts = [0, *accumulate(parameter.numel() for _, parameter in members)]
         for number, (group, parameter) in enumerate(members):
-            gradients = [kept[number] for kept in self._kept]
+            gradients = [worker[number] for worker in self._kept]
             if any(gradient is not None for gradient in gradients):
                 zeros = self.workers == 1 or sends_zeros(group["zero"], names[number])
                 delta = self._vote(group, parameter, gradients, starts[number], zeros)

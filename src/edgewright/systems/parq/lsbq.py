@@ -114,8 +114,8 @@ class LSBQ:
             return _snapped((_official_ternary if official else optimal_ternary)(weights), self.scale_dtype)
         if self.bits == 0:
             return _snapped(mean_magnitude(weights, reduce).mul_(self.ternary_factor), self.scale_dtype)
-        found = greedy(weights, self.bits, reduce)
-        return _snapped(found, self.scale_dtype) if self.bits == 1 else signed_sums(found)
+        magnitudes = greedy(weights, self.bits, reduce)
+        return _snapped(magnitudes, self.scale_dtype) if self.bits == 1 else signed_sums(magnitudes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "lsbq", **asdict(self)}
@@ -211,13 +211,13 @@ class Uniform:
 
 def greedy(weights: Tensor, bits: int, reduce: Reduce | None = None) -> Tensor:
     """V [R, bits]: v_j is the mean magnitude of what v_1 .. v_(j-1) leave over, sign(0) counting as +1."""
-    residual, found = weights, list[Tensor]()
+    residual, magnitudes = weights, list[Tensor]()
     for j in range(bits):
         if j:
-            last = found[-1]
+            last = magnitudes[-1]
             residual = residual - torch.copysign(last, residual + 0.0)  # adding 0 turns -0 into +0
-        found.append(mean_magnitude(residual, reduce))
-    return torch.cat(found, 1)
+        magnitudes.append(mean_magnitude(residual, reduce))
+    return torch.cat(magnitudes, 1)
 
 
 def optimal_pair(weights: Tensor) -> Tensor:
@@ -240,15 +240,15 @@ def optimal_ternary(weights: Tensor) -> Tensor:
     """A [R, 1] of least squared error for the levels -A, 0, A with thresholds +-A/2; A is the mean of what is kept."""
     ordered, _, larger = _splits(weights)
     larger = torch.cat([ordered.double().sum(1, keepdim=True), larger], 1)  # nothing set to zero comes first
-    kept = ordered.shape[1] - torch.arange(ordered.shape[1], device=weights.device)
-    best = (larger * larger / kept).argmax(1, keepdim=True)
-    return (larger / kept).gather(1, best).to(weights.dtype)
+    count = ordered.shape[1] - torch.arange(ordered.shape[1], device=weights.device)
+    best = (larger * larger / count).argmax(1, keepdim=True)
+    return (larger / count).gather(1, best).to(weights.dtype)
 
 
-def signed_sums(found: Tensor) -> Tensor:
+def signed_sums(magnitudes: Tensor) -> Tensor:
     """All values +-v1 +-v2 ... of v [R, n], ascending: [R, 2^n]."""
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=found.shape[1])), dtype=found.dtype)
-    return (found.unsqueeze(1) * signs.to(found.device)).sum(-1).sort(1).values
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=magnitudes.shape[1])), dtype=magnitudes.dtype)
+    return (magnitudes.unsqueeze(1) * signs.to(magnitudes.device)).sum(-1).sort(1).values
 
 
 def mean_magnitude(weights: Tensor, reduce: Reduce | None = None) -> Tensor:

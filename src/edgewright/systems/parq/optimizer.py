@@ -126,8 +126,8 @@ class QuantOptimizer(torch.optim.Optimizer):
             if active:
                 self.map_(p, latent, group, self.prox, step, local)
         if self.anneal_weight_decay and step >= self.warmup_steps:
-            kept = 1 - self.anneal_weight_decay * (1 - self.prox.inverse_slope(step))
-            group["weight_decay"] = kept * group["initial_weight_decay"]
+            share = 1 - self.anneal_weight_decay * (1 - self.prox.inverse_slope(step))
+            group["weight_decay"] = share * group["initial_weight_decay"]
 
     def _fit(self, p: nn.Parameter, latent: Tensor, group: Mapping[str, Any]) -> Targets:
         config: TargetConfig = group["targets"]
@@ -200,15 +200,15 @@ class QuantOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def hard_tensors(self) -> dict[nn.Parameter, Tensor]:
         """Every quantised parameter with its fully quantised values, made from the latents and the present targets."""
-        found: dict[nn.Parameter, Tensor] = {}
+        hard: dict[nn.Parameter, Tensor] = {}
         for group in self.quantized_groups():
             for p in (p for p in group["params"] if p.requires_grad):
                 local = distributed.local(p)
                 latent = self.latents.get(p, local)
                 if p not in self.targets:
                     self.targets[p] = self._fit(p, latent, group)
-                found[p] = self.map_(p, latent, group, ProxHard(), 0, torch.empty_like(latent))
-        return found
+                hard[p] = self.map_(p, latent, group, ProxHard(), 0, torch.empty_like(latent))
+        return hard
 
     @contextmanager
     def _instead(self, tensors: dict[nn.Parameter, Tensor]) -> Iterator[None]:

@@ -41,7 +41,7 @@ class Spectrum:
 
     Args:
         ritz: its points, float64 [probes, steps].
-        weights: theirs, float64 [probes, steps]; those of a probe sum to 1, unused places have 0.
+        weights: of the points, float64 [probes, steps]; those of a probe sum to 1, unused places have 0.
         gradient_norm: |g|.
         relative_gradient: |g| / |W|.
         parameters: n, the number of rows of the Hessian.
@@ -188,9 +188,9 @@ class _Products:
 
     def __init__(self, closures: list[LossClosure], parameters: list[Tensor]) -> None:
         self.closures, self.parameters = closures, parameters
-        self.kept = self._gradient(closures[0]) if len(closures) == 1 else None
+        self.graph = self._gradient(closures[0]) if len(closures) == 1 else None
         total = torch.zeros((), dtype=torch.float64)
-        parts = [self.kept if self.kept is not None else self._gradient(closure) for closure in closures]
+        parts = [self.graph if self.graph is not None else self._gradient(closure) for closure in closures]
         for pieces in zip(*parts, strict=True):
             total += (sum(piece.detach().double() for piece in pieces) / len(closures)).square().sum().cpu()
         self.gradient_norm = float(total) ** 0.5
@@ -208,7 +208,7 @@ class _Products:
         parts = vector.split([p.numel() for p in self.parameters])
         shaped = [part.view_as(p).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
         for closure in self.closures:
-            gradient = self.kept if self.kept is not None else self._gradient(closure)
+            gradient = self.graph if self.graph is not None else self._gradient(closure)
             curved = [(g, v) for g, v in zip(gradient, shaped, strict=True) if g.requires_grad]
             if not curved:
                 continue  # a loss that is linear in every parameter
@@ -216,7 +216,7 @@ class _Products:
                 [g for g, _ in curved],
                 self.parameters,
                 [v for _, v in curved],
-                retain_graph=self.kept is not None,
+                retain_graph=self.graph is not None,
                 allow_unused=True,
             )
             flat = [torch.zeros_like(p) if h is None else h for p, h in zip(self.parameters, products, strict=True)]
