@@ -117,7 +117,14 @@ def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def split_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """(base model, head) such that head(base(ids).last_hidden_state) are the logits; None where that is not known."""
+    """The two parts of a language model.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        (base model, head) such that head(base(ids).last_hidden_state) are the logits; None where that is not known.
+    """
     if getattr(getattr(model, "config", None), "model_type", None) not in PLAIN_HEADS:
         return None
     base, head = getattr(model, "model", None), getattr(model, "lm_head", None)

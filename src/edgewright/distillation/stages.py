@@ -70,7 +70,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage came to: `metrics` of the kept student by `evaluate`, `errors` from the loss on the first batch."""
+    """What a stage came to.
+
+    Args:
+        stage: as it was given.
+        metrics: of the student that was chosen, by `evaluate`.
+        errors: numbers of the loss on the first batch.
+    """
 
     stage: Stage
     metrics: dict[str, float]

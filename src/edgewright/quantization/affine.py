@@ -121,7 +121,16 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor, scheme: AffineScheme) -> Te
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, scheme: AffineScheme) -> Tensor:
-    """float32 values scale * (code - zero) in the shape of `codes`."""
+    """The values scale * (code - zero).
+
+    Args:
+        codes: int32, any shape.
+        scale, zero: 0-dimensional, or [codes.shape[0]] when the scheme is per channel.
+        scheme: that gave the codes.
+
+    Returns:
+        float32, shaped as `codes`.
+    """
     scale, zero = _broadcast(codes, scale, zero, scheme)
     return (codes - zero).to(torch.float32) * scale
 

@@ -129,12 +129,26 @@ def dequantize_(model: M) -> M:
 
 
 def quantized_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, module) of every fake-quantised module, in model order; empty for a plain model."""
+    """Every fake-quantised module.
+
+    Args:
+        model: any module.
+
+    Returns:
+        (name, module) in model order; empty for a plain model.
+    """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trained clip scales: they take no weight decay and may take their own learning rate."""
+    """The trained clip scales: they take no weight decay and may take their own learning rate.
+
+    Args:
+        model: under quantisation.
+
+    Returns:
+        Each once.
+    """
     found = {
         id(module.weight_scale): module.weight_scale
         for module in model.modules()
@@ -144,7 +158,14 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, Any]:
-    """Everything that can be quantised, by name: layers, and the stacks of matrices that modules name as theirs."""
+    """Everything that can be quantised: layers, and the stacks of matrices that modules name as theirs.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name -> module, in model order.
+    """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE) and not isinstance(module, PACKED):
@@ -320,7 +341,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> N
 
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
-    """Current integer codes (int8) of every fake-quantised weight, for counting flips later."""
+    """Current integer codes of every fake-quantised weight, for counting flips later.
+
+    Args:
+        model: under quantisation.
+
+    Returns:
+        Name -> int8 [out, in].
+    """
     return {
         name: module.quantizer.pack(module.weight).codes
         for name, module in quantized_modules(model)

@@ -23,9 +23,13 @@ STORED_BITS = 8  # codes are kept in int8
 
 @dataclass(frozen=True)
 class Codec:
-    """A block codec. name: "symmetric" | "q8_0" | "q4_0"; block: entries per scale; scale_dtype: how scales are stored.
+    """A block codec: rows [..., n], n a multiple of `block`, have codes [..., n] and scales [..., n / block].
 
-    Shapes: rows [..., n] with n a multiple of `block`; codes [..., n]; scales [..., n / block].
+    Args:
+        name: "symmetric", "q8_0" or "q4_0".
+        bits: of a code.
+        block: entries per scale.
+        scale_dtype: how scales are stored.
     """
 
     name: str
@@ -53,7 +57,17 @@ class Codec:
         return (x * inverse).round_().clamp_(-top, top), scale
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes int8 [..., n], scales [..., n / block]). Raises UsageError for widths above 8 bits."""
+        """Codes and scales of rows.
+
+        Args:
+            rows: float [..., n].
+
+        Returns:
+            (codes int8 [..., n], scales [..., n / block])
+
+        Raises:
+            UsageError: widths above 8 bits, or rows that blocks do not divide.
+        """
         check("bits of stored codes", self.bits, whole(2, STORED_BITS))
         codes, scales = self._codes(rows)
         return codes.flatten(-2).to(torch.int8), scales.squeeze(-1)
@@ -92,7 +106,16 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def ggml_bytes(codes: Tensor, scales: Tensor, name: str) -> Tensor:
-    """llama.cpp's layout of q8_0 or q4_0 rows, each block its scale, then its codes: uint8 [..., n / 32 * 34 or 18]."""
+    """llama.cpp's layout of q8_0 or q4_0 rows: each block its scale, then its codes.
+
+    Args:
+        codes: int8 [..., n].
+        scales: [..., n / 32].
+        name: "q8_0" or "q4_0".
+
+    Returns:
+        uint8 [..., n / 32 * 34], or * 18 at 4 bits.
+    """
     blocks = codes.unflatten(-1, (-1, GGML_BLOCK))
     body = pack_nibbles(blocks) if name == "q4_0" else blocks.contiguous().view(torch.uint8)
     head = scales.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)

@@ -238,5 +238,10 @@ class QuantConfig:
 
 
 def largest_divisor(columns: int, limit: int) -> int:
-    """Largest group size up to `limit` that divides `columns`."""
+    """Largest group size up to a limit that divides a row.
+
+    Args:
+        columns: weights of the row.
+        limit: at least 1.
+    """
     return next(size for size in range(min(limit, columns), 0, -1) if columns % size == 0)

@@ -43,8 +43,11 @@ UNTOUCHED_BITS = 16
 class RowQuantizer:
     """Quantises rows [B, T, heads * head_dim], one token each.
 
-    interleave: size of the heads whose halves are interleaved first, 0 for none. rotation: size of the Hadamard blocks
-    after that, 0 for none. Both are undone in what comes back.
+    Args:
+        codec: of the blocks.
+        interleave: size of the heads whose halves are interleaved first, 0 for none.
+        rotation: size of the Hadamard blocks after that, 0 for none. Both are undone in what comes back.
+        clip: |x| from which on there is no gradient; None: nowhere.
     """
 
     codec: Codec
@@ -112,7 +115,14 @@ def rotated(rows: Tensor, size: int) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's matrix [size, size] / sqrt(size), float32; size is a power of two."""
+    """Sylvester's matrix over sqrt(size), which is orthogonal.
+
+    Args:
+        size: a power of two.
+
+    Returns:
+        float32 [size, size]
+    """
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -135,7 +145,15 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize_rows(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
-    """Rows [B, T, heads * head_dim] as the cache would return them, straight-through gradient, dtype kept."""
+    """Rows as the cache would return them, with straight-through gradients.
+
+    Args:
+        rows: [B, T, heads * head_dim].
+        quantizer: of keys or values.
+
+    Returns:
+        As `rows`.
+    """
     if quantizer.codec.bits >= UNTOUCHED_BITS:
         return rows
     return _StraightThrough.apply(rows, quantizer)
@@ -296,7 +314,11 @@ def detach_kv_quantization(model: nn.Module) -> nn.Module:
 
 
 def attached_kv_config(model: nn.Module) -> KVConfig | None:
-    """The configuration under which the model's keys and values are, or None."""
+    """The configuration under which a model's keys and values are, or None.
+
+    Args:
+        model: any module.
+    """
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _AttentionHook):

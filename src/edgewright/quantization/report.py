@@ -25,8 +25,15 @@ from edgewright.quantization.api import quantized_modules
 class LayerRow:
     """One quantised weight.
 
-    occupancy: share of weights on each level, lowest first. flipped: share of codes that differ from the snapshot.
-    movement: |W - W0| / |W0| of the latent weights. error: |W_q - W|^2 / |W|^2 of the latent weights.
+    Args:
+        layer: its name.
+        grid: of its codes.
+        weights: how many.
+        bits_per_weight: of codes and scales.
+        occupancy: share of weights on each level, lowest first.
+        error: |W_q - W|^2 / |W|^2 of the latent weights.
+        flipped: share of codes that differ from the snapshot.
+        movement: |W - W0| / |W0| of the latent weights.
     """
 
     layer: str

@@ -32,7 +32,15 @@ ELEMENTS_AT_ONCE = 1 << 17  # the search works on slices that stay in cache
 
 
 def grouped(weight: Tensor, groups: int) -> Tensor:
-    """View a matrix [rows, columns] as [rows, groups, columns / groups]."""
+    """View a matrix by groups of columns.
+
+    Args:
+        weight: [rows, columns].
+        groups: that divide a row.
+
+    Returns:
+        [rows, groups, columns / groups]
+    """
     return weight.reshape(weight.shape[0], groups, -1)
 
 
@@ -45,7 +53,15 @@ def clamp_alpha(alpha: Tensor) -> Tensor:
 
 
 def snap(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Round scales to `dtype` (nearest even) and return float32; None leaves them as they are."""
+    """Round scales to the type in which they are stored, nearest even.
+
+    Args:
+        scale: any shape.
+        dtype: None leaves them as they are.
+
+    Returns:
+        float32, shaped as `scale`.
+    """
     return scale if dtype is None else scale.to(dtype).to(torch.float32)
 
 
@@ -88,9 +104,18 @@ def mse_alpha(
 ) -> Tensor:
     """The alpha of least squared error, by trying clip ranges and refitting the scale to each one's codes.
 
-    For fixed codes c (offset included) the best scale is <w, c> / <c, c>, its error |w|^2 - <w, c>^2 / <c, c>.
-    importance: optional weight of each column's error, broadcastable to `weights` (for example mean squared inputs).
-    Uneven grids also try the mirrored range (negative alpha).
+    For fixed codes c (offset included) the best scale is <w, c> / <c, c>, its error |w|^2 - <w, c>^2 / <c, c>. Uneven
+    grids also try the mirrored range (negative alpha).
+
+    Args:
+        weights: float32 [rows, groups, group size].
+        grid: of the codes.
+        importance: weight of each column's error, broadcastable to `weights` (for example mean squared inputs); None:
+            all equal.
+        scale_dtype: that scales are rounded to; None: float32.
+
+    Returns:
+        [rows, groups]
     """
     if grid.kind == "binary" and importance is None:  # closed form: the mean magnitude
         return absmean_alpha(weights, grid)

@@ -24,16 +24,27 @@ GRANULARITY = Allowed(
 
 
 def matrix_rows(p: Tensor, granularity: Granularity) -> int:
-    """Rows with targets of their own in the whole parameter; 1 means one set for all of it."""
+    """Rows with targets of their own in the whole parameter; 1 means one set for all of it.
+
+    Args:
+        p: split over devices or not.
+        granularity: one row per "row", for the "tensor", or per that many weights.
+    """
     if isinstance(granularity, int):
         return p.numel() // granularity
     return 1 if granularity == "tensor" or p.ndim < 2 else p.shape[0]
 
 
 def rows_columns(p: Tensor, part: Tensor, granularity: Granularity) -> tuple[int, int]:
-    """Shape [R, C] of the matrix whose rows have targets of their own, for the part `part` of `p`.
+    """Shape [R, C] of the matrix whose rows have targets of their own.
 
-    Raises UsageError when a block size does not divide the rows.
+    Args:
+        p: the whole parameter.
+        part: what lies here of it.
+        granularity: one row per "row", for the "tensor", or per that many weights.
+
+    Raises:
+        UsageError: a block size that does not divide the rows.
     """
     if isinstance(granularity, int):
         columns = p.numel() // p.shape[0] if p.ndim > 1 else p.numel()
@@ -49,8 +60,12 @@ def rows_columns(p: Tensor, part: Tensor, granularity: Granularity) -> tuple[int
 def holding(tensors: dict[nn.Parameter, Tensor], update: bool) -> Iterator[None]:
     """Inside, every parameter has the values of its tensor; afterwards its own memory again.
 
-    An ordinary parameter only points elsewhere meanwhile, so nothing is copied. A sharded one is copied. With `update`
-    the tensors receive what the parameters became, and a sharded parameter keeps the values that it has then.
+    An ordinary parameter only points elsewhere meanwhile, so nothing is copied. A sharded one is copied.
+
+    Args:
+        tensors: parameter -> values of the part of it that lies here.
+        update: the tensors receive what the parameters became, and a sharded parameter keeps the values that it has
+            then.
     """
     own: dict[nn.Parameter, Tensor] = {}
     try:

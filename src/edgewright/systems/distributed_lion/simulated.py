@@ -131,4 +131,5 @@ class SimulatedWorkers:
         return {"kept": list(self._optimizer._kept)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
         self._optimizer._kept = list(state["kept"])

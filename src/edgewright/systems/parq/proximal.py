@@ -114,7 +114,7 @@ class ProxMap(Protocol):
         """Whether the map does anything at `step`."""
 
     def inverse_slope(self, step: int) -> float:
-        """1: weights are left alone, 0: all are on targets."""
+        """1: weights are left alone at `step`, 0: all are on targets."""
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
         """Write the mapped weights.
@@ -132,7 +132,10 @@ class ProxMap(Protocol):
 
 @dataclass(frozen=True)
 class ProxHard:
-    """Always the nearest target: straight-through training (BinaryConnect) without a fake-quantised layer."""
+    """Always the nearest target: straight-through training (BinaryConnect) without a fake-quantised layer.
+
+    See `ProxMap` for the methods of all maps.
+    """
 
     @property
     def anneal_end(self) -> int:
@@ -235,7 +238,7 @@ class ProxPARQ(Annealing):
 
 @dataclass(frozen=True)
 class ProxBinaryRelax(Annealing):
-    """(1 - theta) weight + theta nearest target; theta grows linearly from 0 to 1 (arXiv 1801.06313).
+    """(1 - theta) weight + theta nearest target; theta grows linearly from 0 to 1 (BinaryRelax, arXiv 1801.06313).
 
     Args:
         anneal_start, anneal_end: the steps between which theta grows.
@@ -278,6 +281,7 @@ class ProxSoft(Annealing):
             raise UsageError(f"temperatures {self.coldest} to {self.hottest}: positive and growing, such as 1 to 1000")
 
     def temperature(self, step: int) -> float:
+        """Of the sigmoid at `step` of the optimizer."""
         return self.coldest * (self.hottest / self.coldest) ** self.share(step)
 
     def inverse_slope(self, step: int) -> float:
@@ -429,7 +433,14 @@ class AProx(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; `closure` computes the loss and its gradients anew, and its value is returned."""
+        """One step.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's value, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

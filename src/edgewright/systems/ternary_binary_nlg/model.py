@@ -59,11 +59,17 @@ class ActivationSet:
             check("activation levels", self.levels, whole(3, 8), hint)
 
     def signed_config(self) -> InputConfig:
+        """For tensors of both signs."""
         if isinstance(self.levels, int):
             return ClippedActivationConfig(self.levels, self.clip, self.granularity)
         return ElasticConfig(self.levels, shift=False)
 
     def unsigned_config(self, probabilities: bool = False) -> InputConfig:
+        """For tensors of one sign.
+
+        Args:
+            probabilities: they are those of attention, whose floor is zero.
+        """
         if not self.unsigned:
             return self.signed_config()
         if isinstance(self.levels, int):
