@@ -81,8 +81,7 @@ class LanguageDistillation:
     def _teacher(self) -> nn.Module:
         if self.teacher is None:
             raise UsageError("no teacher: give LanguageDistillation one, or batches of a TeacherCache")
-        if self.teacher.training:
-            raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+        check_evaluating(self.teacher)
         return self.teacher
 
     def _check(self, model: nn.Module) -> None:
@@ -90,6 +89,16 @@ class LanguageDistillation:
             return
         check_teacher(self.teacher, model)
         self._checked = weakref.ref(model)
+
+
+def check_evaluating(teacher: nn.Module) -> None:
+    """Raise UsageError for a teacher in training mode.
+
+    Args:
+        teacher: that is about to answer.
+    """
+    if teacher.training:
+        raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.checks import check, one_of, whole
+from edgewright.distillation.language import check_evaluating
 from edgewright.distillation.manifest import claim_shards, fingerprint, read_manifest, shard_paths, track
 from edgewright.distillation.sequences import distinct_n, pack_sequences
 from edgewright.errors import FormatError, UsageError
@@ -324,8 +325,7 @@ def _checked_starts(starts: Sequence[int], vocabulary: int) -> list[int]:
 def _check(
     teacher: nn.Module, n_sequences: int, max_length: int, greedy_tokens: Sequence[int], batch_size: int, mode: str
 ) -> None:
-    if teacher.training:
-        raise UsageError("the teacher is in training mode, its text would be noisy; call teacher.eval()")
+    check_evaluating(teacher)
     check("n_sequences", n_sequences, whole(1))
     check("batch_size", batch_size, whole(1))
     check("max_length", max_length, whole(2), "the start token and one more")

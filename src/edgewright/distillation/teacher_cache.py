@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.checks import check, whole
+from edgewright.distillation.language import check_evaluating
 from edgewright.distillation.manifest import claim_shards, fingerprint, read_manifest, shard_paths, track
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.hashing import blake2b
@@ -54,8 +55,7 @@ def cache_teacher(
         UsageError: k out of its range, a teacher in training mode, no blocks, ids outside the vocabulary, or a folder
             that holds the answers of another teacher, k or data.
     """
-    if teacher.training:
-        raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+    check_evaluating(teacher)
     if blocks.ndim != 2 or blocks.numel() == 0:
         raise UsageError(f"blocks of shape {list(blocks.shape)}; give token ids [N, T] with at least one row")
     vocabulary = int(teacher.config.vocab_size)  # type: ignore[union-attr,arg-type]

@@ -35,13 +35,14 @@ def matrix_rows(p: Tensor, granularity: Granularity) -> int:
     return 1 if granularity == "tensor" or p.ndim < 2 else p.shape[0]
 
 
-def rows_columns(p: Tensor, part: Tensor, granularity: Granularity) -> tuple[int, int]:
+def rows_columns(p: Tensor, part: Tensor, granularity: Granularity, name: str = "") -> tuple[int, int]:
     """Shape [R, C] of the matrix whose rows have targets of their own.
 
     Args:
         p: the whole parameter.
         part: what lies here of it.
         granularity: one row per "row", for the "tensor", or per that many weights.
+        name: such as "layer head: ", for the error.
 
     Raises:
         UsageError: a block size that does not divide the rows.
@@ -49,7 +50,9 @@ def rows_columns(p: Tensor, part: Tensor, granularity: Granularity) -> tuple[int
     if isinstance(granularity, int):
         columns = p.numel() // p.shape[0] if p.ndim > 1 else p.numel()
         if columns % granularity:
-            raise UsageError(f"its rows of {columns} weights do not divide into blocks of {granularity}; use a divisor")
+            raise UsageError(
+                f"{name}its rows of {columns} weights do not divide into blocks of {granularity}; use a divisor"
+            )
         return part.numel() // granularity, granularity
     if matrix_rows(p, granularity) == 1:
         return 1, part.numel()

@@ -65,10 +65,7 @@ def quantized_groups(
         targets = _targets_for(name, config, skip)
         if targets is None or not module.weight.requires_grad:
             continue
-        try:
-            shards.rows_columns(module.weight, module.weight, targets.granularity)
-        except UsageError as error:
-            raise UsageError(f"layer {name}: {error}") from None
+        shards.rows_columns(module.weight, module.weight, targets.granularity, f"layer {name}: ")
         chosen.setdefault(cast(nn.Parameter, module.weight), targets)
     if not chosen:
         skipped = config.skip if isinstance(config, QuantConfig) else skip

@@ -318,10 +318,7 @@ class QuantOptimizer(torch.optim.Optimizer):
         if p.layout != torch.strided:
             raise Unsupported(f"parameter {name} is {p.layout}; only dense parameters can be quantised")
         distributed.check_rows(p, name)
-        try:
-            shards.rows_columns(p, distributed.local(p), group["targets"].granularity)
-        except UsageError as error:
-            raise UsageError(f"parameter {name}: {error}") from None
+        shards.rows_columns(p, distributed.local(p), group["targets"].granularity, f"parameter {name}: ")
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         if len(groups) != len(self.param_groups):

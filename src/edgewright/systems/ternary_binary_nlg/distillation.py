@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edgewright.checks import check, check_fields, number, one_of
 from edgewright.distillation.features import attention_loss, hidden_loss
-from edgewright.distillation.language import check_teacher
+from edgewright.distillation.language import check_evaluating, check_teacher
 from edgewright.distillation.logits import distillation_loss
 from edgewright.errors import UsageError
 
@@ -156,8 +156,7 @@ class SequenceToSequenceDistillation:
     @torch.no_grad()
     def _answer(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         assert self.teacher is not None
-        if self.teacher.training:
-            raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+        check_evaluating(self.teacher)
         if not self._checked:
             check_teacher(self.teacher, model)
             self._checked = True
