@@ -31,5 +31,5 @@ def test_distinct_n_counts_within_sequences():
     assert distinct_n(tokens, 2, torch.tensor([4, 3])) == 3 / 5  # 12 21 12 | 12 23
     with pytest.raises(UsageError, match="no 9-gram"):
         distinct_n(tokens, 9)
-    with pytest.raises(UsageError, match="at least one token"):
+    with pytest.raises(UsageError, match="n=0; it must be a whole number from 1 up; tokens of an n-gram"):
         distinct_n(tokens, 0)

@@ -184,7 +184,7 @@ def test_lists_and_stages_that_cannot_work():
         run(teaches="second")
     with pytest.raises(UsageError, match="a stage has"):
         Stage((1, 64), 5, 1e-3)
-    with pytest.raises(UsageError, match="at least one step"):
+    with pytest.raises(UsageError, match="Stage steps=0; it must be a whole number from 1 up"):
         Stage((1, 1), 0, 1e-3)
     with pytest.warns(UserWarning, match="w1a2 has more bits than w1a1"):
         run(CHAIN[::-1])

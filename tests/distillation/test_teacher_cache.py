@@ -79,7 +79,7 @@ def test_bad_input_is_named(tiny_llama, tmp_path):
     other.model.norm.weight.data[0] += 1
     with pytest.raises(UsageError, match="made with teacher="):
         cache_teacher(other, blocks(), folder, k=4, progress=False)
-    with pytest.raises(UsageError, match="k=300; choose 1 to 256"):
+    with pytest.raises(UsageError, match="k=300; it must be a whole number from 1 to 256"):
         cache_teacher(tiny_llama, blocks(), tmp_path / "u", k=300)
     with pytest.raises(UsageError, match="token id 999"):
         cache_teacher(tiny_llama, torch.full((1, 3), 999), tmp_path / "u")

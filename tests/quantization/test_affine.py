@@ -82,7 +82,7 @@ def test_a_range_of_width_zero_keeps_a_step() -> None:
 
 @pytest.mark.parametrize("bits", [1, 9, 0, 16, True])
 def test_other_widths_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="2 to 8 bits"):
+    with pytest.raises(ValueError, match="it must be a whole number from 2 to 8"):
         AffineScheme(bits)
 
 

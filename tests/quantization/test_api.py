@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_named(tiny_llama, bad):
     [
         (lambda: WeightConfig("int5"), "binary, ternary"),
         (lambda: WeightConfig(scale="best"), "absmax"),
-        (lambda: WeightConfig(granularity=0), "at least one"),
+        (lambda: WeightConfig(granularity=0), "granularity=0; it must be 'row', 'tensor'"),
         (lambda: WeightConfig(granularity="column"), "'row', 'tensor'"),
         (lambda: WeightConfig.for_bits(1.5), "1.58"),
         (lambda: ActivationConfig(1), "from 2 to 16"),

@@ -63,7 +63,7 @@ def test_asymmetric_keeps_zero_and_uses_all_codes() -> None:
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("inf")])
 def test_a_senseless_cut_is_refused(clip: float) -> None:
-    with pytest.raises(UsageError, match="cut at a positive value"):
+    with pytest.raises(UsageError, match="clip=.*; it must be a number above 0, or None"):
         ClippedActivationConfig(clip=clip)
 
 
@@ -122,5 +122,5 @@ def test_a_zero_floor_does_not_see_the_mask() -> None:
 
 
 def test_an_unknown_floor_is_refused() -> None:
-    with pytest.raises(UsageError, match="choose 'tensor', 'token' or 'zero'"):
+    with pytest.raises(UsageError, match="floor='batch'; it must be one of tensor, token, zero"):
         unsigned("ternary", "batch")

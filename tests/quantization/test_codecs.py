@@ -83,5 +83,5 @@ def test_nibbles_round_trip():
 def test_blocks_must_divide_the_row_and_codes_must_fit_a_byte():
     with pytest.raises(UsageError, match="40 entries.*blocks of 32"):
         Codec("q8_0", 8, 32).encode(torch.ones(2, 40))
-    with pytest.raises(UsageError, match="12 bits"):
+    with pytest.raises(UsageError, match="bits of stored codes=12; it must be a whole number from 2 to 8"):
         Codec("symmetric", 12, 32).encode(torch.ones(2, 32))

@@ -47,13 +47,13 @@ def test_repair_equals_the_slow_algorithm(name):
     quantizer = Quantizer(GRIDS[name])
     alpha = mse_alpha(grouped(weight, 2), GRIDS[name])
     latent = repair(weight, alpha, quantizer, *inverse_factor(hessian, 0.01))
-    step = quantizer.step(alpha).repeat_interleave(16, dim=1).numpy()
+    scale = quantizer.scale(alpha).repeat_interleave(16, dim=1).numpy()
 
     def encode(u):
         code = GRIDS[name].encode_(torch.tensor([u], dtype=torch.float64))
         return float(code + GRIDS[name].offset)
 
-    slow = slow_repair(weight.numpy(), step, hessian.double().numpy(), 0.01, encode)
+    slow = slow_repair(weight.numpy(), scale, hessian.double().numpy(), 0.01, encode)
     same = np.isclose(quantizer.values(latent, alpha).numpy(), slow, rtol=1e-6)
     # A float32 value that lies on a rounding boundary may fall to the other side; the rest must agree.
     assert same.mean() > 0.97

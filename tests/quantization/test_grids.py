@@ -20,7 +20,7 @@ LEVELS = {"binary": 2, "ternary": 3, "seq2": 4, "int2": 4, "int3": 8, "int4": 16
 def values_and_slopes(name: str, weight: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     quantizer = Quantizer(GRIDS[name], scale_dtype=None)
     scale = torch.tensor([[alpha]])
-    phi, mask = GRIDS[name].straight_through(weight / quantizer.step(scale))
+    phi, mask = GRIDS[name].straight_through(weight / quantizer.scale(scale))
     return quantizer.values(weight, scale), phi, mask
 
 
@@ -116,13 +116,13 @@ def test_gradient_of_the_scale_is_the_derivative_for_fixed_codes(name):
     generator = torch.Generator().manual_seed(2)
     codes = grid.levels[torch.randint(0, len(grid.levels), (4, 32), generator=generator)]
     weight = (codes * 0.5).double().float()  # exactly on the grid: the rounding error that STE adds is zero
-    alpha = torch.full((4, 1), 0.5 * grid.steps_per_alpha)
+    alpha = torch.full((4, 1), 0.5 * grid.scales_per_alpha)
     upstream = torch.randn(4, 32, generator=generator)
     quantizer = Quantizer(grid, scale_dtype=None)
-    _phi, mask = grid.straight_through(weight / quantizer.step(alpha))
+    _phi, mask = grid.straight_through(weight / quantizer.scale(alpha))
     _, gradient = quantizer.gradients(weight, alpha, upstream.clone())
     # Inside the range STE moves weight and level together, so only clipped weights (and signs) contribute.
-    expected = torch.where(mask.bool() & (grid.kind != "binary"), 0.0, codes / grid.steps_per_alpha)
+    expected = torch.where(mask.bool() & (grid.kind != "binary"), 0.0, codes / grid.scales_per_alpha)
     factor = 1 / math.sqrt(weight.numel() * grid.positive_limit)
     torch.testing.assert_close(gradient[:, 0], (expected * upstream).sum(-1) * factor, rtol=1e-5, atol=1e-6)
 

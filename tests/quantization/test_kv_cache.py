@@ -358,5 +358,5 @@ def test_impossible_configurations(settings):
 def test_quant_cache_refuses_what_it_cannot_store(tiny_llama):
     with pytest.raises(UsageError, match="post_rope"):
         QuantCache(tiny_llama.config, KVConfig(4))
-    with pytest.raises(UsageError, match="2 to 8 bits"):
+    with pytest.raises(UsageError, match="QuantCache bits=12; it must be a whole number from 2 to 8"):
         QuantCache(tiny_llama.config, KVConfig(12, when="post_rope"))

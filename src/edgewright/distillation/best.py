@@ -18,8 +18,15 @@ STATE = "best.safetensors"
 class Best:
     """Keeps the state dict with the highest (or lowest) value offered; the first of equal ones stays.
 
-    folder: where the state is also written; None keeps it in memory alone. fresh: forget what an earlier run left
-    there. The value and its companions travel in the file's metadata, so that state and value cannot part.
+    The value and its companions travel in the file's metadata, so that state and value cannot part.
+
+    Args:
+        folder: where the state is also written; None keeps it in memory alone.
+        higher_is_better: of the values.
+        fresh: forget what an earlier run left in the folder.
+
+    Raises:
+        FormatError: a damaged file of an earlier run.
     """
 
     def __init__(self, folder: Path | None, higher_is_better: bool = True, fresh: bool = True) -> None:
@@ -34,7 +41,16 @@ class Best:
             self._read(self._path)
 
     def offer(self, value: float, metrics: dict[str, float], model: nn.Module) -> bool:
-        """Take the model's state when `value` is better than all before; whether it was. NaN never is."""
+        """Take the model's state when it is the best so far.
+
+        Args:
+            value: by which states are compared; NaN is never the best.
+            metrics: kept with it.
+            model: whose state is copied.
+
+        Returns:
+            Whether it was taken.
+        """
         if math.isnan(value) or (self._state and self._sign * value <= self._sign * self.value):
             return False
         self.value, self.metrics = value, dict(metrics)
@@ -46,7 +62,14 @@ class Best:
         return True
 
     def restore(self, model: nn.Module) -> dict[str, float]:
-        """Put the best state into the model, where there is one; its metrics."""
+        """Put the best state into a model, where there is one.
+
+        Args:
+            model: of the same make.
+
+        Returns:
+            The metrics of that state.
+        """
         if self._state:
             with torch.no_grad():
                 model.load_state_dict(self._state)

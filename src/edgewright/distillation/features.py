@@ -15,7 +15,18 @@ from edgewright.errors import UsageError
 
 
 def even_layer_map(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
-    """A teacher layer for each student layer, spread evenly, the last one onto the last."""
+    """A teacher layer for each student layer, spread evenly, the last one onto the last.
+
+    Args:
+        student_layers: at least 1, at most teacher_layers.
+        teacher_layers: how many there are.
+
+    Returns:
+        Indices of teacher layers, ascending.
+
+    Raises:
+        UsageError: more student layers than teacher layers.
+    """
     if not 1 <= student_layers <= teacher_layers:
         raise UsageError(f"{student_layers} student layers cannot be spread over {teacher_layers} teacher layers")
     return tuple(round((i + 1) * teacher_layers / student_layers) - 1 for i in range(student_layers))
@@ -28,10 +39,18 @@ def hidden_loss(
     mask: Tensor | None = None,
     layer_map: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sum over layers of the mean squared error of hidden states [B, T, H]; entry 0 is the embedding's output.
+    """Sum over layers of the mean squared error of hidden states; entry 0 is the embedding's output.
 
-    mask: [B, T], true where a token counts; the mean is over the entries of those tokens. Raises UsageError when the
-    map names a layer that the teacher does not have, or when widths differ.
+    Args:
+        student, teacher: L + 1 tensors [B, T, H] each.
+        mask: [B, T], true where a token counts; the mean is over the entries of those tokens. None: all count.
+        layer_map: a teacher layer for each student layer; None: `even_layer_map`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        UsageError: a map that names a layer that the teacher does not have, widths that differ, no token that counts.
     """
     pairs = _pairs(len(student) - 1, len(teacher) - 1, layer_map)
     total = _mean_square(student[0], teacher[0], mask)
@@ -47,7 +66,19 @@ def attention_loss(
     mask: Tensor | None = None,
     layer_map: Sequence[int] | None = None,
 ) -> Tensor:
-    """Sum over layers of the mean squared error of attention maps [B, heads, T, S]; `mask` [B, T] is over queries."""
+    """Sum over layers of the mean squared error of attention maps.
+
+    Args:
+        student, teacher: L tensors [B, heads, T, S] each.
+        mask: [B, T], true where a query counts; None: all count.
+        layer_map: a teacher layer for each student layer; None: `even_layer_map`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        UsageError: as `hidden_loss`.
+    """
     total = student[0].new_zeros(())
     for i, j in _pairs(len(student), len(teacher), layer_map):
         if mask is None:
@@ -58,7 +89,15 @@ def attention_loss(
 
 
 def layer_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> list[float]:
-    """Mean squared error of each pair of hidden states, for a log or a table."""
+    """Mean squared error of each pair of hidden states, for a log or a table.
+
+    Args:
+        student, teacher: tensors [B, T, H], as many of one as of the other.
+        mask: [B, T], true where a token counts; None: all count.
+
+    Raises:
+        UsageError: shapes that differ, no token that counts.
+    """
     with torch.no_grad():
         return [float(_mean_square(s, t, mask)) for s, t in zip(student, teacher, strict=True)]
 

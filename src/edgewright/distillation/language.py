@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, number
 from edgewright.distillation.logits import DEFAULT_CHUNK, chunked_distillation_loss, target_loss
 from edgewright.distillation.targets import DenseTarget, Target, TopKTarget
 from edgewright.errors import UsageError
@@ -25,16 +26,23 @@ PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 class LanguageDistillation:
     """Loss function (model, batch) -> (loss, {"kl": KL to the teacher}); soft cross-entropy per token.
 
-    batch: token ids [B, T], or a dict with "tokens" [B, T], optionally "mask" [B, T] (true where a token counts) and,
-    from a `TeacherCache`, "values", "indices" and "tail": then no teacher is needed. Raises UsageError when the teacher
-    is in training mode, shares storage with the student or has another vocabulary, and without teacher and cache.
+    LLM-QAT (arXiv 2305.17888, section 2.2). batch: token ids [B, T], or a dict with "tokens" [B, T], optionally "mask"
+    [B, T] (true where a token counts) and, from a `TeacherCache`, "values", "indices" and "tail": then no teacher is
+    needed.
+
+    Args:
+        teacher: in evaluation mode, with the student's vocabulary and storage of its own; None: batches of a cache.
+        temperature: divides both logits, above 0.
+        chunk: tokens whose logits exist at a time.
+
+    Raises:
+        UsageError: another temperature. In a call: neither teacher nor cache, or a teacher that does not fit.
     """
 
     def __init__(
         self, teacher: nn.Module | None = None, *, temperature: float = 1.0, chunk: int = DEFAULT_CHUNK
     ) -> None:
-        if temperature <= 0:
-            raise UsageError(f"temperature={temperature} is not positive; 1.0 is the published setting")
+        check("temperature", temperature, number(above=0), "1.0 is the published setting")
         self.teacher, self.temperature, self.chunk = teacher, temperature, chunk
         self._checked: weakref.ref[nn.Module] | None = None
 
@@ -73,8 +81,7 @@ class LanguageDistillation:
     def _teacher(self) -> nn.Module:
         if self.teacher is None:
             raise UsageError("no teacher: give LanguageDistillation one, or batches of a TeacherCache")
-        if self.teacher.training:
-            raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+        check_evaluating(self.teacher)
         return self.teacher
 
     def _check(self, model: nn.Module) -> None:
@@ -84,8 +91,25 @@ class LanguageDistillation:
         self._checked = weakref.ref(model)
 
 
+def check_evaluating(teacher: nn.Module) -> None:
+    """Raise UsageError for a teacher in training mode.
+
+    Args:
+        teacher: that is about to answer.
+    """
+    if teacher.training:
+        raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+
+
 def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
-    """Raises UsageError when teacher and student share parameters' storage or differ in vocabulary."""
+    """Whether a teacher can teach a student.
+
+    Args:
+        teacher, student: language models.
+
+    Raises:
+        UsageError: they share parameters' storage or differ in vocabulary.
+    """
     vocabularies = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (teacher, student)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise UsageError(
@@ -102,7 +126,14 @@ def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def split_head(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """(base model, head) such that head(base(ids).last_hidden_state) are the logits; None where that is not known."""
+    """The two parts of a language model.
+
+    Args:
+        model: of transformers.
+
+    Returns:
+        (base model, head) such that head(base(ids).last_hidden_state) are the logits; None where that is not known.
+    """
     if getattr(getattr(model, "config", None), "model_type", None) not in PLAIN_HEADS:
         return None
     base, head = getattr(model, "model", None), getattr(model, "lm_head", None)

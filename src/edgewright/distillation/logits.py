@@ -31,11 +31,20 @@ def distillation_loss(
     temperature: float = 1.0,
     chunk: int = DEFAULT_CHUNK,
 ) -> Tensor:
-    """Mean over valid tokens of the soft cross-entropy, a float32 scalar.
+    """Soft cross-entropy to a teacher (LLM-QAT, arXiv 2305.17888, section 2.2), the mean over tokens that count.
 
-    student_logits, teacher_logits: [..., V]; the teacher's get no gradient. mask: [...], true where a token counts.
-    temperature divides both logits; the loss is multiplied by its square so that gradients keep their size.
-    Raises UsageError when shapes or vocabularies differ or no token counts.
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V]; they get no gradient.
+        mask: [...], true where a token counts; None: all count.
+        temperature: divides both logits; the loss is multiplied by its square so that gradients keep their size.
+        chunk: tokens worked on at a time.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        UsageError: shapes or vocabularies that differ, no token that counts.
     """
     if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
         shapes = f"{list(student_logits.shape)} and {list(teacher_logits.shape)}"
@@ -54,7 +63,19 @@ def topk_distillation_loss(
 ) -> Tensor:
     """Soft cross-entropy against the teacher's k largest probabilities and the mass of the others as one bucket.
 
-    student_logits: [..., V]; values: probabilities [..., k]; indices: [..., k]; tail: [...]. Scalar float32.
+    Args:
+        student_logits: [..., V].
+        values: the k probabilities, [..., k].
+        indices: their tokens, [..., k].
+        tail: the mass of the others, [...].
+        mask: [...], true where a token counts; None: all count.
+        chunk: tokens worked on at a time.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        UsageError: numbers of tokens that differ, none that counts.
     """
     return target_loss(student_logits, TopKTarget(values, indices, tail), mask=mask, chunk=chunk)[0]
 
@@ -62,7 +83,20 @@ def topk_distillation_loss(
 def target_loss(
     student_logits: Tensor, target: Target, *, mask: Tensor | None = None, chunk: int = DEFAULT_CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """(loss, KL to the teacher) of student logits [..., V] against any target; the KL carries no gradient."""
+    """Soft cross-entropy against any target.
+
+    Args:
+        student_logits: [..., V].
+        target: for as many tokens.
+        mask: [...], true where a token counts; None: all count.
+        chunk: tokens worked on at a time.
+
+    Returns:
+        (loss, KL to the teacher), float32 scalars; the KL carries no gradient.
+
+    Raises:
+        UsageError: numbers of tokens that differ, none that counts.
+    """
     _check_tokens(student_logits, target)
     return _LogitsLoss.apply(student_logits, target, _weights(target, mask), chunk)
 
@@ -75,12 +109,23 @@ def chunked_distillation_loss(
     mask: Tensor | None = None,
     chunk: int = DEFAULT_CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, KL to the teacher) without the student's logits [B, T, V] ever existing; the KL carries no gradient.
+    """Soft cross-entropy without the student's logits [B, T, V] ever existing.
 
-    student_hidden: [..., H], the input of the head. student_head: hidden -> logits, any module; a plain nn.Linear (also
-    one tied to the embedding) takes a path of three matmuls per chunk, other heads (quantised ones) are differentiated
-    by autograd chunk by chunk. target: `DenseTarget(teacher_logits, 1.0)`, `DenseTarget(teacher_hidden, 1.0,
-    teacher_head)` or `TopKTarget(values, indices, tail)`. Gradients reach the hidden states and the head's parameters.
+    Args:
+        student_hidden: the input of the head, [..., H].
+        student_head: hidden -> logits, any module; a plain nn.Linear (also one tied to the embedding) takes a path of
+            three matmuls per chunk, other heads (quantised ones) are differentiated by autograd chunk by chunk.
+        target: `DenseTarget(teacher_logits, 1.0)`, `DenseTarget(teacher_hidden, 1.0, teacher_head)` or
+            `TopKTarget(values, indices, tail)`.
+        mask: [...], true where a token counts; None: all count.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        (loss, KL to the teacher), float32 scalars. Gradients of the loss reach the hidden states and the head's
+        parameters; the KL carries none.
+
+    Raises:
+        UsageError: numbers of tokens that differ, none that counts.
     """
     _check_tokens(student_hidden, target)
     weights = _weights(target, mask)

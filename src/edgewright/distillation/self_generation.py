@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of, whole
+from edgewright.distillation.language import check_evaluating
 from edgewright.distillation.manifest import claim_shards, fingerprint, read_manifest, shard_paths, track
 from edgewright.distillation.sequences import distinct_n, pack_sequences
 from edgewright.errors import FormatError, UsageError
@@ -48,7 +50,14 @@ class SequenceJob:
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """tokens: int64 [N, T], right-padded with `end_token`; lengths: int64 [N], end token counted; starts: [N]."""
+    """Sequences that a model wrote.
+
+    Args:
+        tokens: int64 [N, T], right-padded with `end_token`.
+        lengths: int64 [N], end token counted.
+        starts: int64 [N], the start tokens.
+        end_token: its id.
+    """
 
     tokens: Tensor
     lengths: Tensor
@@ -56,12 +65,30 @@ class GeneratedData:
     end_token: int
 
     def blocks(self, block_length: int) -> Tensor:
-        """Training blocks [M, block_length] of all sequences joined; see `pack_sequences`."""
+        """Training blocks of all sequences joined; see `pack_sequences`.
+
+        Args:
+            block_length: tokens of a block.
+
+        Returns:
+            int64 [M, block_length]
+
+        Raises:
+            UsageError: too few tokens for one block.
+        """
         return pack_sequences(self.tokens, self.lengths, block_length, self.end_token)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> GeneratedData:
-        """A finished output folder of `self_generate`. Raises UsageError when it is another's or unfinished."""
+        """Read an output folder of `self_generate`.
+
+        Args:
+            folder: finished.
+
+        Raises:
+            UsageError: it is another's or unfinished.
+            FormatError: it is damaged.
+        """
         folder = Path(folder)
         settings = read_manifest(folder, KIND)
         try:
@@ -93,14 +120,31 @@ def self_generate(
     mode: Literal["hybrid", "greedy", "sampled"] = "hybrid",
     progress: bool = True,
 ) -> GeneratedData:
-    """Let `teacher` write `n_sequences` sequences of at most `max_length` tokens.
+    """Let a language model write its own training data (LLM-QAT, arXiv 2305.17888, section 2.1).
 
-    greedy_tokens: the values of j. start_tokens: ids to start from (default: all but special and unused ones). Fewer
-    sequences than pairs (i, j): one pair from each of n equal strata of the list; more: several rounds over it.
-    prompt_template: text around the start token for models that know only their chat format, such as
-        "<|im_start|>user\\n{start}"; its tokens count neither for j nor for max_length, and are part of the sequence.
-    output: folder of JSONL shards (ids and text), continued if it exists. mode: "greedy" and "sampled" are the paper's
-    two ablations. Raises UsageError (bad numbers, other settings in `output`), StartTokenError, an IndexError too.
+    Args:
+        teacher: in evaluation mode.
+        tokenizer: its own, with an end token.
+        n_sequences: at least 1. Fewer than pairs (start token i, j): one pair from each of n equal strata of the list;
+            more: several rounds over it.
+        max_length: tokens of a sequence, at least 2.
+        greedy_tokens: the values of j, how many tokens a sequence has before sampling begins; the paper has 3, 4, 5.
+        batch_size: sequences written together.
+        seed: of pairs and samples.
+        start_tokens: ids to start from; None: all but special and unused ones.
+        prompt_template: text around the start token for models that know only their chat format, such as
+            "<|im_start|>user\\n{start}"; its tokens count neither for j nor for max_length, and are part of the
+            sequence.
+        output: folder of JSONL shards (ids and text), continued if it exists; None: none.
+        mode: "hybrid"; "greedy" and "sampled" are the paper's two ablations.
+        progress: show a bar.
+
+    Returns:
+        The sequences.
+
+    Raises:
+        UsageError: a number out of its range, a teacher in training mode, other settings in `output`.
+        StartTokenError: a start token outside the vocabulary; an IndexError too.
     """
     vocabulary = int(teacher.config.vocab_size)  # type: ignore[union-attr,arg-type]
     _check(teacher, n_sequences, max_length, greedy_tokens, batch_size, mode)
@@ -136,13 +180,13 @@ def self_generate(
     with track("generating", n_sequences * (max_length + around), progress) as advance:
         for batch, path in zip(batches, paths, strict=True):
             if path is not None and path.exists():
-                found = _read_shard(path, vocabulary)
-                advance(sum(map(len, found)), False)
+                batch_rows = _read_shard(path, vocabulary)
+                advance(sum(map(len, batch_rows)), False)
             else:
-                found = _generate(teacher, batch, max_length, end_token, seed, prefix, suffix, advance)
+                batch_rows = _generate(teacher, batch, max_length, end_token, seed, prefix, suffix, advance)
                 if path is not None:
-                    _write_shard(path, batch, found, tokenizer)
-            rows += found
+                    _write_shard(path, batch, batch_rows, tokenizer)
+            rows += batch_rows
     return _collect(rows, end_token, len(prefix))
 
 
@@ -281,13 +325,10 @@ def _checked_starts(starts: Sequence[int], vocabulary: int) -> list[int]:
 def _check(
     teacher: nn.Module, n_sequences: int, max_length: int, greedy_tokens: Sequence[int], batch_size: int, mode: str
 ) -> None:
-    if teacher.training:
-        raise UsageError("the teacher is in training mode, its text would be noisy; call teacher.eval()")
-    if n_sequences < 1 or batch_size < 1:
-        raise UsageError(f"n_sequences={n_sequences}, batch_size={batch_size}: both must be at least 1")
-    if max_length < 2:
-        raise UsageError(f"max_length={max_length}; a sequence needs its start token and one more")
-    if mode not in MODES:
-        raise UsageError(f"mode={mode!r}; choose one of {', '.join(MODES)}")
+    check_evaluating(teacher)
+    check("n_sequences", n_sequences, whole(1))
+    check("batch_size", batch_size, whole(1))
+    check("max_length", max_length, whole(2), "the start token and one more")
+    check("mode", mode, one_of(*MODES))
     if not greedy_tokens or min(greedy_tokens) < 1 or len(set(greedy_tokens)) != len(greedy_tokens):
         raise UsageError(f"greedy_tokens={tuple(greedy_tokens)}; give different counts from 1, such as (3, 4, 5)")

@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, whole
 from edgewright.errors import UsageError
 
 
 def pack_sequences(tokens: Tensor, lengths: Tensor, block_length: int, end_token: int) -> Tensor:
-    """Sequences [N, T] of the given lengths, joined with one end token after each and cut to blocks [M, block_length].
+    """Join sequences with one end token after each and cut them to blocks; the rest that fills no block is dropped.
 
-    The rest that fills no block is dropped. Raises UsageError when there is not a single block.
+    Args:
+        tokens: int64 [N, T].
+        lengths: int64 [N].
+        block_length: tokens of a block.
+        end_token: its id.
+
+    Returns:
+        int64 [M, block_length]
+
+    Raises:
+        UsageError: too few tokens for one block.
     """
     pieces: list[Tensor] = []
     end = tokens.new_tensor([end_token])
@@ -26,9 +37,17 @@ def pack_sequences(tokens: Tensor, lengths: Tensor, block_length: int, end_token
 
 
 def distinct_n(tokens: Tensor, n: int, lengths: Tensor | None = None) -> float:
-    """Share of different n-grams among all n-grams of the sequences [N, T]: low for repetitive text."""
-    if n < 1:
-        raise UsageError(f"n={n}; an n-gram has at least one token")
+    """Share of different n-grams among all n-grams: low for repetitive text.
+
+    Args:
+        tokens: int64 [N, T].
+        n: at least 1.
+        lengths: int64 [N]; None: all of them are T.
+
+    Raises:
+        UsageError: no sequence is as long as n.
+    """
+    check("n", n, whole(1), "tokens of an n-gram")
     limits = [tokens.shape[1]] * len(tokens) if lengths is None else lengths.tolist()
     sequences = zip(tokens.tolist(), limits, strict=True)
     grams = [tuple(row[at : at + n]) for row, end in sequences for at in range(end - n + 1)]

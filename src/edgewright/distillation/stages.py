@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, check_fields, number, one_of, whole
 from edgewright.distillation.best import Best
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import write_text
@@ -42,7 +43,16 @@ Groups = Callable[[nn.Module, "Stage"], Iterable[Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One student of the chain. bits: of weights and of activations, 32 where they are left alone."""
+    """One student of the chain.
+
+    Args:
+        bits: of weights and of activations, 32 where they are left alone.
+        steps: of its training, at least 1.
+        learning_rate: above 0.
+
+    Raises:
+        UsageError: a setting out of its range.
+    """
 
     bits: tuple[float, float]
     steps: int
@@ -51,8 +61,7 @@ class Stage:
     def __post_init__(self) -> None:
         if len(self.bits) != 2 or not all(0 < b <= 32 for b in self.bits):
             raise UsageError(f"bits={self.bits}; a stage has (weight bits, activation bits), each up to 32, as (1, 2)")
-        if self.steps < 1 or not 0 < self.learning_rate < math.inf:
-            raise UsageError(f"{self} needs at least one step and a positive learning rate")
+        check_fields(self, {"steps": whole(1), "learning_rate": number(above=0)})
 
     @property
     def name(self) -> str:
@@ -61,7 +70,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage came to: `metrics` of the kept student by `evaluate`, `errors` from the loss on the first batch."""
+    """What a stage came to.
+
+    Args:
+        stage: as it was given.
+        metrics: of the student that was chosen, by `evaluate`.
+        errors: numbers of the loss on the first batch.
+    """
 
     stage: Stage
     metrics: dict[str, float]
@@ -106,25 +121,44 @@ def distill_in_stages(
     seed: int = 0,
     progress: bool = True,
 ) -> StagesResult:
-    """Train the chain of students; the teacher is left as it is.
-
-    batches(i): an iterator of batches for stage i, the same at every call. loss(student, teacher, batch): a scalar, or
-    a scalar and numbers to record. prepare(model, stage): turns a copy of the student before (at first of the teacher)
-    into the stage's student with its scales started anew. calibration: a batch that sets those scales, by default the
-    first one. evaluate(student): its numbers are measured every `evaluate_every` steps (0: at the end); the student
-    that is best by `keep` (by default the first number) is the one that goes on. groups(student, stage): optimizer
-    groups. teaches: whether a stage learns from the student before it or always from the first teacher. The learning
-    rate warms up over the share `warmup` of a stage and then falls in a line.
+    """Train the chain of students (BiT, arXiv 2205.13016, section 3.4); the teacher is left as it is.
 
     With an output folder every stage leaves its student there, and the same call goes on where an earlier one stopped.
-    Raises UsageError for an empty list and for a folder that holds other stages.
+    The learning rate warms up and then falls in a line.
+
+    Args:
+        teacher: of the first stage.
+        stages: in order, one or more.
+        batches: i -> an iterator of batches for stage i, the same at every call.
+        loss: (student, teacher, batch) -> a scalar, or a scalar and numbers to record.
+        prepare: (model, stage) -> the stage's student, from a copy of the student before (at first of the teacher),
+            with its scales started anew.
+        output: folder; None: none.
+        evaluate: student -> numbers by name.
+        evaluate_every: steps between two evaluations; 0: at the end.
+        keep: the number by which the best student is chosen, which goes on; None: the first.
+        higher_is_better: of that number.
+        groups: (student, stage) -> optimizer groups; None: the default ones.
+        calibration: a batch that sets the scales; None: the first one.
+        teaches: whether a stage learns from the student before it ("previous") or from the first teacher ("first").
+        warmup: share of a stage in which the learning rate rises.
+        weight_decay: of the default groups.
+        checkpoint_every: steps between checkpoints; 0: none.
+        seed: of the order of batches.
+        progress: show a bar.
+
+    Returns:
+        The last student and the record of every stage.
+
+    Raises:
+        UsageError: no stages, or a folder that holds other stages.
+        FormatError: a damaged folder.
     """
     if not stages:
         raise UsageError(
             "there are no stages; give one or more, as [Stage(bits=(1, 1), steps=300, learning_rate=2e-4)]"
         )
-    if teaches not in ("previous", "first"):
-        raise UsageError(f"teaches={teaches!r}; choose 'previous' or 'first'")
+    check("teaches", teaches, one_of("previous", "first"))
     for before, after in itertools.pairwise(stages):
         if any(b < a for b, a in zip(before.bits, after.bits, strict=True)):
             warnings.warn(f"stage {after.name} has more bits than {before.name} before it", stacklevel=2)

@@ -17,12 +17,26 @@ class Target(Protocol):
     tokens: int
 
     def cross_entropy_(self, logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        """Loss and teacher entropy [n] of student logits float32 [n, V], which become their own gradient in place."""
+        """Compare logits with the teacher's answer.
+
+        Args:
+            logits: the student's, float32 [n, V], which become their own gradient in place.
+            part: which tokens they are for.
+
+        Returns:
+            (loss, entropy of the teacher), [n] each.
+        """
         ...
 
 
 class DenseTarget:
-    """Teacher logits [tokens, V], given or made chunk by chunk from hidden states by `teacher_head`."""
+    """Teacher logits, given or made chunk by chunk from hidden states.
+
+    Args:
+        source: logits [..., V], or hidden states [..., H] where there is a head.
+        temperature: divides the logits of both sides.
+        head: hidden states -> logits; None: `source` are logits.
+    """
 
     def __init__(self, source: Tensor, temperature: float, head: Callable[[Tensor], Tensor] | None = None) -> None:
         self.source, self.head, self.temperature = source.detach().flatten(0, -2), head, temperature
@@ -54,8 +68,12 @@ class DenseTarget:
 class TopKTarget:
     """The teacher's k largest probabilities, their token ids, and the mass of all others in one bucket.
 
-    values: [..., k]; indices: [..., k]; tail: [...]; probabilities are renormalised to sum to one with the tail.
-    Cross-entropy: -sum_k p_k log q_k - p_tail log(1 - sum_k q_k).
+    Cross-entropy: -sum_k p_k log q_k - p_tail log(1 - sum_k q_k), with probabilities that sum to one.
+
+    Args:
+        values: probabilities, [..., k].
+        indices: their tokens, [..., k].
+        tail: mass of all others, [...].
     """
 
     def __init__(self, values: Tensor, indices: Tensor, tail: Tensor) -> None:

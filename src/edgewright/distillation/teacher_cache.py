@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, whole
+from edgewright.distillation.language import check_evaluating
 from edgewright.distillation.manifest import claim_shards, fingerprint, read_manifest, shard_paths, track
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.hashing import blake2b
@@ -35,18 +37,29 @@ def cache_teacher(
     shard_blocks: int = 64,
     progress: bool = True,
 ) -> TeacherCache:
-    """Run the teacher over blocks [N, T] of token ids and store its top k; returns the cache.
+    """Run a teacher over text once and store its top k; a folder that was begun is finished.
 
-    Raises UsageError when k is not in 1 .. vocabulary, the teacher is in training mode, blocks are empty, or the folder
-    holds the answers of another teacher, k or data.
+    Args:
+        teacher: in evaluation mode.
+        blocks: token ids [N, T].
+        folder: of the cache.
+        k: probabilities kept for each token, at most the size of the vocabulary.
+        batch_size: rows in one forward.
+        shard_blocks: rows of a file.
+        progress: show a bar.
+
+    Returns:
+        The cache.
+
+    Raises:
+        UsageError: k out of its range, a teacher in training mode, no blocks, ids outside the vocabulary, or a folder
+            that holds the answers of another teacher, k or data.
     """
-    if teacher.training:
-        raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+    check_evaluating(teacher)
     if blocks.ndim != 2 or blocks.numel() == 0:
         raise UsageError(f"blocks of shape {list(blocks.shape)}; give token ids [N, T] with at least one row")
     vocabulary = int(teacher.config.vocab_size)  # type: ignore[union-attr,arg-type]
-    if not 1 <= k <= vocabulary:
-        raise UsageError(f"k={k}; choose 1 to {vocabulary}, the size of the vocabulary")
+    check("k", k, whole(1, vocabulary), "at most the size of the vocabulary")
     low, high = int(blocks.min()), int(blocks.max())
     if low < 0 or high >= vocabulary:
         raise UsageError(f"token id {low if low < 0 else high} is outside the teacher's vocabulary of {vocabulary}")
@@ -73,9 +86,14 @@ def cache_teacher(
 
 
 class TeacherCache:
-    """Reads a folder of `cache_teacher`. Raises UsageError for another or unfinished one, FormatError for bad shards.
+    """Reads a folder of `cache_teacher`.
 
-    `blocks()` gives what `BlockBatches` takes and `LanguageDistillation` understands.
+    Args:
+        folder: finished.
+
+    Raises:
+        UsageError: another folder or an unfinished one.
+        FormatError: a damaged manifest; in `blocks`, a damaged shard.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -96,7 +114,14 @@ class TeacherCache:
         return self._rows
 
     def blocks(self, dtype: torch.dtype = torch.int64) -> dict[str, Tensor]:
-        """All rows in memory: tokens [N, T] in `dtype`, values and indices [N, T, k], tail [N, T]."""
+        """All rows in memory, as `BlockBatches` takes and `LanguageDistillation` understands them.
+
+        Args:
+            dtype: of the tokens.
+
+        Returns:
+            "tokens" [N, T], "values" and "indices" [N, T, k], "tail" [N, T].
+        """
         shards = [self._read(index) for index in range(len(self._paths))]
         joined = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
         return {**joined, "tokens": joined["tokens"].to(dtype)}

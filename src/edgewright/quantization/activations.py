@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.checks import check_fields, one_of, whole
+from edgewright.errors import FormatError
 
 SMALLEST_PEAK = 1e-30  # guards a token of zeros (padding); small enough that no real activation reaches it
 UNTOUCHED_BITS = 16  # a width of 16 means: not quantised, the tensor passes bit for bit
@@ -22,10 +23,17 @@ UNTOUCHED_BITS = 16  # a width of 16 means: not quantised, the tensor passes bit
 
 @dataclass(frozen=True)
 class ActivationConfig:
-    """Quantisation of a layer's input: min-max over each token (or the tensor), recomputed at every forward (LLM-QAT).
+    """Quantisation of a layer's input: min-max, recomputed at every forward (LLM-QAT, arXiv 2305.17888, section 2.3).
 
-    official_clip_grad: 2.0 zeroes the gradient where |x| >= 2, as the official code does; None is the plain identity.
-    check_finite: refuse NaN and infinity by the layer's name, at the price of one more pass over the input.
+    Args:
+        bits: 2 to 16; 16 switches it off.
+        granularity: one scale per "token" or for the "tensor".
+        symmetric: codes around zero; False: an integer zero point.
+        official_clip_grad: 2.0 zeroes the gradient where |x| >= 2, as the official code does; None: the plain identity.
+        check_finite: refuse NaN and infinity by the layer's name, at the price of one more pass over the input.
+
+    Raises:
+        UsageError: a setting out of its range.
     """
 
     bits: int = 8
@@ -35,10 +43,7 @@ class ActivationConfig:
     check_finite: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise UsageError(f"activation bits={self.bits}; choose an integer from 2 to 16 (16 switches it off)")
-        if self.granularity not in ("token", "tensor"):
-            raise UsageError(f"activation granularity={self.granularity!r}; choose 'token' or 'tensor'")
+        check_fields(self, {"bits": whole(2, 16), "granularity": one_of("token", "tensor")})
 
     def build(self, layer: str, features: int) -> nn.Module:
         """A module without state; see `InputConfig`."""
@@ -63,9 +68,9 @@ def _asymmetric(x: Tensor, bits: int, per_token: bool) -> Tensor:
     low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if per_token else (x.amin(), x.amax())
     low, high = low.clamp(max=0), high.clamp(min=0)
     top = 2**bits - 1
-    step = ((high - low) / top).clamp(min=torch.finfo(x.dtype).eps)
-    zero_point = (-(low / step).round()).clamp(0, top)
-    return (x * (1.0 / step)).round_().add_(zero_point).clamp_(0, top).sub_(zero_point).mul_(step)
+    scale = ((high - low) / top).clamp(min=torch.finfo(x.dtype).eps)
+    zero_point = (-(low / scale).round()).clamp(0, top)
+    return (x * (1.0 / scale)).round_().add_(zero_point).clamp_(0, top).sub_(zero_point).mul_(scale)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -93,10 +98,19 @@ def fake_quantize_activation(
 ) -> Tensor:
     """Quantised activations with straight-through gradients; nothing but the result is kept in memory.
 
-    x: [..., features], any float dtype; a token is one vector along the last dimension. Half types compute in float32.
-    official_clip_grad: zero the gradient where |x| is at least this; 2.0 is the official code's behaviour, which blocks
-        learning on outliers. Default: `config.official_clip_grad`, which is None (plain identity).
-    layer: name of the module, for the error. Raises FormatError for NaN or infinity when `config.check_finite` is set.
+    Args:
+        x: [..., features], any float dtype; a token is one vector along the last dimension. Half types compute in
+            float32.
+        config: bits and ranges.
+        official_clip_grad: zero the gradient where |x| is at least this; 2.0 is the official code's behaviour, which
+            blocks learning on outliers. None: `config.official_clip_grad`.
+        layer: name of the module, for the error.
+
+    Returns:
+        [..., features] in the dtype of `x`.
+
+    Raises:
+        FormatError: NaN or infinity where `config.check_finite` is set.
     """
     if config.check_finite and not torch.isfinite(x).all():
         raise FormatError(f"the input of layer {layer or '(unnamed)'} holds NaN or infinity; it cannot be quantised")

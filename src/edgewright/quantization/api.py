@@ -45,8 +45,18 @@ def quantize_(model: M, config: QuantConfig) -> M:
     configuration fits. `coverage(model)` of `quantization.coverage` tells what is quantised then and what is not; where
     the pattern "*" cannot reach a hundredth of the weights there is a UserWarning.
 
-    Raises UsageError (pattern that matches nothing, group that does not divide a row, tied weight without a decision),
-    Unsupported (a layer that would lose something), FormatError (NaN or infinite weight).
+    Args:
+        model: any module with linear, embedding or convolution layers.
+        config: which modules, and how.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a pattern that matches nothing, a group that does not divide a row, a tied weight without a
+            decision.
+        Unsupported: a layer that would lose something.
+        FormatError: a NaN or infinite weight.
     """
     layers = quantizable_layers(model)
     selected = _select(model, layers, config)
@@ -66,6 +76,16 @@ def convert_(model: M) -> M:
     """Replace, in place, fake-quantised modules by packed ones holding integer codes; returns the model.
 
     The packed weights equal the fake-quantised ones bit for bit. Modules that shared a weight share its codes.
+
+    Args:
+        model: that went through `quantize_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a model without fake-quantised modules.
+        FormatError: a NaN or infinite weight.
     """
     tables: dict[int, nn.Module] = {}
     for name, module in _modules_of(model, QUANTIZED, "convert_ needs a model that went through quantize_"):
@@ -83,7 +103,17 @@ def convert_(model: M) -> M:
 
 @torch.no_grad()
 def dequantize_(model: M) -> M:
-    """Replace, in place, packed or fake-quantised modules by ordinary float ones with the same values."""
+    """Replace, in place, packed or fake-quantised modules by ordinary float ones with the same values.
+
+    Args:
+        model: that went through `quantize_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a model without quantised modules.
+    """
     shared: dict[int, nn.Parameter] = {}
     for name, module in _modules_of(model, QUANTIZED + PACKED, "there is nothing to dequantise"):
         if isinstance(module, PACKED):
@@ -99,12 +129,26 @@ def dequantize_(model: M) -> M:
 
 
 def quantized_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, module) of every fake-quantised module, in model order; empty for a plain model."""
+    """Every fake-quantised module.
+
+    Args:
+        model: any module.
+
+    Returns:
+        (name, module) in model order; empty for a plain model.
+    """
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trained clip scales: they take no weight decay and may take their own learning rate."""
+    """The trained clip scales: they take no weight decay and may take their own learning rate.
+
+    Args:
+        model: under quantisation.
+
+    Returns:
+        Each once.
+    """
     found = {
         id(module.weight_scale): module.weight_scale
         for module in model.modules()
@@ -114,7 +158,14 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def quantizable_layers(model: nn.Module) -> dict[str, Any]:
-    """Everything that can be quantised, by name: layers, and the stacks of matrices that modules name as theirs."""
+    """Everything that can be quantised: layers, and the stacks of matrices that modules name as theirs.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name -> module, in model order.
+    """
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, QUANTIZABLE) and not isinstance(module, PACKED):
@@ -290,7 +341,14 @@ def _replace(model: nn.Module, name: str, module: nn.Module | nn.Parameter) -> N
 
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:
-    """Current integer codes (int8) of every fake-quantised weight, for counting flips later."""
+    """Current integer codes of every fake-quantised weight, for counting flips later.
+
+    Args:
+        model: under quantisation.
+
+    Returns:
+        Name -> int8 [out, in].
+    """
     return {
         name: module.quantizer.pack(module.weight).codes
         for name, module in quantized_modules(model)

@@ -29,9 +29,12 @@ PROJECTIONS = (
 class AttentionQuantizers(nn.Module):
     """Quantisers of one attention module, None where a tensor stays as it is.
 
-    query, key, value: modules over [B, heads, T, head width]. probabilities: over [B, heads, T, S], after softmax and
-    dropout. Keys and values arrive from the cache unquantised and pass their quantiser at every step; one whose result
-    for a token depends on that token alone makes cached and uncached generation equal.
+    Keys and values arrive from the cache unquantised and pass their quantiser at every step; one whose result for a
+    token depends on that token alone makes cached and uncached generation equal.
+
+    Args:
+        query, key, value: modules over [B, heads, T, head width].
+        probabilities: over [B, heads, T, S], after softmax and dropout.
     """
 
     def __init__(
@@ -82,27 +85,35 @@ def quantized_attention(
 def quantize_attention_(
     model: nn.Module, build: Callable[[str, nn.Module], AttentionQuantizers | None], names: Iterable[str] | None = None
 ) -> list[str]:
-    """Attach `build(name, module)` to every attention module and switch the model to `quantized_attention`, in place.
+    """Give attention modules quantisers and switch the model to `quantized_attention`, in place.
 
-    build: returns the quantisers for the attention module of that dotted name, or None to leave it alone. names: only
-    these modules. Returns the names that got quantisers. Raises UsageError for a model without attention modules of a
-    known form, for one that cannot change its attention function, and when it has quantisers already.
+    Args:
+        model: of transformers.
+        build: (dotted name, attention module) -> its quantisers, or None to leave it alone.
+        names: only these modules; None: all.
+
+    Returns:
+        The names that got quantisers.
+
+    Raises:
+        UsageError: a model without attention modules of a known form, one that cannot change its attention function,
+            and one that has quantisers already.
     """
-    found = dict(attention_modules(model))
-    chosen = list(found) if names is None else list(names)
-    if not found or not set(chosen) <= set(found):
-        missing = ", ".join(sorted(set(chosen) - set(found))) or "any"
+    modules = dict(attention_modules(model))
+    chosen = list(modules) if names is None else list(names)
+    if not modules or not set(chosen) <= set(modules):
+        missing = ", ".join(sorted(set(chosen) - set(modules))) or "any"
         raise UsageError(
             f"no attention module {missing}: a transformers model with q_proj/k_proj/v_proj, query/key/value or q/k/v "
-            f"is needed; this one has {', '.join(list(found)[:3]) or 'none'}"
+            f"is needed; this one has {', '.join(list(modules)[:3]) or 'none'}"
         )
-    if any(hasattr(module, "attention_quantizers") for module in found.values()):
+    if any(hasattr(module, "attention_quantizers") for module in modules.values()):
         raise UsageError("the model's attention is quantised already; start from a model without attention quantisers")
-    built = {name: quantizers for name in chosen if (quantizers := build(name, found[name])) is not None}
+    built = {name: quantizers for name in chosen if (quantizers := build(name, modules[name])) is not None}
     if built:
         _select(model)
         for name, quantizers in built.items():
-            found[name].attention_quantizers = quantizers.train(found[name].training)
+            modules[name].attention_quantizers = quantizers.train(modules[name].training)
     return list(built)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from edgewright.errors import UsageError
+from edgewright.checks import check_fields, number, optional
 from edgewright.quantization.activations import fake_quantize_activation
 from edgewright.quantization.config import ActivationConfig
 from edgewright.quantization.elastic import refuse_nan
@@ -22,10 +22,17 @@ PUBLISHED_CLIP = 2.5
 
 @dataclass(frozen=True)
 class ClippedActivationConfig:
-    """An `InputConfig`. clip: where activations are cut, None for not at all.
+    """An `InputConfig` (TBT, arXiv 2306.01841).
 
-    granularity: one scale per "tensor" as published, which lets the other sentences of a batch change the result, or
-    per "token". symmetric=False is for tensors of one sign and refuses NaN by the layer's name.
+    Args:
+        bits: 2 to 16.
+        clip: where activations are cut, above 0; None: nowhere. Published is 2.5.
+        granularity: one scale per "tensor" as published, which lets the other sentences of a batch change the result,
+            or per "token".
+        symmetric: False is for tensors of one sign and refuses NaN by the layer's name.
+
+    Raises:
+        UsageError: a setting out of its range.
     """
 
     bits: int = 8
@@ -35,8 +42,7 @@ class ClippedActivationConfig:
     plain: ActivationConfig = field(init=False, repr=False)  # what happens after the cut
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise UsageError(f"clip={self.clip}: activations are cut at a positive value such as 2.5, or None")
+        check_fields(self, {"clip": optional(number(above=0))})
         plain = ActivationConfig(self.bits, self.granularity, self.symmetric, official_clip_grad=self.clip)
         object.__setattr__(self, "plain", plain)
 

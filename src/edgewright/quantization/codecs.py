@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, whole
 from edgewright.errors import UsageError
 from edgewright.io.bits import pack_codes, unpack_codes
 
@@ -22,9 +23,13 @@ STORED_BITS = 8  # codes are kept in int8
 
 @dataclass(frozen=True)
 class Codec:
-    """A block codec. name: "symmetric" | "q8_0" | "q4_0"; block: entries per scale; scale_dtype: how scales are stored.
+    """A block codec: rows [..., n], n a multiple of `block`, have codes [..., n] and scales [..., n / block].
 
-    Shapes: rows [..., n] with n a multiple of `block`; codes [..., n]; scales [..., n / block].
+    Args:
+        name: "symmetric", "q8_0" or "q4_0".
+        bits: of a code.
+        block: entries per scale.
+        scale_dtype: how scales are stored.
     """
 
     name: str
@@ -39,12 +44,12 @@ class Codec:
         x = rows.float().unflatten(-1, (-1, self.block))
         if self.name == "q4_0":
             peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
-            step = peak / -8
-            return (x * _inverse(step)).add_(8.5).trunc_().clamp_(0, 15).sub_(8), step.to(torch.float16)
+            scale = peak / -8
+            return (x * _inverse(scale)).add_(8.5).trunc_().clamp_(0, 15).sub_(8), scale.to(torch.float16)
         peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
         if self.name == "q8_0":
-            step = peak / 127
-            return _round_half_away_(x * _inverse(step)), step.to(torch.float16)
+            scale = peak / 127
+            return _round_half_away_(x * _inverse(scale)), scale.to(torch.float16)
         top = 2 ** (self.bits - 1) - 1
         scale = (peak / top).clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
         # Codes follow the scale as stored. Unrounded, top / peak decides ties exactly as the formula does.
@@ -52,9 +57,18 @@ class Codec:
         return (x * inverse).round_().clamp_(-top, top), scale
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes int8 [..., n], scales [..., n / block]). Raises UsageError for widths above 8 bits."""
-        if self.bits > STORED_BITS:
-            raise UsageError(f"codes of {self.bits} bits cannot be stored; use 2 to {STORED_BITS} bits")
+        """Codes and scales of rows.
+
+        Args:
+            rows: float [..., n].
+
+        Returns:
+            (codes int8 [..., n], scales [..., n / block])
+
+        Raises:
+            UsageError: widths above 8 bits, or rows that blocks do not divide.
+        """
+        check("bits of stored codes", self.bits, whole(2, STORED_BITS))
         codes, scales = self._codes(rows)
         return codes.flatten(-2).to(torch.int8), scales.squeeze(-1)
 
@@ -69,9 +83,9 @@ class Codec:
         return codes.mul_(scales.float()).flatten(-2)
 
 
-def _inverse(step: Tensor) -> Tensor:
-    """1 / step, and 0 where the step is zero or so small that its inverse overflows: such blocks decode to zero."""
-    inverse = step.reciprocal()
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is zero or so small that its inverse overflows: such blocks decode to zero."""
+    inverse = scale.reciprocal()
     return inverse.masked_fill_(inverse.isinf(), 0.0)
 
 
@@ -92,7 +106,16 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 
 def ggml_bytes(codes: Tensor, scales: Tensor, name: str) -> Tensor:
-    """llama.cpp's layout of q8_0 or q4_0 rows, each block its scale, then its codes: uint8 [..., n / 32 * 34 or 18]."""
+    """llama.cpp's layout of q8_0 or q4_0 rows: each block its scale, then its codes.
+
+    Args:
+        codes: int8 [..., n].
+        scales: [..., n / 32].
+        name: "q8_0" or "q4_0".
+
+    Returns:
+        uint8 [..., n / 32 * 34], or * 18 at 4 bits.
+    """
     blocks = codes.unflatten(-1, (-1, GGML_BLOCK))
     body = pack_nibbles(blocks) if name == "q4_0" else blocks.contiguous().view(torch.uint8)
     head = scales.to(torch.float16).unsqueeze(-1).contiguous().view(torch.uint8)

@@ -23,7 +23,14 @@ LISTED = 4  # kinds of weights named in a line
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One tensor of weights. grid: that it is quantised on, None for a float; reason: why it is not, else empty."""
+    """One tensor of weights.
+
+    Args:
+        name: of the parameter or packed module.
+        weights: how many.
+        grid: that it is quantised on; None: a float.
+        reason: why it is not quantised, else empty.
+    """
 
     name: str
     weights: int
@@ -60,7 +67,11 @@ def coverage(model: nn.Module) -> list[CoverageRow]:
 
 
 def summary(rows: Sequence[CoverageRow]) -> str:
-    """One line: the share of the weights that is quantised, and the largest kinds of weights that are not, with why."""
+    """One line: the share of the weights that is quantised, and the largest kinds of weights that are not, with why.
+
+    Args:
+        rows: of `coverage`.
+    """
     total = sum(row.weights for row in rows)
     done = sum(row.weights for row in rows if row.grid is not None)
     line = f"quantised {_share(done, total)} of {total:,} weights"

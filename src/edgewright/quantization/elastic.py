@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, check_fields, one_of, whole
 from edgewright.errors import CheckFailed, FormatError, UsageError
 
 SMALLEST_ALPHA = 1e-5
@@ -25,13 +26,21 @@ SMALLEST_ALPHA = 1e-5
 
 @dataclass(frozen=True)
 class ElasticConfig:
-    """levels: "binary", "ternary" or an integer width of 2 to 8 bits. signed: which of the two sets.
+    """An `InputConfig` with a learned scale (BiT, arXiv 2205.13016, section 3.3).
 
-    shift: learn beta, one value per input feature. check: refuse negative inputs of the unsigned binary set by name
-    instead of clipping them. learn_scale: train alpha; False keeps the value of the first batch.
-    floor: the minimum that unsigned inputs of more than two levels lose: of the "tensor" as published, of each "token"
-    (the last dimension), or "zero", which is that of probabilities whether or not a mask put a zero among them.
-    deviation: "token" and "zero" make the result for a token independent of all others; training uses them too.
+    Args:
+        levels: "binary", "ternary" or an integer width of 2 to 8 bits.
+        signed: which of the two sets.
+        shift: learn beta, one value per input feature.
+        check: refuse negative inputs of the unsigned binary set by name instead of clipping them.
+        learn_scale: train alpha; False keeps the value of the first batch.
+        floor: the minimum that unsigned inputs of more than two levels lose: of the "tensor" as published, of each
+            "token" (the last dimension), or "zero", which is that of probabilities whether or not a mask put a zero
+            among them. deviation: "token" and "zero" make the result for a token independent of all others; training
+            uses them too.
+
+    Raises:
+        UsageError: other levels or another floor.
     """
 
     levels: Literal["binary", "ternary"] | int = "binary"
@@ -42,11 +51,9 @@ class ElasticConfig:
     floor: Literal["tensor", "token", "zero"] = "tensor"
 
     def __post_init__(self) -> None:
-        if self.floor not in ("tensor", "token", "zero"):
-            raise UsageError(f"floor={self.floor!r}; choose 'tensor', 'token' or 'zero'")
-        whole = isinstance(self.levels, int) and not isinstance(self.levels, bool) and 2 <= self.levels <= 8
-        if self.levels not in ("binary", "ternary") and not whole:
-            raise UsageError(f"elastic levels={self.levels!r}; choose 'binary', 'ternary' or a width of 2 to 8 bits")
+        check_fields(self, {"floor": one_of("tensor", "token", "zero")})
+        if self.levels not in ("binary", "ternary"):
+            check("elastic levels", self.levels, whole(2, 8), "or 'binary' or 'ternary'")
 
     def build(self, layer: str, features: int) -> nn.Module:
         return ElasticQuantizer(self, layer, features)
@@ -104,9 +111,18 @@ class _Elastic(torch.autograd.Function):
 class ElasticQuantizer(nn.Module):
     """A tensor in front of a layer on its two sets, with trained scale and shift. [..., features] -> the same.
 
-    Raises FormatError naming the layer when an unsigned set gets NaN. The scale starts from the first batch that comes
-    through (give it 16 sentences or more), or from `calibrate`.
+    The scale starts from the first batch that comes through (give it 16 sentences or more), or from `calibrate`.
     `alpha` takes its own learning rate and no weight decay, `shift` (which is -beta) no weight decay.
+
+    Args:
+        config: levels and what is learned.
+        layer: its name, for errors.
+        features: of the input, where a shift is learned.
+
+    Raises:
+        UsageError: a shift without the number of features.
+        FormatError: in a call, NaN on an unsigned set.
+        CheckFailed: in a call, negative inputs where `config.check` refuses them.
     """
 
     calibrated: Tensor

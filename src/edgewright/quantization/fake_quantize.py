@@ -1,6 +1,6 @@
 """Fake quantisation with exact straight-through gradients, alone and fused into a linear layer.
 
-Backward rules of ParetoQ (arXiv 2502.02631) with G = dL/dW_q and u = W / step:
+Backward rules of ParetoQ (arXiv 2502.02631) with G = dL/dW_q and u = W / scale:
     dL/dW     = G where u lies in the grid's clip range, else 0
     dL/dalpha = g * sum over the group of G * phi,  g = 1 / sqrt(numel(W) * Qp)
 Scales recomputed from the weight at each forward (absmax, absmean; LLM-QAT) pass G through unchanged.
@@ -24,9 +24,13 @@ from edgewright.quantization.scales import clamp_alpha, grouped, snap
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How one weight is quantised: its grid, how steps are stored, which gradient rule applies.
+    """How one weight is quantised: its grid, how scales are stored, which gradient rule applies.
 
-    identity_gradient: dL/dW = G everywhere and no gradient for alpha (scales recomputed from the weight itself).
+    Args:
+        grid: of codes.
+        scale_dtype: that scales are rounded to; None: float32.
+        identity_gradient: dL/dW = G everywhere and no gradient for alpha (scales recomputed from the weight itself).
+        official_ternary_grad: see `Grid.straight_through`.
     """
 
     grid: Grid
@@ -34,35 +38,66 @@ class Quantizer:
     identity_gradient: bool = False
     official_ternary_grad: bool = False
 
-    def step(self, alpha: Tensor) -> Tensor:
-        """Step as stored: alpha / steps_per_alpha, clamped away from zero, rounded to `scale_dtype`; float32."""
-        return snap(clamp_alpha(alpha.float()) / self.grid.steps_per_alpha, self.scale_dtype)
+    def scale(self, alpha: Tensor) -> Tensor:
+        """Scale as stored: alpha / scales_per_alpha, clamped away from zero, rounded to `scale_dtype`.
+
+        Args:
+            alpha: clip scales, any shape.
+
+        Returns:
+            float32, shaped as `alpha`.
+        """
+        return snap(clamp_alpha(alpha.float()) / self.grid.scales_per_alpha, self.scale_dtype)
 
     def encode(self, weight: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (float32, [rows, columns]) and steps ([rows, groups]) of a matrix."""
-        step = self.step(alpha)
-        codes = self.grid.encode_(grouped(weight.float(), step.shape[1]) / step.unsqueeze(-1))
-        return codes.reshape(weight.shape), step
+        """Codes and scales of a matrix.
+
+        Args:
+            weight: [rows, columns].
+            alpha: [rows, groups].
+
+        Returns:
+            (codes [rows, columns], scales [rows, groups]), float32
+        """
+        scale = self.scale(alpha)
+        codes = self.grid.encode_(grouped(weight.float(), scale.shape[1]) / scale.unsqueeze(-1))
+        return codes.reshape(weight.shape), scale
 
     def values(self, weight: Tensor, alpha: Tensor) -> Tensor:
-        """The quantised matrix, float32 [rows, columns]: exactly what the packed form decodes to."""
-        step = self.step(alpha).unsqueeze(-1)
-        u = grouped(weight.float(), step.shape[1]) / step
+        """The quantised matrix: exactly what the packed form decodes to.
+
+        Args:
+            weight: [rows, columns].
+            alpha: [rows, groups].
+
+        Returns:
+            float32 [rows, columns]
+        """
+        scale = self.scale(alpha).unsqueeze(-1)
+        u = grouped(weight.float(), scale.shape[1]) / scale
         self.grid.encode_(u)
         if self.grid.offset:
             u.add_(self.grid.offset)
-        return u.mul_(step).reshape(weight.shape)
+        return u.mul_(scale).reshape(weight.shape)
 
     def gradients(
         self, weight: Tensor, alpha: Tensor, upstream: Tensor, elements: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(dL/dW, dL/dalpha) for upstream dL/dW_q [rows, columns]; `upstream` is consumed (masked in place).
+        """Straight-through gradients (ParetoQ, arXiv 2502.02631).
 
-        elements: size of the whole matrix where `weight` is a part of it, such as the looked-up rows of an embedding.
+        Args:
+            weight: [rows, columns].
+            alpha: [rows, groups].
+            upstream: dL/dW_q [rows, columns], which is consumed (masked in place).
+            elements: size of the whole matrix where `weight` is a part of it, such as the looked-up rows of an
+                embedding.
+
+        Returns:
+            (dL/dW [rows, columns], dL/dalpha [rows, groups])
         """
-        step = self.step(alpha).unsqueeze(-1)
+        scale = self.scale(alpha).unsqueeze(-1)
         slope, mask = self.grid.straight_through(
-            grouped(weight.float(), step.shape[1]) / step, self.official_ternary_grad
+            grouped(weight.float(), scale.shape[1]) / scale, self.official_ternary_grad
         )
         upstream = upstream.reshape(mask.shape)
         factor = 1.0 / math.sqrt((elements or weight.numel()) * self.grid.positive_limit)
@@ -149,8 +184,15 @@ def fake_quantize(
 ) -> Tensor:
     """Quantised matrix with straight-through gradients.
 
-    weight: [rows, columns], any float dtype. alpha: [rows, groups], groups divides columns. Result: as `weight`.
-    elements: size of the whole matrix where `weight` is a part of it (it sets the gradient factor g).
+    Args:
+        weight: [rows, columns], any float dtype.
+        alpha: [rows, groups]; groups divides columns.
+        quantizer: grid and gradient rule.
+        elements: size of the whole matrix where `weight` is a part of it (it sets the gradient factor g).
+        noise: added to both operands.
+
+    Returns:
+        As `weight`.
     """
     return _FakeQuantize.apply(weight, alpha, quantizer, elements, noise)
 
@@ -163,5 +205,17 @@ def fake_quantized_linear(
     quantizer: Quantizer,
     noise: Noise | None = None,
 ) -> Tensor:
-    """`linear(inputs, fake_quantize(weight, alpha), bias)` without keeping the quantised weight for backward."""
+    """`linear(inputs, fake_quantize(weight, alpha), bias)` without keeping the quantised weight for backward.
+
+    Args:
+        inputs: [..., in].
+        weight: [out, in].
+        alpha: [out, groups].
+        bias: [out], or None.
+        quantizer: grid and gradient rule.
+        noise: added to weight and alpha.
+
+    Returns:
+        [..., out]
+    """
     return _FakeQuantizedLinear.apply(inputs, weight, alpha, bias, quantizer, noise)

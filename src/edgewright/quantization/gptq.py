@@ -52,16 +52,27 @@ def gptq_(
     scratch: str | Path | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> list[LayerError]:
-    """Put `model` under quantisation, in place, with codes and steps chosen on calibration text.
+    """Put `model` under quantisation, in place, with codes and scales chosen on calibration text.
 
-    blocks: int64 [samples, length] of token ids. damping: added to diag(H), relative to its mean. scratch: folder for
-    the hidden states (samples * length * width * 4 bytes; default: the system's temporary folder). on_layer: called
-    with (blocks done, blocks in all). Linear layers inside the model's block list are calibrated; others selected by
-    `config` (embedding, head, stacks of experts) follow their own scale rule. A block that runs several times is
-    calibrated on what its first run sees. Returns the error of each calibrated layer.
+    GPTQ (arXiv 2210.17323). Linear layers inside the model's block list are calibrated; others selected by `config`
+    (embedding, head, stacks of experts) follow their own scale rule. A block that runs several times is calibrated on
+    what its first run sees.
 
-    Raises UsageError for unusable calibration data, Unsupported for a model without a list of blocks or whose hidden
-    states do not go from block to block as they are, and whatever `quantize_` raises.
+    Args:
+        model: a transformer with a list of blocks.
+        config: which modules, and how.
+        blocks: token ids, int64 [samples, length].
+        damping: added to diag(H), relative to its mean.
+        scratch: folder for the hidden states (samples * length * width * 4 bytes); None: the system's temporary one.
+        on_layer: called with (blocks done, blocks in all).
+
+    Returns:
+        The error of each calibrated layer.
+
+    Raises:
+        UsageError: unusable calibration data, and what `quantize_` refuses.
+        Unsupported: a model without a list of blocks or whose hidden states do not go from block to block as they are.
+        FormatError: inputs of a layer that are not finite.
     """
     if blocks.ndim != 2 or blocks.shape[0] == 0:
         raise UsageError(f"calibration data of shape {tuple(blocks.shape)}; expected token ids [samples, length]")
@@ -89,7 +100,14 @@ def gptq_(
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of blocks that holds most of the model's parameters. Raises Unsupported when there is none."""
+    """The list of blocks that holds most of a model's parameters.
+
+    Args:
+        model: a transformer.
+
+    Raises:
+        Unsupported: there is none.
+    """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise Unsupported(f"{type(model).__name__} has no list of blocks; calibrate it with scale='mse' instead")
@@ -97,7 +115,7 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
 
 
 def _with_stored_scales(config: QuantConfig) -> QuantConfig:
-    """The same rules with scales that are stored, so that a changed weight does not change its step."""
+    """The same rules with scales that are stored, so that a changed weight does not change its scale."""
 
     def stored(rule: Rule) -> Rule:
         if rule.weight is None or rule.weight.scale in ("learned", "mse") or rule.weight.grid == "int8":
@@ -200,7 +218,19 @@ def _calibrate_block(walk: Walk, call: int, states: _States, damping: float) -> 
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(order, U): columns by falling diag(H), and the upper Cholesky factor of the inverse of the damped, ordered H."""
+    """What `repair` needs of a Hessian.
+
+    Args:
+        hessian: H = X^T X, float32 [in, in].
+        damping: added to its diagonal, relative to the mean.
+
+    Returns:
+        (order [in], U [in, in]): columns by falling diag(H), and the upper Cholesky factor of the inverse of the
+        damped, ordered H.
+
+    Raises:
+        FormatError: no factor exists.
+    """
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     mean = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
@@ -244,13 +274,20 @@ def _output_energy(matrix: Tensor, hessian: Tensor) -> Tensor:
 def repair(weight: Tensor, alpha: Tensor, quantizer: Quantizer, order: Tensor, inverse: Tensor) -> Tensor:
     """Latent weights [out, in] whose rounding is the second-order solution (GPTQ, algorithm 1).
 
-    weight: float32 [out, in]. alpha: [out, groups]. order, inverse: from `inverse_factor`.
+    Args:
+        weight: float32 [out, in].
+        alpha: clip scales, [out, groups].
+        quantizer: grid and storage of scales.
+        order, inverse: from `inverse_factor`.
+
+    Returns:
+        float32 [out, in]
     """
     grid = quantizer.grid
     columns = weight.shape[1]
-    step = quantizer.step(alpha).repeat_interleave(columns // alpha.shape[1], dim=1)  # [out, in]
+    scale = quantizer.scale(alpha).repeat_interleave(columns // alpha.shape[1], dim=1)  # [out, in]
     work = weight[:, order].t().contiguous()  # [in, out]: a column of the weight is contiguous
-    step = step[:, order].t().contiguous()
+    scale = scale[:, order].t().contiguous()
     latent = torch.empty_like(work)
     for start in range(0, columns, COLUMNS_AT_ONCE):
         end = min(start + COLUMNS_AT_ONCE, columns)
@@ -258,8 +295,8 @@ def repair(weight: Tensor, alpha: Tensor, quantizer: Quantizer, order: Tensor, i
         for column in range(start, end):
             value = work[column]
             latent[column] = value
-            code = grid.encode_(value / step[column])
-            error = (value - code.add_(grid.offset).mul_(step[column])).div_(inverse[column, column])
+            code = grid.encode_(value / scale[column])
+            error = (value - code.add_(grid.offset).mul_(scale[column])).div_(inverse[column, column])
             errors[column - start] = error
             if column + 1 < end:
                 work[column + 1 : end].addr_(inverse[column, column + 1 : end], error, alpha=-1.0)

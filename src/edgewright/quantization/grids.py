@@ -1,7 +1,7 @@
 """The sets of representable numbers, each with its encoder and its gradient rule.
 
-Every grid has the one form `value = step * (code + offset)`. Training works on the clip scale alpha of the papers; a
-grid says how many steps lie in one alpha (`steps_per_alpha`), so `step = alpha / steps_per_alpha`.
+Every grid has the one form `value = scale * (code + offset)`. Training works on the clip scale alpha of the papers; a
+grid says how many scales lie in one alpha (`scales_per_alpha`), so `scale = alpha / scales_per_alpha`.
 
 Source: ParetoQ, arXiv 2502.02631 (stretched elastic quantisation at 1.58 and 2 bits, LSQ at 3 and 4, elastic
 binarisation at 1 bit); LSQ, arXiv 1902.08153.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, one_of
 from edgewright.errors import UsageError
 from edgewright.io.packed import CODE_RANGES
 
@@ -23,16 +24,20 @@ STRETCHED_CLIP = 0.99
 
 @dataclass(frozen=True)
 class Grid:
-    """A set of representable numbers. `u` below is a weight in units of its step: u = weight / step.
+    """A set of representable numbers. `u` below is a weight in units of its scale: u = weight / scale.
 
-    kind: "binary" (the sign), "stretched" (levels balanced around zero, clip at 0.99 of the range) or "integer" (LSQ).
-    steps_per_alpha: how many steps one clip scale alpha holds. bits: nominal width, log2 of the number of levels.
+    Args:
+        name: in the table of `io.packed`.
+        bits: nominal width, log2 of the number of levels.
+        kind: "binary" (the sign), "stretched" (levels balanced around zero, clip at 0.99 of the range) or "integer"
+            (LSQ, arXiv 1902.08153).
+        scales_per_alpha: how many scales one clip scale alpha holds.
     """
 
     name: str
     bits: float
     kind: str
-    steps_per_alpha: float
+    scales_per_alpha: float
 
     @property
     def low(self) -> int:
@@ -48,7 +53,7 @@ class Grid:
 
     @property
     def levels(self) -> Tensor:
-        """All representable values at step 1, ascending, float32."""
+        """All representable values at scale 1, ascending, float32."""
         codes = (-1, 1) if self.kind == "binary" else range(self.low, self.high + 1)
         return torch.tensor([code + self.offset for code in codes])
 
@@ -62,11 +67,18 @@ class Grid:
         if self.kind == "integer":
             return float(self.low), float(self.high)
         if self.kind == "stretched":
-            return -STRETCHED_CLIP * self.steps_per_alpha, STRETCHED_CLIP * self.steps_per_alpha
+            return -STRETCHED_CLIP * self.scales_per_alpha, STRETCHED_CLIP * self.scales_per_alpha
         return -1.0, 1.0
 
     def encode_(self, u: Tensor) -> Tensor:
-        """Replace u by its integer code, in place and still floating point; ties round half to even, sign(0) is +1."""
+        """Replace u by its integer code, in place and still floating point; ties round half to even, sign(0) is +1.
+
+        Args:
+            u: float, any shape.
+
+        Returns:
+            `u`.
+        """
         if self.kind == "binary":
             # deviation: torch.sign(0) = 0 would leave the two-valued grid, so zero counts as +1.
             return u.ge_(0).mul_(2).sub_(1)
@@ -77,10 +89,17 @@ class Grid:
         return u.round_().clamp_(self.low, self.high)
 
     def straight_through(self, u: Tensor, official_ternary: bool = False) -> tuple[Tensor, Tensor]:
-        """(phi, mask) at u, both shaped as u: phi = d value / d alpha, mask = d value / d weight (0.0 or 1.0).
+        """The two gradients of a quantised weight; `u` is left unchanged.
 
-        Rounding counts as the identity. Inside the clip range phi = (code + offset - u) per step, outside it is the
-        outermost level; the sign is all there is to a binary grid. u is left unchanged.
+        Rounding counts as the identity. Inside the clip range phi = (code + offset - u) per scale, outside it is the
+        outermost level; the sign is all there is to a binary grid.
+
+        Args:
+            u: float, any shape.
+            official_ternary: +-1 outside of the clip range of the ternary grid, as the official code has it.
+
+        Returns:
+            (phi, mask), shaped as `u`: d value / d alpha, and d value / d weight (0.0 or 1.0).
         """
         low, high = self.clip_range()
         clipped = u.clamp(low, high)
@@ -94,9 +113,9 @@ class Grid:
             level.add_(self.offset)
         if self.name == "ternary" and official_ternary:
             # The official code uses +-1 outside although the value there is +-2/3 alpha.
-            level = torch.where(mask > 0, level, level * self.steps_per_alpha)
+            level = torch.where(mask > 0, level, level * self.scales_per_alpha)
         phi = level.addcmul_(u, mask, value=-1.0)
-        return (phi if self.steps_per_alpha == 1 else phi.div_(self.steps_per_alpha)), mask
+        return (phi if self.scales_per_alpha == 1 else phi.div_(self.scales_per_alpha)), mask
 
 
 GRIDS: dict[str, Grid] = {
@@ -114,14 +133,27 @@ GRID_OF_BITS: dict[float, str] = {1: "binary", 1.58: "ternary", 2: "seq2", 3: "i
 
 
 def grid_named(name: str) -> Grid:
-    """The grid of that name. Raises UsageError that lists the known ones."""
-    if name not in GRIDS:
-        raise UsageError(f"unknown grid {name!r}; the grids are {', '.join(GRIDS)}")
+    """The grid of that name.
+
+    Args:
+        name: one of `GRIDS`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    check("grid", name, one_of(*GRIDS))
     return GRIDS[name]
 
 
 def grid_for_bits(bits: float) -> Grid:
-    """The best grid for a width of 1, 1.58, 2, 3, 4 or 8 bits. Raises UsageError for any other width."""
+    """The grid that ParetoQ (arXiv 2502.02631) found best at a width.
+
+    Args:
+        bits: 1, 1.58, 2, 3, 4 or 8.
+
+    Raises:
+        UsageError: another width.
+    """
     for width, name in GRID_OF_BITS.items():
         if abs(width - bits) < 1e-6:
             return GRIDS[name]

@@ -43,8 +43,11 @@ UNTOUCHED_BITS = 16
 class RowQuantizer:
     """Quantises rows [B, T, heads * head_dim], one token each.
 
-    interleave: size of the heads whose halves are interleaved first, 0 for none. rotation: size of the Hadamard blocks
-    after that, 0 for none. Both are undone in what comes back.
+    Args:
+        codec: of the blocks.
+        interleave: size of the heads whose halves are interleaved first, 0 for none.
+        rotation: size of the Hadamard blocks after that, 0 for none. Both are undone in what comes back.
+        clip: |x| from which on there is no gradient; None: nowhere.
     """
 
     codec: Codec
@@ -78,9 +81,17 @@ class RowQuantizer:
 
 
 def row_quantizer(config: KVConfig, family: str, heads: int, head_dim: int, *, values: bool) -> RowQuantizer:
-    """The quantiser of one attention layer's keys or values. Raises UsageError when blocks do not divide a head.
+    """The quantiser of one attention layer's keys or values.
 
-    family: transformers' model type; it decides in which order llama.cpp's codecs meet the entries of a key.
+    Args:
+        config: bits, groups and codec.
+        family: transformers' model type; it decides in which order llama.cpp's codecs meet the entries of a key.
+        heads: of keys and values.
+        head_dim: entries of a head.
+        values: of the values, else of the keys.
+
+    Raises:
+        UsageError: blocks that do not divide a head.
     """
     block = {"token": heads * head_dim, "head": head_dim}.get(str(config.granularity), config.granularity)
     assert isinstance(block, int)
@@ -104,7 +115,14 @@ def rotated(rows: Tensor, size: int) -> Tensor:
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's matrix [size, size] / sqrt(size), float32; size is a power of two."""
+    """Sylvester's matrix over sqrt(size), which is orthogonal.
+
+    Args:
+        size: a power of two.
+
+    Returns:
+        float32 [size, size]
+    """
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -127,7 +145,15 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize_rows(rows: Tensor, quantizer: RowQuantizer) -> Tensor:
-    """Rows [B, T, heads * head_dim] as the cache would return them, straight-through gradient, dtype kept."""
+    """Rows as the cache would return them, with straight-through gradients.
+
+    Args:
+        rows: [B, T, heads * head_dim].
+        quantizer: of keys or values.
+
+    Returns:
+        As `rows`.
+    """
     if quantizer.codec.bits >= UNTOUCHED_BITS:
         return rows
     return _StraightThrough.apply(rows, quantizer)
@@ -227,11 +253,20 @@ def _cache_argument(attention: nn.Module) -> tuple[int, str]:
 
 
 def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
-    """Put the keys and values of every attention module under `config`, in place; returns the model.
+    """Put the keys and values of every attention module under a configuration, in place.
 
-    Raises Unsupported naming an attention class that is not known or takes no cache by a known name, UsageError when
-    the model has quantised keys and values already or a group does not divide its heads. Nothing is changed unless all
-    modules fit.
+    Nothing is changed unless all modules fit.
+
+    Args:
+        model: a decoder of transformers (Llama, Mistral, Qwen2, Qwen3).
+        config: of keys and values.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: an attention class that is not known or takes no cache by a known name.
+        UsageError: quantised keys and values already, or a group that does not divide a head.
     """
     if attached_kv_config(model) is not None:
         raise UsageError("the model's key-value cache is quantised already; call detach_kv_quantization(model) first")
@@ -255,7 +290,17 @@ def attach_kv_quantization(model: nn.Module, config: KVConfig) -> nn.Module:
 
 
 def detach_kv_quantization(model: nn.Module) -> nn.Module:
-    """Undo `attach_kv_quantization`, in place; returns the model. Raises UsageError when there is nothing to undo."""
+    """Undo `attach_kv_quantization`, in place.
+
+    Args:
+        model: that it changed.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: there is nothing to undo.
+    """
     if attached_kv_config(model) is None:
         raise UsageError("the model's key-value cache is not quantised; attach_kv_quantization(model, config) does it")
     for module in model.modules():
@@ -269,7 +314,11 @@ def detach_kv_quantization(model: nn.Module) -> nn.Module:
 
 
 def attached_kv_config(model: nn.Module) -> KVConfig | None:
-    """The configuration under which the model's keys and values are, or None."""
+    """The configuration under which a model's keys and values are, or None.
+
+    Args:
+        model: any module.
+    """
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _AttentionHook):

@@ -32,8 +32,18 @@ from edgewright.quantization.scales import DYNAMIC_RULES, grouped, initial_alpha
 class WeightQuantizer(nn.Module):
     """The clip scales of one weight matrix and the rule that gives them. Shared by modules that share the weight.
 
-    noise: what linear and convolution layers add to both while they train, or None (see `quantization.winq`).
-    group_axis: of a stack [E, out, in], the axis along which the groups of a step run.
+    Args:
+        weight: [out, in], [out, in, h, w] or a stack [E, out, in].
+        config: grid, groups and scales.
+        layer: its name, for errors.
+        group_axis: of a stack, the axis along which the groups of a scale run.
+
+    Attributes:
+        noise: what linear and convolution layers add to both while they train, or None (see `systems.winq`).
+
+    Raises:
+        FormatError: a NaN or infinite weight.
+        UsageError: a group that does not divide a row.
     """
 
     def __init__(self, weight: Tensor, config: WeightConfig, layer: str, group_axis: str = "in") -> None:
@@ -92,11 +102,11 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def pack(self, weight: Tensor) -> PackedTensor:
-        """Integer codes and snapped steps of the weight."""
+        """Integer codes and rounded scales of the weight."""
         if not torch.isfinite(weight).all():
             raise FormatError(f"weight of layer {self.layer} holds NaN or infinity; it cannot be converted")
-        codes, step = self.quantizer.encode(*self.operands(weight.detach()))
-        return PackedTensor(codes.to(torch.int8), step, self.quantizer.grid.name)
+        codes, scale = self.quantizer.encode(*self.operands(weight.detach()))
+        return PackedTensor(codes.to(torch.int8), scale, self.quantizer.grid.name)
 
 
 class QuantModule(Protocol):
@@ -109,7 +119,13 @@ class QuantModule(Protocol):
 
 
 class QuantLinear(nn.Linear):
-    """Linear layer computing with its quantised weight and, if asked, a quantised input. [..., in] -> [..., out]."""
+    """Linear layer computing with its quantised weight and, if asked, a quantised input. [..., in] -> [..., out].
+
+    Args:
+        linear: whose parameters it shares.
+        quantizer: of the weight; None: the weight stays.
+        input_quantizer: [..., in] -> the same; None: the input stays.
+    """
 
     original: type[nn.Module] = nn.Linear
 
@@ -149,7 +165,12 @@ class QuantLinear(nn.Linear):
 
 
 class QuantEmbedding(nn.Embedding):
-    """Embedding whose rows are quantised as they are looked up. int64 [...] -> [..., width]."""
+    """Embedding whose rows are quantised as they are looked up. int64 [...] -> [..., width].
+
+    Args:
+        embedding: whose table it shares.
+        quantizer: of the table.
+    """
 
     original: type[nn.Module] = nn.Embedding
 
@@ -187,7 +208,13 @@ class QuantEmbedding(nn.Embedding):
 
 
 class QuantConv2d(nn.Conv2d):
-    """2-D convolution with a quantised weight; rows are output channels. [N, C, H, W] -> [N, out, H', W']."""
+    """2-D convolution with a quantised weight; rows are output channels. [N, C, H, W] -> [N, out, H', W'].
+
+    Args:
+        conv: whose parameters it shares.
+        quantizer: of the weight; None: the weight stays.
+        input_quantizer: [N, C, H, W] -> the same; None: the input stays.
+    """
 
     original: type[nn.Module] = nn.Conv2d
 
@@ -226,8 +253,12 @@ class QuantConv2d(nn.Conv2d):
 class WeightStack(nn.Module):
     """A parameter [E, out, in] seen as a layer. A module offers such parameters by naming them in `weight_stacks`.
 
-    group_axis: the owner's, "in" where it has none. The owner takes the quantised stack in the parameter's place.
-    foreign: the owner is a class of transformers (`io.expert_stacks`).
+    The owner takes the quantised stack in the parameter's place.
+
+    Args:
+        weight: [E, out, in].
+        group_axis: the owner's, "in" where it has none.
+        foreign: the owner is a class of transformers (`io.expert_stacks`).
     """
 
     def __init__(self, weight: nn.Parameter, group_axis: str = "in", foreign: bool = False) -> None:
@@ -239,6 +270,11 @@ class QuantStack(nn.Module):
     """A stack of matrices [E, out, in] under quantisation; called without arguments it gives them as they will ship.
 
     The owner multiplies, and puts its inputs through `input_quantizer` where there is one.
+
+    Args:
+        stack: whose parameter it shares.
+        quantizer: of the matrices; None: they stay.
+        input_quantizer: [..., in] -> the same; None: inputs stay.
     """
 
     def __init__(

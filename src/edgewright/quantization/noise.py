@@ -22,9 +22,12 @@ WINDOW = 1 << 21  # at most this much from one place; a longer weight takes seve
 
 @dataclass(frozen=True)
 class Noise:
-    """sigma: standard deviation on the weight, sigma_scale: on the clip scales, both in the units of the weight.
+    """Noise on a weight and its clip scales (WinQ, arXiv 2605.17471).
 
-    seed: names the draw. shared_scale: the matrix has one clip scale, so one number is added to all of its entries.
+    Args:
+        seed: names the draw.
+        sigma, sigma_scale: standard deviations on the weight and on the clip scales, in the units of the weight.
+        shared_scale: the matrix has one clip scale, so one number is added to all of its entries.
     """
 
     seed: int
@@ -34,9 +37,14 @@ class Noise:
 
     @torch.no_grad()
     def perturb(self, weight: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight + sigma * N, alpha + sigma_scale * N') in float32; what has no noise is returned as it is.
+        """Perturbed operands; what has no noise is returned as it is. A clip scale keeps its sign and at least 1e-5.
 
-        weight: [rows, columns], alpha: [rows, groups]. A clip scale keeps its sign and a magnitude of at least 1e-5.
+        Args:
+            weight: [rows, columns].
+            alpha: [rows, groups].
+
+        Returns:
+            (weight + sigma * N, alpha + sigma_scale * N'), float32
         """
         generator = torch.Generator().manual_seed(self.seed)
         if self.sigma_scale:

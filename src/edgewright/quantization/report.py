@@ -25,8 +25,15 @@ from edgewright.quantization.api import quantized_modules
 class LayerRow:
     """One quantised weight.
 
-    occupancy: share of weights on each level, lowest first. flipped: share of codes that differ from the snapshot.
-    movement: |W - W0| / |W0| of the latent weights. error: |W_q - W|^2 / |W|^2 of the latent weights.
+    Args:
+        layer: its name.
+        grid: of its codes.
+        weights: how many.
+        bits_per_weight: of codes and scales.
+        occupancy: share of weights on each level, lowest first.
+        error: |W_q - W|^2 / |W|^2 of the latent weights.
+        flipped: share of codes that differ from the snapshot.
+        movement: |W - W0| / |W0| of the latent weights.
     """
 
     layer: str
@@ -49,7 +56,14 @@ class WeightSnapshot:
 
 @torch.no_grad()
 def snapshot(model: nn.Module) -> WeightSnapshot:
-    """Codes (int8) and latent weights (as they are) of every layer under quantisation, for comparing later."""
+    """Codes (int8) and latent weights (as they are) of every layer under quantisation, for comparing later.
+
+    Args:
+        model: under quantisation.
+
+    Raises:
+        UsageError: a model that is not.
+    """
     codes, weights = {}, {}
     for name, module in quantized_modules(model):
         if module.quantizer is not None:
@@ -62,10 +76,18 @@ def snapshot(model: nn.Module) -> WeightSnapshot:
 
 @torch.no_grad()
 def layer_rows(model: nn.Module, since: WeightSnapshot | None = None) -> list[LayerRow]:
-    """A row for every weight under quantisation, compared with a snapshot where one is given.
+    """A row for every weight under quantisation.
 
-    bits_per_weight counts the grid's bits and 16 bits a step; what a file needs follows from its block type (the
-    exporter's table has that). Raises UsageError for a model that is not under quantisation.
+    Args:
+        model: under quantisation.
+        since: compared with; None: nothing.
+
+    Returns:
+        In model order. bits_per_weight counts the grid's bits and 16 bits a scale; what a file needs follows from its
+        block type (the exporter's table has that).
+
+    Raises:
+        UsageError: a model that is not under quantisation.
     """
     rows = []
     for name, module in quantized_modules(model):
@@ -99,7 +121,12 @@ def layer_rows(model: nn.Module, since: WeightSnapshot | None = None) -> list[La
 
 
 def save_report(rows: Sequence[LayerRow], folder: str | Path) -> None:
-    """Write layers.csv and layers.png (error, flipped codes and movement a layer) into `folder`."""
+    """Write layers.csv and layers.png (error, flipped codes and movement by layer).
+
+    Args:
+        rows: of `layer_rows`.
+        folder: where.
+    """
     folder = Path(folder)
     with atomic_file(folder / "layers.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

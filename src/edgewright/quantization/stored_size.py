@@ -11,16 +11,23 @@ from edgewright.quantization.layers import QuantConv2d, QuantEmbedding, QuantLin
 
 PARTS = ("embedding", "head", "layers", "full precision")
 STORED_BITS = {"binary": 1, "ternary": 2, "seq2": 2, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
-STEP_BYTES = 2  # bfloat16 or float16
+SCALE_BYTES = 2  # bfloat16 or float16
 TABLES = (nn.Embedding, PackedEmbedding)
 
 
 def stored_bytes(model: Any) -> dict[str, int]:
-    """Bytes by part and "total", before or after `convert_`; of a float model, its parameters.
+    """What a model weighs, before or after `convert_`; of a float model, its parameters.
 
-    "layers" and tables: codes at 1 bit (binary), 2 bits (ternary) and so on, 2 bytes a step; what is not quantised
-    counts in its own type, under "full precision" unless it is a table. A table that embedding and head share counts
-    once, as the embedding's; a head of its own is never left out, also where it multiplies by the latent table.
+    A table that embedding and head share counts once, as the embedding's; a head of its own is never left out, also
+    where it multiplies by the latent table.
+
+    Args:
+        model: of transformers, or any module.
+
+    Returns:
+        Bytes of "embedding", "head", "layers", "full precision" and "total". Layers and tables: codes at 1 bit
+        (binary), 2 bits (ternary) and so on, 2 bytes a scale; what is not quantised counts in its own type, under "full
+        precision" unless it is a table.
     """
     parts = dict.fromkeys(PARTS, 0)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -33,7 +40,7 @@ def stored_bytes(model: Any) -> dict[str, int]:
             if key not in seen:
                 seen.add(key)
                 parts[_part(module, head, "layers")] += size
-        if isinstance(module, WeightQuantizer):  # its scales are the steps
+        if isinstance(module, WeightQuantizer):  # its scales are counted with the codes
             continue
         for name, tensor in module._parameters.items():
             if tensor is None or id(tensor) in seen or (low_bit is not None and name == "weight"):
@@ -45,16 +52,16 @@ def stored_bytes(model: Any) -> dict[str, int]:
 
 
 def _low_bit(module: nn.Module) -> tuple[int, int] | None:
-    """(what identifies the codes, bytes of codes and steps) of a layer with low-bit weights, else None."""
+    """(what identifies the codes, bytes of codes and scales) of a layer with low-bit weights, else None."""
     if isinstance(module, (PackedLinear, PackedEmbedding, PackedConv2d)):
-        key, grid, weights, steps = id(module.codes), module.grid, module.codes.numel(), module.step.numel()
+        key, grid, weights, scales = id(module.codes), module.grid, module.codes.numel(), module.step.numel()
     elif isinstance(module, (QuantLinear, QuantEmbedding, QuantConv2d)) and module.quantizer is not None:
         quantizer = module.quantizer
         key, grid = id(quantizer), quantizer.config.grid
-        weights, steps = module.weight.numel(), module.weight.shape[0] * quantizer.groups
+        weights, scales = module.weight.numel(), module.weight.shape[0] * quantizer.groups
     else:
         return None
-    return key, -(-weights * STORED_BITS[grid] // 8) + STEP_BYTES * steps
+    return key, -(-weights * STORED_BITS[grid] // 8) + SCALE_BYTES * scales
 
 
 def _part(module: nn.Module, head: nn.Module | None, other: str) -> str:

@@ -25,8 +25,17 @@ class _Stop(Exception):
 class Walk:
     """The blocks of a model in the order in which its forward runs them.
 
-    order: index into `layers` of each run, in order; blocks that run twice are there twice. Raises Unsupported where
-    a block gets something else than the hidden states of the one before it, or gives more than hidden states.
+    Args:
+        model: a transformer.
+        layers: its list of blocks.
+        blocks: token ids, int64 [samples, length].
+
+    Attributes:
+        order: index into `layers` of each run; blocks that run twice are there twice.
+
+    Raises:
+        Unsupported: a block gets something else than the hidden states of the one before it, or gives more than hidden
+            states.
     """
 
     def __init__(self, model: nn.Module, layers: nn.ModuleList, blocks: Tensor) -> None:

@@ -18,7 +18,7 @@ from edgewright.errors import CheckFailed, MissingPackage, Unsupported, UsageErr
 from edgewright.io.hashing import mixed_seed
 from edgewright.systems.apollo import APOLLO, APOLLOMini, apollo_param_groups
 from edgewright.systems.apollo.peers import named_optimizer
-from edgewright.systems.apollo.sketch import projection, sketch_of
+from edgewright.systems.apollo.step import projection, sketch_of
 from tests.systems.apollo import toys as toy
 from tests.systems.apollo.toys import apollo, flat, network, train
 
@@ -336,21 +336,21 @@ def test_groups_by_name_pattern_and_function(tiny_llama):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": 0}, "rank=0: it must be at least 1"),
+        ({"rank": 0}, "rank=0; it must be a whole number from 1 up, or None"),
         ({"rank": -3}, "rank=-3"),
         ({"rank": 2.5}, "rank=2.5"),
-        ({"lr": -1.0}, "lr=-1.0: it must be 0 or more"),
+        ({"lr": -1.0}, "lr=-1.0; it must be a number at least 0"),
         ({"eps": -1e-8}, "eps=-1e-08"),
-        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): it must be two numbers in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\); it must be two numbers in \[0, 1\)"),
         ({"betas": 0.9}, "betas=0.9"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
-        ({"scale": 0}, "scale=0: it must be positive, or 'auto'"),
-        ({"scale_type": "row"}, "scale_type='row': choose 'channel' or 'tensor'"),
-        ({"norm_growth": 0.9}, "norm_growth=0.9: it must be 1 or more"),
+        ({"scale": 0}, "scale=0; it must be a number above 0; or 'auto'"),
+        ({"scale_type": "row"}, "scale_type='row'; it must be one of channel, tensor"),
+        ({"norm_growth": 0.9}, "norm_growth=0.9; it must be a number at least 1"),
         ({"update_proj_gap": 0}, "update_proj_gap=0"),
         ({"proj": "hadamard"}, "proj='hadamard'"),
         ({"nan_policy": "pray"}, "nan_policy='pray'"),
-        ({"state_dtype": torch.int16}, "state_dtype=torch.int16: choose float32 or bfloat16"),
+        ({"state_dtype": torch.int16}, "state_dtype='int16'; it must be one of float32, bfloat16"),
         ({"seed": -1}, "seed=-1"),
         ({"fused": True}, "fused=True: APOLLO has no fused kernel"),
         ({"foreach": True, "lr": torch.tensor(0.1)}, "foreach=True with a tensor as lr"),

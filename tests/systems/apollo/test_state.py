@@ -132,7 +132,7 @@ def test_memory_of_a_foreign_optimizer_is_refused():
         optimizer_memory(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(UsageError, match="that is not of this model"):
         optimizer_memory(network(), apollo(model))
-    with pytest.raises(UsageError, match="method='Adam': choose AdamW"):
+    with pytest.raises(UsageError, match="method='Adam'; it must be one of AdamW"):
         state_floats("Adam", (3, 4))
 
 
@@ -153,7 +153,7 @@ class Stopping:
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_the_houses_loop_stops_and_resumes_to_the_same_bits(kind, tmp_path):
+def test_the_loop_stops_and_resumes_to_the_same_bits(kind, tmp_path):
     x, y = toy.batch(0)
     config = TrainConfig(12, schedule="cosine", clip_norm=1.0, checkpoint_every=5)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from edgewright.errors import UsageError
-from edgewright.systems.parq.aprox import AProx, par_penalty, prox_par
+from edgewright.systems.parq.proximal import AProx, par_penalty, prox_par
 
 Q, A = (0.0, 1.0, 2.0), (0.5, 1.5)
 POINTS = torch.tensor([0.3, 1, 1.7, 3, 3.4, 4, -2.7])

@@ -32,7 +32,7 @@ def test_greedy_vector():
     found = greedy(VECTOR, 2)
     torch.testing.assert_close(found, torch.tensor([[0.7, 0.375]]))
     config = LSBQ(2)
-    levels = Targets(config.fit(VECTOR), config.ladder)
+    levels = Targets(config.fit(VECTOR), config.even)
     expected = torch.tensor([[1.075, -0.325, 0.325, -1.075, 0.325, 0.325, -0.325, 1.075]])
     torch.testing.assert_close(ProxHard().apply(VECTOR, levels, 0, torch.empty_like(VECTOR)), expected)
 
@@ -90,7 +90,7 @@ def test_greedy_equals_torchao(bits, by_row):
     weights = matrix()
     _, expected = quant.LSBQuantizer().quantize(weights, bits, dim=-1 if by_row else None)
     config = LSBQ(bits, scale_dtype="float32")
-    found = Targets(config.fit(weights if by_row else weights.reshape(1, -1)), config.ladder).levels()
+    found = Targets(config.fit(weights if by_row else weights.reshape(1, -1)), config.even).levels()
     torch.testing.assert_close(found if by_row else found[0], expected)
 
 
@@ -127,7 +127,7 @@ def test_even_levels_equal_torchao(config, bits, peer):
     for rows, dim in ((weights, -1), (weights.reshape(1, -1), None)):
         _, expected = getattr(quant, peer)().quantize(rows if dim else weights, bits, dim=dim)
         step = Uniform(config.grid, config.scale, scale_dtype="float32").fit(rows)
-        found = step * config.ladder.levels(rows)
+        found = step * config.even.levels(rows)
         if (config.grid, peer) == ("ternary", "MaxUnifQuantizer"):
             found = found * 1.5  # its three levels reach max|w|, the ternary rule's stop at two thirds of it
         torch.testing.assert_close(found if dim else found[0], expected)
@@ -135,10 +135,10 @@ def test_even_levels_equal_torchao(config, bits, peer):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("rule", ["absmax", "absmean", "mse"])
-def test_house_rules_give_the_values_of_fake_quantised_layers(grid, rule):
+def test_package_rules_give_the_values_of_fake_quantised_layers(grid, rule):
     weights = matrix()
     config = Uniform.of(WeightConfig(grid, scale=rule))
-    found = ProxHard().apply(weights, Targets(config.fit(weights), config.ladder), 0, torch.empty_like(weights))
+    found = ProxHard().apply(weights, Targets(config.fit(weights), config.even), 0, torch.empty_like(weights))
     quantizer = Quantizer(GRIDS[grid])
     alpha = initial_alpha(weights.unsqueeze(1), GRIDS[grid], rule, quantizer.scale_dtype)
     assert torch.equal(found, quantizer.values(weights, alpha))
@@ -160,11 +160,11 @@ def test_steps_are_rounded_unless_asked_otherwise():
         (lambda: LSBQ(1, granularity="column"), "granularity='column'"),
         (lambda: LSBQ(1, granularity=0), "granularity=0"),
         (lambda: LSBQ(0, ternary_factor=0), "ternary_factor=0"),
-        (lambda: LSBQ(1, scale_dtype="int8"), "scale_dtype 'int8'"),
-        (lambda: Uniform("int5"), "unknown grid 'int5'"),
-        (lambda: Uniform("seq2", "median"), "scale rule 'median'"),
+        (lambda: LSBQ(1, scale_dtype="int8"), "scale_dtype='int8'"),
+        (lambda: Uniform("int5"), "grid='int5'; it must be one of binary"),
+        (lambda: Uniform("seq2", "median"), "scale='median'; it must be one of mean"),
         (lambda: Uniform("ternary", "mean"), "not defined for ternary"),
-        (lambda: Uniform("half3", "mse"), "not defined for half3"),
+        (lambda: Uniform("half3", "mse"), "scale='mse'; it must be one of mean, max, range"),
         (lambda: Uniform.of(WeightConfig("binary", scale="absmean", center=True)), "center=True"),
     ],
 )

@@ -12,11 +12,11 @@ import torch
 from edgewright.errors import UsageError
 from edgewright.quantization.grids import GRIDS
 from edgewright.systems.parq import proximal
-from edgewright.systems.parq.proximal import Ladder, ProxBinaryRelax, ProxHard, ProxPARQ, ProxSoft, Targets
+from edgewright.systems.parq.proximal import EvenLevels, ProxBinaryRelax, ProxHard, ProxPARQ, ProxSoft, Targets
 
 HALVES = torch.tensor([[-1.5, -0.5, 0.5, 1.5]])
 POINTS = torch.tensor([[-2, -1.2, -1, -0.6, -0.1, 0, 0.2, 0.45, 0.9, 1.1, 1.6]])
-ON_LADDER = Targets(torch.ones(1, 1), Ladder.of_grid(GRIDS["seq2"]))
+ON_EVEN = Targets(torch.ones(1, 1), EvenLevels.of_grid(GRIDS["seq2"]))
 
 
 class Fixed(ProxPARQ):
@@ -26,7 +26,7 @@ class Fixed(ProxPARQ):
         return self.steepness / 1000
 
 
-@pytest.mark.parametrize("targets", [Targets(HALVES), ON_LADDER], ids=["levels", "ladder"])
+@pytest.mark.parametrize("targets", [Targets(HALVES), ON_EVEN], ids=["levels", "even"])
 @pytest.mark.parametrize(
     ("slope", "expected"),
     [
@@ -85,30 +85,30 @@ def test_levels_equal_the_slow_definition(count, rows, slope):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-LADDERS = [Ladder.of_grid(GRIDS[name]) for name in ("binary", "ternary", "seq2", "int3", "int4")]
+LEVELS = [EvenLevels.of_grid(GRIDS[name]) for name in ("binary", "ternary", "seq2", "int3", "int4")]
 
 
-@pytest.mark.parametrize("ladder", LADDERS, ids=lambda ladder: ladder.grid)
+@pytest.mark.parametrize("even", LEVELS, ids=lambda even: even.grid)
 @pytest.mark.parametrize("prox", [ProxPARQ(0, 10), ProxBinaryRelax(0, 10), ProxSoft(0, 10), ProxHard()])
 @pytest.mark.parametrize("step", [0, 3, 9, 10])
-def test_arithmetic_equals_a_list_of_levels(ladder, prox, step, monkeypatch):
+def test_arithmetic_equals_a_list_of_levels(even, prox, step, monkeypatch):
     monkeypatch.setitem(proximal.ELEMENTS_AT_ONCE, "cpu", 64)  # several slices
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(6, 37, generator=generator)
     steps = torch.rand(6, 1, generator=generator).mul_(0.5).add_(0.1).bfloat16().float()
-    on_ladder = Targets(steps, ladder)
-    found = prox.apply(weights, on_ladder, step, torch.empty_like(weights))
-    listed = prox.apply(weights, Targets(on_ladder.levels()), step, torch.empty_like(weights))
+    on_even = Targets(steps, even)
+    found = prox.apply(weights, on_even, step, torch.empty_like(weights))
+    listed = prox.apply(weights, Targets(on_even.levels()), step, torch.empty_like(weights))
     torch.testing.assert_close(found, listed, rtol=0, atol=0)
-    assert torch.equal(prox.apply(weights.clone(), on_ladder, step, weights), found)  # in place
+    assert torch.equal(prox.apply(weights.clone(), on_even, step, weights), found)  # in place
 
 
 def test_negative_steps_mirror_an_uneven_grid():
-    ladder = Ladder.of_grid(GRIDS["int2"], mirrored=True)
+    even = EvenLevels.of_grid(GRIDS["int2"], mirrored=True)
     weights = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
     steps = torch.tensor([[0.5], [-0.5], [-0.25]])
-    found = ProxPARQ(0, 10).apply(weights, Targets(steps, ladder), 6, torch.empty_like(weights))
-    listed = Targets((steps * ladder.levels(steps)).sort(1).values)
+    found = ProxPARQ(0, 10).apply(weights, Targets(steps, even), 6, torch.empty_like(weights))
+    listed = Targets((steps * even.levels(steps)).sort(1).values)
     torch.testing.assert_close(found, ProxPARQ(0, 10).apply(weights, listed, 6, torch.empty_like(weights)))
 
 
@@ -128,7 +128,7 @@ def test_one_at_the_start_and_the_grid_at_the_end(prox):
 
 def test_a_vanishing_slope_stays_finite():
     weights = torch.tensor([[0.0, 1e-30, -1e-30, 0.5, 2.0]])
-    for targets in (Targets(HALVES), ON_LADDER):
+    for targets in (Targets(HALVES), ON_EVEN):
         prox = ProxPARQ(0, 10**6, steepness=1000)
         found = prox.apply(weights, targets, 10**6 - 1, torch.empty_like(weights))
         assert prox.inverse_slope(10**6 - 1) < 1e-200

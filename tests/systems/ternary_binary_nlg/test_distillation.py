@@ -175,7 +175,7 @@ def test_a_map_to_a_missing_layer_is_refused(chosen: tuple[int, ...]) -> None:
 
 
 def test_the_table_has_no_seventh_row() -> None:
-    with pytest.raises(UsageError, match="students of 1 to 6 layers, not 7"):
+    with pytest.raises(UsageError, match="layers of the student=7; it must be one of 1, 2, 3, 4, 5, 6"):
         layer_map("published", 7)
 
 
@@ -200,9 +200,12 @@ def test_a_teacher_that_would_learn_or_be_noisy_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: SequenceLossConfig(task=-1.0), "none negative"),
-        (lambda: SequenceLossConfig(0.0, 0.0, 0.0), "one or more positive"),
-        (lambda: SequenceLossConfig(attention=("self",)), "choose among 'encoder', 'decoder', 'cross'"),
+        (lambda: SequenceLossConfig(task=-1.0), "task=-1.0; it must be a number at least 0"),
+        (lambda: SequenceLossConfig(0.0, 0.0, 0.0), "one or more must be above 0"),
+        (
+            lambda: SequenceLossConfig(attention=("self",)),
+            "attention='self'; it must be one of encoder, decoder, cross",
+        ),
         (lambda: SequenceToSequenceDistillation(None), "SequenceLossConfig.labels_only"),
     ],
 )

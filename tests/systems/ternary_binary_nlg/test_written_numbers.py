@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgewright.errors import UsageError
-from edgewright.systems.ternary_binary_nlg.written_numbers import (
+from edgewright.systems.ternary_binary_nlg.tasks import (
     END,
     FIRST_DAY,
     INDEX,
@@ -67,7 +67,7 @@ def read_number(words: list[str]) -> int:
 def test_every_number_can_be_read_back() -> None:
     for number in [*range(3000), *range(99_000, 102_000), *range(0, 1_000_000, 997), 999_999]:
         assert read_number(number_words(number)) == number
-    with pytest.raises(UsageError, match="1000000 is not from 0 to 999999"):
+    with pytest.raises(UsageError, match="number=1000000; it must be a whole number from 0 to 999999"):
         number_words(1_000_000)
 
 

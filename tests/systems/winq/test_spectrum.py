@@ -12,8 +12,12 @@ from torch import nn
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
-from edgewright.systems.winq.probe import quantized_as_parameters, quantized_spectrum
-from edgewright.systems.winq.spectrum import hessian_spectrum, plot_spectra
+from edgewright.systems.winq.spectrum import (
+    hessian_spectrum,
+    plot_spectra,
+    quantized_as_parameters,
+    quantized_spectrum,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:

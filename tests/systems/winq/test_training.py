@@ -94,8 +94,8 @@ def test_a_reset_shrinks_every_distance_by_the_pull_and_moves_no_code(grid: str,
 def test_weights_on_the_border_of_their_cell_stay_in_it(grid: str) -> None:
     """Rounding is where codes could flip: weights at and one bit beside every threshold, many pulls."""
     quantizer = Quantizer(grid_named(grid))
-    step = quantizer.step(torch.tensor([[0.0371]]))
-    borders = torch.cat([(grid_named(grid).levels + 0.5) * step[0, 0], torch.zeros(1)])
+    scale = quantizer.scale(torch.tensor([[0.0371]]))
+    borders = torch.cat([(grid_named(grid).levels + 0.5) * scale[0, 0], torch.zeros(1)])
     beside = [torch.nextafter(borders, torch.full_like(borders, side)) for side in (-9.0, 9.0)]
     weight = torch.cat([borders, *beside]).reshape(1, -1)
     alpha = torch.tensor([[0.0371]])
@@ -564,8 +564,8 @@ def test_suggest() -> None:
     report = WinQ(sigma=1e-3).suggest(model)
     weight, alpha = model[0].weight.detach(), model[0].quantizer.weight_scale.detach()
     assert report.value("weight", "0") == pytest.approx(float(weight.abs().mean()))
-    assert report.value("step", "0") == pytest.approx(float(alpha.mean()) / 2)
-    assert report.value("sigma_per_step", "0") == pytest.approx(1e-3 / report.value("step", "0"))
+    assert report.value("scale", "0") == pytest.approx(float(alpha.mean()) / 2)
+    assert report.value("sigma_per_scale", "0") == pytest.approx(1e-3 / report.value("scale", "0"))
     assert len(report.notes) == 1 and "sigma_mode='relative'" in report.notes[0]
     assert "destructive" in WinQ(sigma=0.5).suggest(model).notes[0]
     assert "does nothing" in WinQ(sigma=1e-6).suggest(model).notes[0]
@@ -575,14 +575,14 @@ def test_suggest() -> None:
     ("settings", "message"),
     [
         ({"pull": 1.5}, "the paper's alpha.*official script's alpha=0.2.*pull=0.8"),
-        ({"pull": -0.1}, "from 0 to 1"),
-        ({"sigma": -1e-3}, "WinQ sigma=-0.001: it must be 0 or more"),
+        ({"pull": -0.1}, "at least 0 and at most 1"),
+        ({"sigma": -1e-3}, "WinQ sigma=-0.001; it must be a number at least 0"),
         ({"sigma_scale": -1.0}, "sigma_scale"),
         ({"every": 0}, "every=0"),
         ({"every": -0.5}, "every=-0.5"),
-        ({"every": 1.5}, "a fraction up to 1.0, or whole steps"),
-        ({"sigma_mode": "percent"}, "'absolute' or 'relative'"),
-        ({"trigger": "often"}, "'schedule' or 'plateau'"),
+        ({"every": 1.5}, "above 0 and at most 1; a fraction such as 0.25, or steps"),
+        ({"sigma_mode": "percent"}, "absolute, relative"),
+        ({"trigger": "often"}, "schedule, plateau"),
         ({"window": 0}, "window"),
         ({"seed": -1}, "seed"),
     ],

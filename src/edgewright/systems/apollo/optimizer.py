@@ -19,28 +19,60 @@ from torch import Tensor, nn
 
 from edgewright.errors import CheckFailed, Unsupported, UsageError
 from edgewright.io.hashing import mixed_seed
-from edgewright.systems.apollo import state as kept
 from edgewright.systems.apollo.groups import check_group, check_parameter
-from edgewright.systems.apollo.sketch import Sketch, column_norms, projection, sketch_of, svd_projection
-from edgewright.systems.apollo.step import Facts, Work, adamw_step, advance, apply, chunks, share_norms
+from edgewright.systems.apollo.state import add_moments, check_entry, restore_dtypes
+from edgewright.systems.apollo.step import (
+    Sketch,
+    WeightFacts,
+    WeightStep,
+    adamw_step,
+    advance,
+    apply,
+    chunks,
+    column_norms,
+    projection,
+    read_moment,
+    share_norms,
+    sketch_of,
+    svd_projection,
+    write_moment,
+)
 from edgewright.training.distributed import all_agree, is_split, local, part_like, row_range
 
 
 class APOLLO(torch.optim.Optimizer):
-    """AdamW where a group's `rank` is None, APOLLO for its tensors of two and more dimensions where it is a number.
+    """AdamW where a group's `rank` is None, APOLLO (arXiv 2412.05270) for its matrices where it is a number.
 
-    params: parameters, (name, parameter) pairs or groups; every option below may differ by group. scale_type "channel"
-    gives each channel its factor, "tensor" one to the matrix (the choice at rank 1). scale: alpha, whose square root
-    multiplies the update; "auto" is m / r of each weight, which makes the learning rate that of AdamW. update_proj_gap:
-    steps between two projections. norm_growth: bound on the growth of an update's norm, None for no limiter;
-    scale_front puts sqrt(alpha) before it. proj "svd" takes singular vectors of the gradient and stores them. seed:
-    of all projections, which use no global generator. side "local": always contract the columns. state_dtype:
-    "float32" or "bfloat16". foreach: batched sketches and list operations, None: on accelerators.
-    cache_projection: keep the projections in memory (not in the state). nan_policy: "raise" CheckFailed before anything
-    changed, "skip" the whole step, or "ignore", which looks at no gradient and so never waits for the device.
-
-    Raises UsageError for settings that cannot work, Unsupported for complex or sparse parameters.
+    Tensors of more than two dimensions are matrices [first, others]. Every option but `params` may differ by group.
     deviation: arithmetic and state of bfloat16 weights are float32; the official code stays in bfloat16.
+
+    Args:
+        params: parameters, (name, parameter) pairs or groups.
+        lr: learning rate, at least 0; with scale="auto" AdamW's, with scale=1 a larger one, such as the paper's 1e-2.
+        betas: of the two moments, at least 0 and below 1.
+        eps: added to the root of the second moment, before bias correction.
+        weight_decay: decoupled, at least 0, applied after the update.
+        rank: of the sketch, at least 1; one beyond the smaller side of a weight is that side, with a UserWarning.
+        scale_type: "channel" gives each channel its factor, "tensor" one to the matrix (the choice at rank 1).
+        scale: alpha, whose square root multiplies the update; "auto" is m / r of each weight, m its smaller side.
+        update_proj_gap: steps between two projections; the paper has 200.
+        norm_growth: bound on the growth of an update's norm from step to step, at least 1; None: no limiter.
+        scale_front: sqrt(alpha) multiplies before the limiter.
+        proj: "random", or "svd": singular vectors of the gradient, which are stored.
+        seed: of all projections, which use no global generator.
+        foreach: batched sketches and list operations; None: on accelerators.
+        state_dtype: "float32" or "bfloat16", also as a torch dtype; None: float32.
+        side: "smaller" contracts the smaller dimension, "local" always the columns.
+        maximize: go up the gradient.
+        cache_projection: keep the projections in memory (not in the state).
+        nan_policy: of gradients that are not finite. "raise" CheckFailed before anything changed, "skip" the whole
+            step, or "ignore", which looks at no gradient and so never waits for the device.
+        fused: refused where True.
+
+    Raises:
+        UsageError: a setting out of its range.
+        Unsupported: complex or integer parameters, sparse gradients, singular vectors of split weights.
+        CheckFailed: in a step, a gradient that is not finite.
     """
 
     def __init__(
@@ -74,6 +106,11 @@ class APOLLO(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with every setting and parameter checked.
+
+        Args:
+            param_group: "params", and options that differ from the defaults.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -95,7 +132,17 @@ class APOLLO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the closure's loss, if there is one."""
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's value, or None.
+
+        Raises:
+            CheckFailed, Unsupported: see the class.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -108,9 +155,13 @@ class APOLLO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Update these parameters of the optimizer from their gradients."""
+        """Update some parameters of the optimizer from their gradients.
+
+        Args:
+            parameters: those without a gradient are left alone.
+        """
         chosen = {p for p in parameters if p.grad is not None}
-        works: list[Work] = []
+        works: list[WeightStep] = []
         plain: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
         for group in self.param_groups:
             mine = [p for p in group["params"] if p in chosen]
@@ -135,30 +186,30 @@ class APOLLO(torch.optim.Optimizer):
         for group, rest in plain:
             self._adamw(group, rest)
 
-    def _work(self, p: nn.Parameter, group: dict[str, Any], sketch: Sketch) -> Work:
+    def _work(self, p: nn.Parameter, group: dict[str, Any], sketch: Sketch) -> WeightStep:
         assert p.grad is not None
         gradient, dtype = sketch.view(local(p.grad)), torch.promote_types(p.dtype, torch.float32)
         needed = group["norm_growth"] is not None or group["nan_policy"] != "ignore"
         norms = column_norms(gradient, dtype) if needed else None
-        return Work(p, group, sketch, row_range(p, self._name(p, group)), gradient, dtype, norms)
+        return WeightStep(p, group, sketch, row_range(p, self._name(p, group)), gradient, dtype, norms)
 
-    def _usable(self, works: list[Work], plain: list[tuple[dict[str, Any], list[nn.Parameter]]]) -> bool:
+    def _usable(self, works: list[WeightStep], plain: list[tuple[dict[str, Any], list[nn.Parameter]]]) -> bool:
         """Whether to go on; every gradient is finite, or nobody asked. Nothing has changed yet."""
-        found: list[tuple[nn.Parameter, dict[str, Any], Tensor]] = []
+        sizes: list[tuple[nn.Parameter, dict[str, Any], Tensor]] = []
         for work in works:
             if work.group["nan_policy"] != "ignore" and work.norms is not None:
-                found.append((work.weight, work.group, work.norms.sum()))
+                sizes.append((work.weight, work.group, work.norms.sum()))
         for group, parameters in plain:
             parts = [(p, local(p.grad)) for p in parameters if p.grad is not None]
             if group["nan_policy"] != "ignore":
-                found += [(p, group, torch.linalg.vector_norm(g, torch.inf)) for p, g in parts if g.numel()]
-        if not found:
+                sizes += [(p, group, torch.linalg.vector_norm(g, torch.inf)) for p, g in parts if g.numel()]
+        if not sizes:
             return True
-        good = bool(torch.stack([value.float().to(found[0][2].device) for *_, value in found]).isfinite().all())
-        good = all_agree(good, [p for p, *_ in found], found[0][2].device)
+        good = bool(torch.stack([value.float().to(sizes[0][2].device) for *_, value in sizes]).isfinite().all())
+        good = all_agree(good, [p for p, *_ in sizes], sizes[0][2].device)
         if good:
             return True
-        bad = [(p, group) for p, group, value in found if not bool(value.isfinite())]
+        bad = [(p, group) for p, group, value in sizes if not bool(value.isfinite())]
         if any(group["nan_policy"] == "raise" for group in self.param_groups):
             name = self._name(*bad[0]) if bad else "of another process"
             raise CheckFailed(
@@ -167,11 +218,11 @@ class APOLLO(torch.optim.Optimizer):
             )
         return False
 
-    def _begin(self, work: Work) -> None:
+    def _begin(self, work: WeightStep) -> None:
         """Zero moments, no norm yet, and the seed of this weight's projections."""
         state, like = work.state, work.gradient.new_empty((work.sketch.rank, work.gradient.shape[1]), dtype=work.dtype)
         state["step"] = torch.zeros((), dtype=torch.float32)
-        kept.add_moments(state, like, work.group["state_dtype"])
+        add_moments(state, like, work.group["state_dtype"])
         if work.channels_split:
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = part_like(state[name], work.weight, dim=1)
@@ -180,7 +231,7 @@ class APOLLO(torch.optim.Optimizer):
         number = next(i for i, p in enumerate(numbered) if p is work.weight)
         state["proj_seed"] = torch.tensor(mixed_seed(work.group["seed"], number), dtype=torch.int64)
 
-    def _projection(self, work: Work) -> Tensor:
+    def _projection(self, work: WeightStep) -> Tensor:
         """P of the present window, as wide as the rows that lie here."""
         steps, gap = int(work.state["step"]) - 1, work.group["update_proj_gap"]
         if work.group["proj"] == "svd":
@@ -206,19 +257,19 @@ class APOLLO(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                kept.add_moments(state, p.detach(), group["state_dtype"])
+                add_moments(state, p.detach(), group["state_dtype"])
             if state["exp_avg"].dtype == p.dtype:
                 alike.append(p)
                 continue
             dtype = torch.promote_types(p.dtype, torch.float32)
-            average, square = (kept.read(state, name, dtype) for name in ("exp_avg", "exp_avg_sq"))
+            average, square = (read_moment(state, name, dtype) for name in ("exp_avg", "exp_avg_sq"))
             weight = local(p).to(dtype, copy=True)
             assert p.grad is not None
             gradient = local(p.grad).to(dtype)
             adamw_step(group, [weight], [gradient], [average], [square], [state["step"]])
             local(p).copy_(weight)
-            kept.write(state, "exp_avg", average)
-            kept.write(state, "exp_avg_sq", square)
+            write_moment(state, "exp_avg", average)
+            write_moment(state, "exp_avg_sq", square)
         if alike:
             columns = [[self.state[p][name] for p in alike] for name in ("exp_avg", "exp_avg_sq", "step")]
             adamw_step(group, [*alike], [p.grad for p in alike], *columns)
@@ -234,7 +285,7 @@ class APOLLO(torch.optim.Optimizer):
         total = torch.linalg.vector_norm(norm)
         return {"mean_scale": float(scale.mean()), "limited": float(cut.mean()), "update_norm": float(total)}
 
-    def layer_facts(self) -> dict[str, Facts]:
+    def layer_facts(self) -> dict[str, WeightFacts]:
         """The facts of the last step by name (names need (name, parameter) pairs, as apollo_param_groups makes)."""
         owner = {p: group for group in self.param_groups for p in group["params"]}
         return {self._name(p, owner[p]): facts for p, facts in self.facts.items()}
@@ -243,7 +294,14 @@ class APOLLO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state_dict() with its group options. Raises UsageError when it is of other parameters."""
+        """Take over a state_dict() with its group options.
+
+        Args:
+            state_dict: of an APOLLO over the same parameters, numbered or, from distributed checkpoints, named.
+
+        Raises:
+            UsageError: it is of other parameters or of another optimizer.
+        """
         numbered = [(p, group) for group in self.param_groups for p in group["params"]]
         # Numbers in the order of the groups, or names where the state went through distributed checkpoints.
         keyed = [(key, group) for group in state_dict["param_groups"] for key in group["params"]]
@@ -255,10 +313,10 @@ class APOLLO(torch.optim.Optimizer):
                 if entry := state_dict["state"].get(key):
                     sketch = self._sketch(p, options)
                     shape = tuple(p.shape) if sketch is None else sketch.shape
-                    kept.check_entry(self._name(p, group), entry, shape, sketch is not None)
+                    check_entry(self._name(p, group), entry, shape, sketch is not None)
                     saved.append((p, entry))
         super().load_state_dict(state_dict)
-        kept.restore_dtypes(self, saved)
+        restore_dtypes(self, saved)
         self._forget()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -268,8 +326,8 @@ class APOLLO(torch.optim.Optimizer):
     # -- small parts ---------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        """What is no state: facts of the last step, cached projections."""
-        self.facts: dict[nn.Parameter, Facts] = {}
+        """Reset what is no state: facts of the last step, cached projections."""
+        self.facts: dict[nn.Parameter, WeightFacts] = {}
         self._projections: dict[nn.Parameter, tuple[tuple[int, int], Tensor]] = {}
         self.hooked: set[nn.Parameter] | None = getattr(self, "hooked", None)
 
@@ -288,8 +346,14 @@ class APOLLO(torch.optim.Optimizer):
 def APOLLOMini(params: Any, lr: float | Tensor = 1e-2, **options: Any) -> APOLLO:
     """APOLLO at rank 1: one factor for a matrix, alpha 128; a state of 2 n + 2 numbers for an m x n weight, m <= n.
 
-    Without groups every tensor of two and more dimensions is sketched, embeddings too: make groups with
-    `apollo_param_groups(model, rank=1)` to leave them to AdamW as the paper does.
+    Args:
+        params: parameters or groups. Without groups every tensor of two and more dimensions is sketched, embeddings
+            too: make groups with `apollo_param_groups(model, rank=1)` to leave them to AdamW as the paper does.
+        lr: learning rate, at least 0.
+        options: of APOLLO.
+
+    Returns:
+        The optimizer.
     """
     return APOLLO(params, lr, **{"rank": 1, "scale_type": "tensor", "scale": 128.0, **options})
 
@@ -302,10 +366,22 @@ def apollo_layerwise(
     Each weight is updated when its gradient is ready, and the gradient is freed at once: at most a few layers' exist at
     a time. What needs all of them together cannot work: clipping by the global norm, accumulation, gradient scaling.
 
-    Use it as any optimizer: its `step()` marks the end of a batch and updates nothing, schedulers act on its groups.
-    options: those of APOLLO. Raises UsageError for clip_norm, accumulation > 1 and, in backward, for a second gradient
-    before step(); Unsupported for weights split over processes. A gradient that is not finite is found when later
-    layers are updated already.
+    Use it as any optimizer: its `step()` marks the end of a batch and updates nothing, schedulers act on its groups. A
+    gradient that is not finite is found when later layers are updated already.
+
+    Args:
+        model: whose backward pass updates.
+        groups: parameters or groups of them.
+        clip_norm: None; a norm of all gradients is refused.
+        accumulation: 1; more is refused.
+        options: of APOLLO.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        UsageError: clip_norm, accumulation above 1 and, in backward, a second gradient before step().
+        Unsupported: weights split over processes.
     """
     if clip_norm is not None:
         raise UsageError(f"clip_norm={clip_norm}: the norm of all gradients is never known here; APOLLO limits updates")

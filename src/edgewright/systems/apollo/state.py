@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of
 from edgewright.errors import UsageError
-from edgewright.systems.apollo.sketch import sketch_of
-from edgewright.training.distributed import local
+from edgewright.systems.apollo.step import sketch_of
 
 KINDS = ("float32", "bfloat16")
 HOST = ("step", "proj_seed")  # numbers that the host reads: they stay on the CPU, so that no step waits for a device
@@ -31,8 +31,7 @@ FORMULAS = {
 def state_kind(value: Any) -> str:
     """ "float32" (also None) or "bfloat16", from that text or a torch dtype. Raises UsageError."""
     kind = "float32" if value is None else str(value).removeprefix("torch.")
-    if kind not in KINDS:
-        raise UsageError(f"state_dtype={value!r}: choose {' or '.join(KINDS)}")
+    check("state_dtype", kind, one_of(*KINDS))
     return kind
 
 
@@ -46,18 +45,6 @@ def add_moments(state: dict[str, Any], like: Tensor, kind: str) -> None:
     for name in ("exp_avg", "exp_avg_sq"):
         dtype = stored_dtype(kind, like.dtype)
         state[name] = torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def read(state: Mapping[str, Any], name: str, dtype: torch.dtype) -> Tensor:
-    """A moment in the dtype of the arithmetic: the tensor of the state itself where nothing need be converted."""
-    return local(state[name]).to(dtype)
-
-
-def write(state: Mapping[str, Any], name: str, value: Tensor) -> None:
-    """Keep what `read` gave and a step changed."""
-    stored = local(state[name])
-    if stored.data_ptr() != value.data_ptr():
-        stored.copy_(value)
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, saved: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> None:
@@ -79,10 +66,10 @@ def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...], ske
             f"the saved state of parameter {name} has no {sorted(missing)[0]!r}: it was saved by another optimizer or "
             "with other parameter groups; build the optimizer as it was"
         )
-    found = tuple(entry["exp_avg"].shape)
-    if found != shape:
+    saved = tuple(entry["exp_avg"].shape)
+    if saved != shape:
         raise UsageError(
-            f"the saved state of parameter {name} has moments {list(found)}, now they are {list(shape)}: the "
+            f"the saved state of parameter {name} has moments {list(saved)}, now they are {list(shape)}: the "
             "parameter's shape or its group changed; build model and optimizer as they were"
         )
 
@@ -91,9 +78,17 @@ def check_entry(name: str, entry: Mapping[str, Any], shape: tuple[int, ...], ske
 
 
 def state_floats(method: str, shape: Sequence[int], rank: int = 1) -> int:
-    """Numbers of state for one weight by the paper's formula; tensors of fewer dimensions than two are AdamW's."""
-    if method not in FORMULAS:
-        raise UsageError(f"method={method!r}: choose {', '.join(FORMULAS)}")
+    """Numbers of state for one weight by the formulas of the paper (APOLLO, arXiv 2412.05270, table 1).
+
+    Args:
+        method: one of AdamW, SGD with momentum, Lion, GaLore, Fira, Flora, APOLLO, APOLLO-Mini.
+        shape: of the weight, seen as a matrix [first, others]; with fewer than two dimensions it is AdamW's.
+        rank: of the sketch, cut to the smaller side.
+
+    Raises:
+        UsageError: an unknown method.
+    """
+    check("method", method, one_of(*FORMULAS))
     if len(shape) < 2:
         return 2 * math.prod(shape) if method not in ("Lion", "SGD with momentum") else math.prod(shape)
     m, n = sorted((shape[0], math.prod(shape[1:])))
@@ -101,16 +96,23 @@ def state_floats(method: str, shape: Sequence[int], rank: int = 1) -> int:
 
 
 def optimizer_memory(model: nn.Module, optimizer: Any) -> dict[str, float]:
-    """Bytes of state, from shapes alone and so before the first step: {"lowrank", "adamw", "total", "vs_adamw"}.
+    """Bytes of state, from shapes alone and so before the first step.
 
-    optimizer: an APOLLO, or groups as `apollo_param_groups` makes. "lowrank" is the sketched weights' share, "adamw"
-    that of the others; "vs_adamw" says how many times more AdamW would keep for them in float32. An optimizer that has
-    stepped adds "live", the bytes of its tensors. Raises UsageError for parameters that are not of `model`.
+    Args:
+        model: that the optimizer trains.
+        optimizer: an APOLLO, or groups as `apollo_param_groups` makes.
+
+    Returns:
+        "lowrank" (the sketched weights' share), "adamw" (that of the others), "total", and "vs_adamw": how many times
+        more AdamW would keep for them in float32. An optimizer that has stepped adds "live", the bytes of its tensors.
+
+    Raises:
+        UsageError: groups without "rank", or parameters that are not of `model`.
     """
     known = {id(p) for p in model.parameters()}
     live = isinstance(optimizer, torch.optim.Optimizer)
     groups: Iterable[Mapping[str, Any]] = optimizer.param_groups if live else optimizer
-    found = {"lowrank": 0, "adamw": 0}
+    sizes = {"lowrank": 0, "adamw": 0}
     numbers = 0
     for group in groups:
         if "rank" not in group:
@@ -120,19 +122,20 @@ def optimizer_memory(model: nn.Module, optimizer: Any) -> dict[str, float]:
             if id(p) not in known:
                 raise UsageError(f"the optimizer has a parameter of shape {list(p.shape)} that is not of this model")
             sketched = group["rank"] is not None and p.ndim > 1
-            found["lowrank" if sketched else "adamw"] += _bytes_of(p, group)
+            sizes["lowrank" if sketched else "adamw"] += _bytes_of(p, group)
             numbers += p.numel()
-    total = sum(found.values())
-    result: dict[str, float] = {**found, "total": total, "vs_adamw": 8 * numbers / max(1, total)}
+    total = sum(sizes.values())
+    result: dict[str, float] = {**sizes, "total": total, "vs_adamw": 8 * numbers / max(1, total)}
     if live and optimizer.state:
         result["live"] = state_bytes(optimizer)
     return result
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors that an optimizer keeps, of any kind: quantised ones count what they hold inside.
+    """Bytes of all tensors that an optimizer keeps; quantised ones count what they hold inside.
 
-    Python numbers and the projector objects of galore-torch are looked into as well.
+    Args:
+        optimizer: of any kind. The projector objects of galore-torch are looked into as well.
     """
     return sum(_tensor_bytes(value, set()) for entries in optimizer.state.values() for value in entries.values())
 

@@ -16,8 +16,8 @@ Under DistributedDataParallel gradients stay local (`disable_gradient_allreduce`
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from edgewright.checks import check, number, one_of, optional, whole
 from edgewright.errors import UsageError
 from edgewright.systems.distributed_lion.exchange import (
     AGGREGATES,
@@ -55,21 +56,37 @@ SHARED = "all processes"  # whose momentum a state dict holds, right after momen
 
 
 class DistributedLion(torch.optim.Optimizer):
-    """Lion over the processes of `process_group` (None: all); every process makes one over the same parameters.
-
-    aggregate: "mavo" (the majority's sign; the paper's choice for language models and small batches) or "avg" (for
-    large batches). zero, also per group: what becomes of a vote of 0, as in embedding rows that no token touched:
-    "ternary" sends it (1.6 bits an element), "alternate" replaces it by +1 or -1 by a hash of place and step; "auto" is
-    ternary for parameters whose names say embedding (give named_parameters(), or use `lion_groups`), else alternate.
-    topology: see `exchange`. reply: sums under "avg" as few "bits" or as "int8". bucket_mb: elements sent together,
-    counted as float32. momentum_sync_every: average the momenta every so many steps (0: never). clip_local: largest
-    norm of a process's own gradient. checksum_every: compare the copies every so many steps (the first always).
-    check_gradients: refuse a first step in which all processes have the same gradient. timeout: seconds to wait for
-    another process.
+    """Lion over processes that vote (arXiv 2404.00438, Algorithm 1); every process makes one over the same parameters.
 
     Gradients must be those of the process alone: see `disable_gradient_allreduce`. A gradient that is not finite, on
     any process, skips the step on all. Parameters without a gradient on all processes are left alone; where only some
-    lack it, those vote 0. Raises UsageError, CheckFailed (copies differ), EdgewrightError (a process was lost).
+    lack it, those vote 0. With one process this is Lion.
+
+    Args:
+        params: parameters or groups of them; with names, as named_parameters() gives, for zero="auto" and messages.
+        lr: learning rate, above 0; a third to a tenth of AdamW's.
+        betas: weights of the momentum in the vote and in its own average, at least 0 and below 1.
+        weight_decay: decoupled, multiplied by lr, at least 0.
+        aggregate: "mavo" (the majority's sign; the paper's choice for language models and small batches) or "avg" (for
+            large batches).
+        zero: what becomes of a vote of 0, as in embedding rows that no token touched; also per group. "ternary" sends
+            it (1.6 bits an element), "alternate" replaces it by +1 or -1 by a hash of place and step; "auto" is ternary
+            for parameters whose names say embedding (or use `lion_groups`), else alternate.
+        process_group: the processes that vote; None: all.
+        topology: "two_phase" (all_to_all of votes, all_gather of outcomes), "all_gather" (all votes to everybody) or
+            "auto": the one of fewer bytes.
+        reply: sums under "avg" as few "bits" or as "int8", up to 127 processes.
+        bucket_mb: elements sent together, counted as float32 in MiB.
+        momentum_sync_every: average the momenta every so many steps; 0: never, as in the paper.
+        clip_local: largest norm of a process's own gradient; None: no clipping.
+        checksum_every: compare the copies every so many steps; 0: before the first only.
+        check_gradients: refuse a first step in which all processes have the same gradient.
+        timeout: seconds to wait for another process.
+
+    Raises:
+        UsageError: a setting out of its range, a parameter without signs, gradients that were averaged.
+        CheckFailed: copies of a parameter differ between processes.
+        EdgewrightError: a process was lost; parameters and momentum are those before the step.
     """
 
     # torch's GradScaler then calls step() always, so that no process skips one that the others make.
@@ -94,20 +111,14 @@ class DistributedLion(torch.optim.Optimizer):
         check_gradients: bool = True,
         timeout: float = 300.0,
     ) -> None:
-        check_settings(lr, betas, weight_decay)
-        _one_of("aggregate", aggregate, AGGREGATES)
-        _one_of("topology", topology, TOPOLOGIES)
-        _one_of("reply", reply, REPLIES)
-        rules = {
-            "bucket_mb": (bucket_mb, 0 < bucket_mb < math.inf, "positive, as 25"),
-            "momentum_sync_every": (momentum_sync_every, momentum_sync_every >= 0, "0 (never) or more steps"),
-            "clip_local": (clip_local, clip_local is None or clip_local > 0, "positive, or None for no clipping"),
-            "checksum_every": (checksum_every, checksum_every >= 0, "0 (first step only) or more steps"),
-            "timeout": (timeout, 0 < timeout < math.inf, "positive seconds, as 300"),
-        }
-        for name, (value, holds, allowed) in rules.items():
-            if not holds:
-                raise UsageError(f"{name}={value!r}: it must be {allowed}")
+        check("aggregate", aggregate, one_of(*AGGREGATES))
+        check("topology", topology, one_of(*TOPOLOGIES))
+        check("reply", reply, one_of(*REPLIES))
+        check("bucket_mb", bucket_mb, number(above=0))
+        check("momentum_sync_every", momentum_sync_every, whole(0), "0 never averages them")
+        check("clip_local", clip_local, optional(number(above=0)))
+        check("checksum_every", checksum_every, whole(0), "0 compares before the first step only")
+        check("timeout", timeout, number(above=0), "seconds, as 300")
         self.aggregate, self.clip_local, self.check_gradients = aggregate, clip_local, check_gradients
         self.momentum_sync_every, self.checksum_every = momentum_sync_every, checksum_every
         self.skipped_steps = 0
@@ -115,7 +126,6 @@ class DistributedLion(torch.optim.Optimizer):
         self.broken = False  # the hook met a gradient that is not finite
         self.failure: Exception | None = None  # what stopped the hook, raised by the next step
         self._elements = int(bucket_mb * 2**20 / 4)
-        self._buckets: list[Bucket] = []
         self._checked = False
         distributed = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size(process_group) if distributed else 1
@@ -139,13 +149,16 @@ class DistributedLion(torch.optim.Optimizer):
         return int(self.param_groups[0]["step"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, after a look at every parameter."""
+        """As torch's, with every setting and parameter checked.
+
+        Args:
+            param_group: "params", and settings that differ from the defaults.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group["step"] = self.param_groups[0]["step"]
         check_settings(group["lr"], group["betas"], group["weight_decay"])
-        _one_of("zero", group["zero"], ZEROS)
-        self._buckets = []
+        check("zero", group["zero"], one_of(*ZEROS))
         for (_, parameter), name in zip(self.members(), self.names(), strict=True):
             check_parameter(local(parameter), name)
             check_shards(parameter, self.exchange)
@@ -163,16 +176,33 @@ class DistributedLion(torch.optim.Optimizer):
         ]
 
     def momentum(self, parameter: Tensor) -> Tensor:
-        """m_i of a parameter, made of zeros when it is first asked for."""
+        """m_i of a parameter, zeros before its first vote.
+
+        Args:
+            parameter: one of `members`.
+
+        Returns:
+            The tensor that the optimizer keeps, in the shape and dtype of the parameter's part on this process.
+        """
         state = self.state[parameter]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(local(parameter))
-        found: Tensor = state["exp_avg"]
-        return found
+        momentum: Tensor = state["exp_avg"]
+        return momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update on all processes: exchange the votes, then apply them. The closure's value, if there is one."""
+        """One update on all processes: exchange the votes, then apply them.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's value, or None.
+
+        Raises:
+            UsageError, CheckFailed, EdgewrightError: see the class.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -184,17 +214,15 @@ class DistributedLion(torch.optim.Optimizer):
         if not self.hooked:
             self._clip(gradients)
         active, skip = self._agree(members, gradients)
-        self.begin(gradients)
+        self._begin(gradients)
         if skip:
             self.skipped_steps += 1
         else:
-            deltas = self._deltas(members, gradients, active)
-            for number, ((group, parameter), gradient) in enumerate(zip(members, gradients, strict=True)):
-                if not active[number]:
-                    continue
+            for index, delta in self._deltas(members, gradients, active).items():
+                (group, parameter), gradient = members[index], gradients[index]
                 if not self.hooked and gradient is not None:
                     advance_(self.momentum(parameter), gradient, group["betas"][1])
-                apply_(local(parameter), deltas[number], float(group["lr"]), float(group["weight_decay"]))
+                apply_(local(parameter), delta, float(group["lr"]), float(group["weight_decay"]))
         for group in self.param_groups:
             group["step"] += 1
         if self.exchange:
@@ -208,7 +236,7 @@ class DistributedLion(torch.optim.Optimizer):
                 self.replica_checksum()
         return loss
 
-    def begin(self, gradients: Sequence[Tensor | None]) -> None:
+    def _begin(self, gradients: Sequence[Tensor | None]) -> None:
         """Before the first exchange: are the copies equal, and the gradients each process's own?"""
         if self._checked or self.exchange is None:
             return
@@ -248,7 +276,14 @@ class DistributedLion(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; every process calls. UsageError on all when any got another's momentum, or of other numbers."""
+        """As torch's; every process calls.
+
+        Args:
+            state_dict: what `state_dict` gave on this process, or on any right after momenta were averaged.
+
+        Raises:
+            UsageError: on all processes, when any got the momentum of another or of a run of another size.
+        """
         holder = state_dict["param_groups"][0].get("momentum_of", SHARED)
         wrong = holder not in (SHARED, f"process {self.rank} of {self.world}")
         if self.exchange is not None:
@@ -262,81 +297,67 @@ class DistributedLion(torch.optim.Optimizer):
             )
         super().load_state_dict(state_dict)
 
-    def votes(self, bucket: Bucket, gradients: Sequence[Tensor | None] | Mapping[int, Tensor | None]) -> Tensor:
-        """sign(b1 * m + (1 - b1) * g) of a bucket's parameters, int8 [numel]; `gradients` by number of the member."""
-        members = self.members()
-        parts = []
-        for number, size in zip(bucket.members, bucket.sizes, strict=True):
-            (group, parameter), gradient = members[number], gradients[number]
-            if gradient is None:
-                parts.append(torch.zeros(size, dtype=torch.int8, device=local(parameter).device))
-            else:
-                raw = direction(self.momentum(parameter), gradient, group["betas"][0])
-                parts.append(raw.sign_().to(torch.int8).flatten())
-        return torch.cat(parts)
-
-    def bucket(self, numbers: Sequence[int], ternary: bool) -> Bucket:
-        """The members of those numbers as one bucket."""
-        sizes = [local(parameter).numel() for _, parameter in self.members()]
-        starts = [0, *accumulate(sizes)]
-        return Bucket(tuple(numbers), tuple(sizes[n] for n in numbers), tuple(starts[n] for n in numbers), ternary)
-
     def is_ternary(self) -> list[bool]:
         """For each member, whether its votes of 0 are sent."""
         return [sends_zeros(group["zero"], name) for (group, _), name in zip(self.members(), self.names(), strict=True)]
 
-    def delta(self, outcome: Tensor, parameter: Tensor) -> Tensor:
-        """D in the shape and dtype of a parameter, from integers of the exchange."""
-        values = outcome.view(local(parameter).shape).to(local(parameter).dtype)
-        return values / self.world if self.aggregate == "avg" else values
-
     def _deltas(
         self, members: list[tuple[dict[str, Any], Tensor]], gradients: list[Tensor | None], active: list[bool]
-    ) -> list[Tensor]:
+    ) -> dict[int, Tensor]:
         """D of every active member; nothing has changed yet."""
-        if self.hooked or self.exchange is None:
-            return [
-                torch.empty(0)
-                if gradient is None
-                else gradient
-                if self.hooked
-                else direction(self.momentum(parameter), gradient, group["betas"][0]).sign_()
-                for (group, parameter), gradient in zip(members, gradients, strict=True)
-            ]
-        began, waited = time.monotonic(), self.exchange.traffic.seconds
-        deltas = [torch.empty(0)] * len(members)
-        rounds = [
-            self.exchange.start(self.votes(bucket, gradients), bucket, self.steps) for bucket in self._plan(active)
-        ]
-        for round_ in rounds:
-            self.exchange.reply(round_)
-        for round_ in rounds:
-            outcome = self.exchange.finish(round_)
-            for number, part in zip(round_.bucket.members, outcome.split(round_.bucket.sizes), strict=True):
-                deltas[number] = self.delta(part, members[number][1])
-        self.exchange.traffic.seconds = waited + time.monotonic() - began
+        numbers = [index for index, on in enumerate(active) if on]
+        present = dict(enumerate(gradients))
+        if self.exchange is not None and not self.hooked:
+            return self._vote(self.exchange, self._plan(numbers), present)
+        deltas = {index: gradient for index in numbers if (gradient := present[index]) is not None}
+        if not self.hooked:
+            for index, gradient in deltas.items():
+                group, parameter = members[index]
+                deltas[index] = direction(self.momentum(parameter), gradient, group["betas"][0]).sign_()
         return deltas
 
-    def _plan(self, active: list[bool]) -> list[Bucket]:
-        """Buckets of the active members: one device and one kind of vote each, about as large as asked for."""
-        numbers = tuple(number for number, on in enumerate(active) if on)
-        if self._buckets and tuple(sorted(n for bucket in self._buckets for n in bucket.members)) == numbers:
-            return self._buckets
-        members, ternary = self.members(), self.is_ternary()
+    def _vote(
+        self, exchange: Exchange, buckets: Sequence[Bucket], gradients: Mapping[int, Tensor | None]
+    ) -> dict[int, Tensor]:
+        """Send sign(b1 * m + (1 - b1) * g) of the buckets' members; D of each in its shape and dtype."""
+        members, votes = self.members(), []
+        for bucket in buckets:
+            parts = []
+            for index, size in zip(bucket.members, bucket.sizes, strict=True):
+                (group, parameter), gradient = members[index], gradients[index]
+                if gradient is None:
+                    parts.append(torch.zeros(size, dtype=torch.int8, device=local(parameter).device))
+                else:
+                    raw = direction(self.momentum(parameter), gradient, group["betas"][0])
+                    parts.append(raw.sign_().to(torch.int8).flatten())
+            votes.append((bucket, torch.cat(parts)))
+        deltas = {}
+        for bucket, outcome in zip(buckets, exchange.outcomes(votes, self.steps), strict=True):
+            for index, part in zip(bucket.members, outcome.split(bucket.sizes), strict=True):
+                like = local(members[index][1])
+                delta = part.view(like.shape).to(like.dtype)
+                deltas[index] = delta / self.world if self.aggregate == "avg" else delta
+        return deltas
+
+    def _plan(self, numbers: Iterable[int]) -> list[Bucket]:
+        """Buckets of members: one device and one kind of vote each, about as large as asked for."""
+        parameters, ternary = [local(parameter) for _, parameter in self.members()], self.is_ternary()
+        sizes = [parameter.numel() for parameter in parameters]
+        starts = list(accumulate(sizes, initial=0))
         kinds: dict[tuple[str, bool], list[list[int]]] = {}
-        filled: dict[tuple[str, bool], int] = {}
-        for number in numbers:
-            parameter = local(members[number][1])
-            kind = str(parameter.device), ternary[number]
-            if kind not in kinds or filled[kind] + parameter.numel() > self._elements:
+        filled: Counter[tuple[str, bool]] = Counter()
+        for index in numbers:
+            kind = str(parameters[index].device), ternary[index]
+            if kind not in kinds or filled[kind] + sizes[index] > self._elements:
                 kinds.setdefault(kind, []).append([])
                 filled[kind] = 0
-            kinds[kind][-1].append(number)
-            filled[kind] += parameter.numel()
-        self._buckets = [
-            self.bucket(bucket, kind[1]) for kind, buckets in kinds.items() for bucket in buckets if bucket
+            kinds[kind][-1].append(index)
+            filled[kind] += sizes[index]
+        return [
+            Bucket(tuple(part), tuple(sizes[i] for i in part), tuple(starts[i] for i in part), kind[1])
+            for kind, buckets in kinds.items()
+            for part in buckets
         ]
-        return self._buckets
 
     def _gradients(self, members: list[tuple[dict[str, Any], Tensor]]) -> list[Tensor | None]:
         scale: Tensor | None = getattr(self, "grad_scale", None)  # set by GradScaler for the time of a step
@@ -381,7 +402,15 @@ def sends_zeros(zero: str, name: str) -> bool:
 
 
 def lion_groups(model: torch.nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Groups for DistributedLion: tables of nn.Embedding vote ternary, the rest alternates; only matrices decay."""
+    """Groups for DistributedLion: tables of nn.Embedding vote ternary, the rest alternates; only matrices decay.
+
+    Args:
+        model: its parameters that require gradients are taken, with their names.
+        weight_decay: of parameters with two or more dimensions.
+
+    Returns:
+        Groups with "params" (pairs of name and parameter), "zero" and "weight_decay".
+    """
     tables = {
         id(parameter)
         for module in model.modules()
@@ -402,15 +431,16 @@ def lion_groups(model: torch.nn.Module, weight_decay: float = 0.0) -> list[dict[
     ]
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
-
-
 def disable_gradient_allreduce(model: nn.Module) -> None:
     """Let every process keep its own gradients: a communication hook of DDP that sends nothing.
 
-    For DistributedLion in its plain form, before the first backward. Buffers are still broadcast.
+    For DistributedLion in its plain form. Buffers are still broadcast.
+
+    Args:
+        model: in its DistributedDataParallel wrapper, before the first backward pass.
+
+    Raises:
+        UsageError: the model is not wrapped.
     """
     _wrapped(model).register_comm_hook(None, noop_hook)
 
@@ -420,6 +450,9 @@ class LocalGradients:
 
     `fit` wraps the model by itself, so that this is where its wrapper is met: fit(model, LocalGradients(loss), ...,
     optimizer=DistributedLion(...)). State of the loss function is passed through.
+
+    Args:
+        loss_function: (model, batch) -> the loss of this process's batch.
     """
 
     def __init__(self, loss_function: Callable[[nn.Module, Any], Any]) -> None:
@@ -442,8 +475,15 @@ def register_distributed_lion_hook(model: nn.Module, optimizer: DistributedLion)
     After backward the gradients hold D (of the vote or the average). Momentum belongs to the parameter, so buckets may
     be rebuilt. The bits are those of the plain form, with two differences: a parameter that is unused on this process
     alone counts as one of zero gradient, and where a gradient is not finite the step is skipped on all, but momenta of
-    buckets that were finite have moved, as they have when a process is lost, which step() raises. Raises UsageError for
-    a model outside DDP and for clip_local, which would need all gradients before the first is sent.
+    buckets that were finite have moved, as they have when a process is lost, which step() raises.
+
+    Args:
+        model: in its DistributedDataParallel wrapper, before the first backward pass.
+        optimizer: holds every parameter of the model that requires a gradient.
+
+    Raises:
+        UsageError: a model outside DDP, a parameter that the optimizer lacks, or clip_local, which would need all
+            gradients before the first is sent.
     """
     wrapped = _wrapped(model)
     if optimizer.clip_local is not None:
@@ -479,12 +519,12 @@ class _Voter:
 
     def __init__(self, optimizer: DistributedLion, numbers: Mapping[int, int]) -> None:
         assert optimizer.exchange is not None
-        self.optimizer, self.numbers, self.ternary = optimizer, numbers, optimizer.is_ternary()
-        ours = optimizer.exchange
-        ranks = ours.ranks()
+        self.optimizer, self.numbers = optimizer, numbers
+        exchange, ranks = optimizer.exchange, optimizer.exchange.ranks()
         group = dist.new_group(ranks, use_local_synchronization=len(ranks) < dist.get_world_size())
-        self.exchange = Exchange(group, ours.aggregate, ours._topology, ours.reply_form, ours.timeout)
-        self.exchange.traffic = ours.traffic
+        self.exchange = Exchange(
+            group, exchange.aggregate, exchange._topology, exchange.reply_form, exchange.timeout, exchange.traffic
+        )
         self.thread = ThreadPoolExecutor(1, "distributed-lion")
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -503,27 +543,19 @@ class _Voter:
         gradients = {self.numbers[id(p)]: g for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)}
         finite = bool(buffer.abs().max().isfinite())
         optimizer.broken |= not finite
-        members, rounds = optimizer.members(), []
-        for ternary in (False, True):
-            chosen = [number for number in gradients if self.ternary[number] == ternary]
-            if chosen:
-                part = optimizer.bucket(chosen, ternary)
-                votes = optimizer.votes(part, gradients if finite else dict.fromkeys(chosen))
-                rounds.append(self.exchange.start(votes, part, optimizer.steps))
-        for number, gradient in gradients.items() if finite else ():
-            group, parameter = members[number]
-            advance_(optimizer.momentum(parameter), gradient, group["betas"][1])
-        for round_ in rounds:
-            self.exchange.reply(round_)
-        for round_ in rounds:
-            outcome = self.exchange.finish(round_)
-            for number, part in zip(round_.bucket.members, outcome.split(round_.bucket.sizes), strict=True):
-                gradients[number].copy_(optimizer.delta(part, members[number][1]))
+        deltas = optimizer._vote(
+            self.exchange, optimizer._plan(gradients), gradients if finite else dict.fromkeys(gradients)
+        )
+        for index, gradient in gradients.items():
+            if finite:
+                group, parameter = optimizer.members()[index]
+                advance_(optimizer.momentum(parameter), gradient, group["betas"][1])
+            gradient.copy_(deltas[index])
 
 
 def _hook(voter: _Voter, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     device = bucket.buffer().device
-    voter.optimizer.begin([])
+    voter.optimizer._begin([])
     if device.type == "cpu":
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         voter.thread.submit(voter.vote, bucket, future)

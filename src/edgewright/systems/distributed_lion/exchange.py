@@ -21,15 +21,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from edgewright.checks import check, one_of
 from edgewright.errors import CheckFailed, EdgewrightError, UsageError, in_one_line
 from edgewright.io.bits import TRITS, pack_codes, pack_planes, pack_trits, unpack_codes, unpack_planes, unpack_trits
-from edgewright.io.hashing import ordered_bit_sum
-from edgewright.systems.distributed_lion.votes import alternate_votes, count_bits
+from edgewright.io.hashing import GOLDEN, ordered_bit_sum, signed64, splitmix64_
 from edgewright.training.distributed import is_split, local
 
 AGGREGATES = ("mavo", "avg")
 TOPOLOGIES = ("auto", "two_phase", "all_gather")
 REPLIES = ("bits", "int8")
+SCHEMES = ("fp32", "bf16", *(f"{aggregate} {way}" for aggregate in AGGREGATES for way in TOPOLOGIES[1:]))
+HASHES = 2**16  # worked on at a time, so that they stay in the cache
 SMALL_MESSAGE = 16 * 2**10  # bytes below which a second round costs more than it saves
 MOST_IN_INT8 = 127
 all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -78,9 +80,9 @@ class VoteTraffic:
 
     def as_dict(self, world: int) -> dict[str, float]:
         """The figures, and how many times more a ring all-reduce of float32 gradients sends."""
-        found: dict[str, float] = {item.name: getattr(self, item.name) for item in fields(self)}
+        figures: dict[str, float] = {item.name: getattr(self, item.name) for item in fields(self)}
         ring = 2 * (world - 1) / world * 4 * self.elements
-        return found | {"ratio_vs_fp32_ring": ring / self.sent_bytes if self.sent_bytes else math.nan}
+        return figures | {"ratio_vs_fp32_ring": ring / self.sent_bytes if self.sent_bytes else math.nan}
 
 
 def wire_bytes(scheme: str, numel: int, world: int, ternary: bool = False) -> float:
@@ -88,12 +90,11 @@ def wire_bytes(scheme: str, numel: int, world: int, ternary: bool = False) -> fl
 
     scheme: "fp32" or "bf16" (ring all-reduce), or an aggregate and a topology as "mavo two_phase".
     """
+    check("scheme", scheme, one_of(*SCHEMES))
     up = (8 / TRITS if ternary else 1) / 8
     if scheme in ("fp32", "bf16"):
         return 2 * (world - 1) / world * numel * (4 if scheme == "fp32" else 2)
     aggregate, _, topology = scheme.partition(" ")
-    if aggregate not in AGGREGATES or topology not in TOPOLOGIES[1:]:
-        raise UsageError(f"scheme={scheme!r}: fp32, bf16, or one of {AGGREGATES} and of {TOPOLOGIES[1:]} with a space")
     if topology == "all_gather":
         return (world - 1) * numel * up
     down = up if aggregate == "mavo" else reply_bits(world, ternary) / 8
@@ -103,6 +104,31 @@ def wire_bytes(scheme: str, numel: int, world: int, ternary: bool = False) -> fl
 def reply_bits(world: int, ternary: bool) -> int:
     """Bits of a sum of votes: world + 1 outcomes of binary votes, 2 * world + 1 of ternary ones."""
     return math.ceil(math.log2((2 * world if ternary else world) + 1))
+
+
+def alternate_votes(index: Tensor, step: int) -> Tensor:
+    """+1 where splitmix64(index XOR step * GOLDEN) is even, else -1: int64 [n] -> int8 [n].
+
+    `index` counts elements over all parameters of the optimizer, so that no layout of buckets changes the rule.
+    """
+    votes = torch.empty(index.shape, dtype=torch.int8, device=index.device)
+    for piece, out in zip(index.split(HASHES), votes.split(HASHES), strict=True):
+        lowest = splitmix64_(piece.bitwise_xor(signed64(step * GOLDEN))).bitwise_and_(1)
+        out.copy_(1 - 2 * lowest)
+    return votes
+
+
+def count_bits(packed: Tensor) -> Tensor:
+    """How many of the N rows have a one in each place: uint8 [N, n] -> uint8 [8n], or int32 where N > 255."""
+    total = None
+    for rows in packed.split(255):  # eight counters of a byte in one word: 255 rows cannot overflow them
+        words = unpack_codes(rows[0], 1).view(torch.int64)
+        for row in rows[1:]:
+            words += unpack_codes(row, 1).view(torch.int64)
+        counts = words.view(torch.uint8)
+        total = counts if total is None else total.to(torch.int32) + counts
+    assert total is not None
+    return total
 
 
 @dataclass
@@ -122,31 +148,45 @@ class Round:
 class Exchange:
     """Votes in, outcome out, over one process group. All processes call everything in the same order.
 
-    `start`, `reply` and `finish` of one bucket may be interleaved with those of others, so that the network works
-    while votes are packed and counted. Raises EdgewrightError when another process has not answered for `timeout`
-    seconds or is gone.
+    Raises EdgewrightError when another process has not answered for `timeout` seconds or is gone.
     """
 
-    def __init__(self, group: Any, aggregate: str, topology: str, reply: str, timeout: float) -> None:
+    def __init__(
+        self, group: Any, aggregate: str, topology: str, reply: str, timeout: float, traffic: VoteTraffic | None = None
+    ) -> None:
         self.group, self.aggregate, self.reply_form, self.timeout = group, aggregate, reply, timeout
         self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.traffic = VoteTraffic()
+        self.traffic = VoteTraffic() if traffic is None else traffic
         self._topology, self._probed = topology, False
         if reply == "int8" and self.world > MOST_IN_INT8:
             raise UsageError(f"reply='int8' holds sums of at most {MOST_IN_INT8} votes, here are {self.world}: 'bits'")
 
     def ranks(self) -> list[int]:
         """The processes, by their numbers in the whole run."""
-        found: list[int] = dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
-        return found
+        ranks: list[int] = dist.get_process_group_ranks(dist.group.WORLD if self.group is None else self.group)
+        return ranks
 
-    def start(self, votes: Tensor, bucket: Bucket, step: int) -> Round:
-        """Send this process's votes, int8 [numel] of -1, 0, 1, for a bucket."""
+    def outcomes(self, votes: Sequence[tuple[Bucket, Tensor]], step: int) -> list[Tensor]:
+        """The outcome of every bucket, integers [numel]: the majority's sign under "mavo", the sum under "avg".
+
+        votes: int8 [numel] of -1, 0, 1 for each bucket, this process's. While they are packed and counted for one
+        bucket, the network carries another.
+        """
+        began, waited = time.monotonic(), self.traffic.seconds
+        rounds = [self._start(part, bucket, step) for bucket, part in votes]
+        for round_ in rounds:
+            self._reply(round_)
+        outcomes = [self._finish(round_) for round_ in rounds]
+        self.traffic.seconds = waited + time.monotonic() - began
+        return outcomes
+
+    def _start(self, votes: Tensor, bucket: Bucket, step: int) -> Round:
+        """Send this process's votes for a bucket."""
         if not bucket.ternary:
             silent = (votes == 0).nonzero().flatten()
             if len(silent):
                 votes[silent] = alternate_votes(bucket.index(silent), step)
-        topology = self.topology(bucket, votes.device)
+        topology = self._way(bucket, votes.device)
         shares = self.world if topology == "two_phase" else 1
         unit = shares * (TRITS * 8 if bucket.ternary else 8)  # whole bytes up, and whole bytes of bit planes down
         padded = math.ceil(bucket.numel / unit) * unit
@@ -162,7 +202,7 @@ class Exchange:
             self._count(packed.numel(), padded, bucket)
         return Round(bucket, step, padded, topology, work, received, [packed])
 
-    def reply(self, round_: Round) -> None:
+    def _reply(self, round_: Round) -> None:
         """Count the votes on this process's share and send the outcome; nothing to do under "all_gather"."""
         if round_.topology == "all_gather":
             return
@@ -174,16 +214,16 @@ class Exchange:
         elif self.reply_form == "int8":
             packed = outcome.to(torch.int8).view(torch.uint8)
         else:
-            packed = pack_planes(
-                self._code(outcome, round_.bucket.ternary), reply_bits(self.world, round_.bucket.ternary)
-            )
+            ternary = round_.bucket.ternary
+            codes = outcome + self.world if ternary else (outcome + self.world) >> 1
+            packed = pack_planes(codes, reply_bits(self.world, ternary))
         round_.received = packed.new_empty(self.world * packed.numel())
         round_.work = all_gather(round_.received, packed, group=self.group, async_op=True)
         round_.sent.append(packed)
         self._count(packed.numel(), round_.padded, round_.bucket)
 
-    def finish(self, round_: Round) -> Tensor:
-        """The outcome, integers [numel]: the majority's sign under "mavo", the sum of votes under "avg"."""
+    def _finish(self, round_: Round) -> Tensor:
+        """The outcome of a bucket."""
         self.wait(round_.work)
         ternary = round_.bucket.ternary
         if round_.topology == "all_gather":
@@ -224,7 +264,7 @@ class Exchange:
         finally:
             self.traffic.seconds += time.monotonic() - began
 
-    def topology(self, bucket: Bucket, device: torch.device) -> str:
+    def _way(self, bucket: Bucket, device: torch.device) -> str:
         """The way this bucket goes: as asked for, or the one of fewer bytes; one round where that is as good."""
         if self._topology == "all_gather":
             return "all_gather"
@@ -255,7 +295,7 @@ class Exchange:
         """The votes of all processes on `count` places from `start`: sums, or signs of sums with ties decided."""
         rows = round_.received.view(self.world, -1)
         if round_.bucket.ternary:
-            total = sum_rows([unpack_trits(row) for row in rows])
+            total = unpack_trits(rows).sum(0, dtype=torch.int16)
             return total.sign().to(torch.int8) if self.aggregate == "mavo" else total
         ones = count_bits(rows)
         if self.aggregate == "avg":
@@ -269,23 +309,12 @@ class Exchange:
         assert len(signs) == count
         return signs
 
-    def _code(self, outcome: Tensor, ternary: bool) -> Tensor:
-        return outcome + self.world if ternary else (outcome + self.world) >> 1
-
     def _count(self, chunk: float, padded: int, bucket: Bucket) -> None:
         """Every round moves world - 1 chunks in and out of a process."""
         sent = (self.world - 1) * chunk
         self.traffic.sent_bytes += sent
         self.traffic.recv_bytes += sent
         self.traffic.pad_bytes += sent * (padded - bucket.numel) / padded
-
-
-def sum_rows(rows: Sequence[Tensor]) -> Tensor:
-    """The sum of int8 rows in int16."""
-    total = rows[0].to(torch.int16)
-    for row in rows[1:]:
-        total += row
-    return total
 
 
 def check_shards(parameter: Tensor, exchange: Exchange | None) -> None:
@@ -303,26 +332,26 @@ def check_shards(parameter: Tensor, exchange: Exchange | None) -> None:
 
 def check_replicas(exchange: Exchange | None, parameters: Sequence[Tensor], names: Sequence[str]) -> list[int]:
     """The checksums of `parameters`; CheckFailed, naming the first that differs, unless all processes have the same."""
-    found = [ordered_bit_sum(local(parameter)) for parameter in parameters]
+    sums = [ordered_bit_sum(local(parameter)) for parameter in parameters]
     if exchange is None:
-        return found
+        return sums
     device = local(parameters[0]).device
-    if spread(exchange, [len(found)], device):
-        raise CheckFailed(f"process {exchange.rank} trains {len(found)} parameters, others have more or fewer")
-    differing = spread(exchange, found, device)
+    if spread(exchange, [len(sums)], device):
+        raise CheckFailed(f"process {exchange.rank} trains {len(sums)} parameters, others have more or fewer")
+    differing = spread(exchange, sums, device)
     if differing:
         raise CheckFailed(
             f"the processes hold different values of {names[differing[0]]}: start all from the same weights (DDP "
             "broadcasts those of the first) and change them by the optimizer alone"
         )
-    return found
+    return sums
 
 
 def check_gradients_differ(exchange: Exchange, gradients: Sequence[Tensor | None]) -> None:
     """UsageError when all processes have the same gradients to the last bit: somebody has averaged them."""
-    found = [0 if gradient is None else ordered_bit_sum(gradient) for gradient in gradients]
+    sums = [0 if gradient is None else ordered_bit_sum(gradient) for gradient in gradients]
     device = next((gradient.device for gradient in gradients if gradient is not None), torch.device("cpu"))
-    if not spread(exchange, found, device) and any(found):
+    if not spread(exchange, sums, device) and any(sums):
         raise UsageError(
             "all processes have the same gradient, bit for bit: DDP has averaged it already, which spends the bytes "
             "that Lion saves; call disable_gradient_allreduce(model) before the first backward. If every process "

@@ -9,26 +9,26 @@ For each element, with learning rate e and weight decay w:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from edgewright.checks import Allowed, check, number
 from edgewright.errors import UsageError
+
+BETAS = Allowed(
+    "two numbers of at least 0 and below 1, as (0.9, 0.99)",
+    lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+)
 
 
 def check_settings(lr: float | Tensor, betas: tuple[float, float], weight_decay: float) -> None:
     """Raise UsageError for numbers that no Lion can use."""
-    if not 0 < float(lr) < math.inf:
-        raise UsageError(
-            f"lr={lr!r}: it must be positive and finite; Lion wants a third to a tenth of AdamW's, as 1e-4"
-        )
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UsageError(f"betas={betas!r}: two numbers of at least 0 and below 1, as (0.9, 0.99)")
-    if not 0 <= weight_decay < math.inf:
-        raise UsageError(f"weight_decay={weight_decay!r}: it must be at least 0; Lion wants 3 to 10 times AdamW's")
+    check("lr", float(lr), number(above=0), "Lion wants a third to a tenth of AdamW's, as 1e-4")
+    check("betas", betas, BETAS)
+    check("weight_decay", float(weight_decay), number(0), "Lion wants 3 to 10 times AdamW's")
 
 
 def check_parameter(parameter: Tensor, name: str) -> None:
@@ -69,11 +69,21 @@ def apply_(parameter: Tensor, delta: Tensor, lr: float, weight_decay: float) -> 
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion over any parameters; the state is `exp_avg` alone, in the parameter's dtype.
+    """Lion (arXiv 2302.06675, Algorithm 2) over any dense parameters.
 
-    foreach: True works on all tensors of a group in one call, which helps where launching a kernel is what costs;
-    None does that on accelerators only. Both give the same bits. Raises UsageError for settings, parameters and
-    gradients that cannot work.
+    The state is `exp_avg` alone, in the parameter's shape and dtype.
+
+    Args:
+        params: parameters or groups of them, as torch's optimizers take them: real, contiguous.
+        lr: learning rate, above 0; a third to a tenth of AdamW's.
+        betas: weights of the momentum in the update and in its own average, at least 0 and below 1.
+        weight_decay: decoupled, multiplied by lr, at least 0; 3 to 10 times AdamW's.
+        foreach: True works on all tensors of a group in one call, which helps where launching a kernel is what costs;
+            None does that on accelerators only. Both give the same bits.
+
+    Raises:
+        UsageError: a setting out of its range; a parameter that is complex, integer or not contiguous; a sparse
+            gradient.
     """
 
     def __init__(
@@ -84,11 +94,14 @@ class Lion(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         foreach: bool | None = None,
     ) -> None:
-        check_settings(lr, betas, weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "foreach": foreach})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, after a look at every parameter."""
+        """As torch's, with every setting and parameter checked.
+
+        Args:
+            param_group: "params", and settings that differ from the defaults.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_settings(group["lr"], group["betas"], group["weight_decay"])
@@ -97,7 +110,14 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient; the closure's value, if there is one."""
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's value, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -110,40 +130,21 @@ class Lion(torch.optim.Optimizer):
                     self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
             gradients = [parameter.grad for parameter in parameters]
             momenta = [self.state[parameter]["exp_avg"] for parameter in parameters]
-            settings = float(group["lr"]), group["betas"], float(group["weight_decay"])
-            together = group["foreach"]
-            if together is None:
-                together = bool(parameters) and all(parameter.device.type != "cpu" for parameter in parameters)
-            (_step_together if together and parameters else _step_each)(parameters, gradients, momenta, *settings)
+            (b1, b2), lr, weight_decay = group["betas"], float(group["lr"]), float(group["weight_decay"])
+            foreach = group["foreach"]
+            if foreach is None:
+                foreach = all(parameter.device.type != "cpu" for parameter in parameters)
+            if not foreach or not parameters:
+                for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+                    apply_(parameter, direction(momentum, gradient, b1).sign_(), lr, weight_decay)
+                    advance_(momentum, gradient, b2)
+                continue
+            updates = torch._foreach_mul(momenta, b1)
+            torch._foreach_add_(updates, gradients, alpha=1 - b1)
+            torch._foreach_sign_(updates)
+            if weight_decay:
+                torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+            torch._foreach_add_(parameters, updates, alpha=-lr)
+            torch._foreach_mul_(momenta, b2)
+            torch._foreach_add_(momenta, gradients, alpha=1 - b2)
         return loss
-
-
-def _step_each(
-    parameters: Iterable[Tensor],
-    gradients: Iterable[Tensor],
-    momenta: Iterable[Tensor],
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> None:
-    for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
-        apply_(parameter, direction(momentum, gradient, betas[0]).sign_(), lr, weight_decay)
-        advance_(momentum, gradient, betas[1])
-
-
-def _step_together(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    momenta: list[Tensor],
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-) -> None:
-    updates = torch._foreach_mul(momenta, betas[0])
-    torch._foreach_add_(updates, gradients, alpha=1 - betas[0])
-    torch._foreach_sign_(updates)
-    if weight_decay:
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-    torch._foreach_add_(parameters, updates, alpha=-lr)
-    torch._foreach_mul_(momenta, betas[1])
-    torch._foreach_add_(momenta, gradients, alpha=1 - betas[1])

@@ -12,17 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of, whole
 from edgewright.errors import UsageError
-from edgewright.systems.distributed_lion.distributed import sends_zeros
-from edgewright.systems.distributed_lion.exchange import AGGREGATES
+from edgewright.systems.distributed_lion.distributed import ZEROS, sends_zeros
+from edgewright.systems.distributed_lion.exchange import AGGREGATES, alternate_votes
 from edgewright.systems.distributed_lion.lion import advance_, apply_, check_settings, direction
-from edgewright.systems.distributed_lion.votes import alternate_votes
 
 
 class SimulatedLion(torch.optim.Optimizer):
     """`workers` voters over one set of parameters. Each worker's gradient is handed over by `keep`, then comes `step`.
 
-    The settings are those of DistributedLion. State: "exp_avg" of shape [workers, *parameter].
+    State: "exp_avg" of shape [workers, *parameter].
+
+    Args:
+        params: parameters or groups of them, with names for zero="auto".
+        workers: how many vote, at least 1.
+        lr, betas, weight_decay, aggregate, zero: as of DistributedLion.
+
+    Raises:
+        UsageError: a setting out of its range, or `step` without a gradient of every worker.
     """
 
     def __init__(
@@ -36,10 +44,9 @@ class SimulatedLion(torch.optim.Optimizer):
         zero: str = "auto",
     ) -> None:
         check_settings(lr, betas, weight_decay)
-        if workers < 1 or aggregate not in AGGREGATES:
-            raise UsageError(
-                f"workers={workers!r}, aggregate={aggregate!r}: at least one worker, and one of {', '.join(AGGREGATES)}"
-            )
+        check("workers", workers, whole(1))
+        check("aggregate", aggregate, one_of(*AGGREGATES))
+        check("zero", zero, one_of(*ZEROS))
         self.workers, self.aggregate = workers, aggregate
         self._kept: list[list[Tensor | None]] = []
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "zero": zero, "step": 0})
@@ -53,7 +60,11 @@ class SimulatedLion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update from the gradients of all workers; those that are in the parameters count as the last one's."""
+        """One update from the gradients of all workers; those that are in the parameters count as the last one's.
+
+        Args:
+            closure: none is taken, as it would give one worker's gradient.
+        """
         if closure is not None:
             raise UsageError("a closure gives one gradient, here are several workers: call keep() after each backward")
         members = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
@@ -64,7 +75,7 @@ class SimulatedLion(torch.optim.Optimizer):
         names = [name for group in self.param_groups for name in group.get("param_names", [""] * len(group["params"]))]
         starts = [0, *accumulate(parameter.numel() for _, parameter in members)]
         for number, (group, parameter) in enumerate(members):
-            gradients = [kept[number] for kept in self._kept]
+            gradients = [worker[number] for worker in self._kept]
             if any(gradient is not None for gradient in gradients):
                 zeros = self.workers == 1 or sends_zeros(group["zero"], names[number])
                 delta = self._vote(group, parameter, gradients, starts[number], zeros)
@@ -101,6 +112,10 @@ class SimulatedWorkers:
 
     fit(model, SimulatedWorkers(loss, optimizer), batches, TrainConfig(..., accumulation=4, clip_norm=None),
     optimizer=optimizer). The batches come in the order in which four processes would read them.
+
+    Args:
+        loss_function: (model, batch) -> the loss of one worker's batch.
+        optimizer: the one that `fit` steps.
     """
 
     def __init__(self, loss_function: Callable[[nn.Module, Any], Any], optimizer: SimulatedLion) -> None:
@@ -116,4 +131,5 @@ class SimulatedWorkers:
         return {"kept": list(self._optimizer._kept)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
         self._optimizer._kept = list(state["kept"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
+from edgewright.checks import check, number, one_of, whole
 from edgewright.errors import UsageError
 from edgewright.quantization.codecs import STORED_BITS, pack_nibbles, unpack_nibbles
 from edgewright.quantization.config import KVConfig
@@ -94,8 +95,7 @@ class QuantLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last tokens; the number is negative, as in transformers' own layers."""
-        if tokens_to_remove > 0:
-            raise UsageError(f"crop({tokens_to_remove}): give minus the number of tokens to remove")
+        check("tokens_to_remove", tokens_to_remove, number(most=0), "minus the number of tokens to remove")
         if tokens_to_remove:
             self._change(lambda part: part[:, :tokens_to_remove])
 
@@ -116,15 +116,20 @@ class QuantLayer(DynamicLayer):
 class QuantCache(Cache):
     """Cache of integer codes: packed nibbles up to 4 bits, bytes up to 8, with the scales beside them.
 
-    model_config: the model's `config`. Pass the cache to the model or to `generate`. Raises UsageError for widths above
-    8 bits, and for pre_rope: attention hands its cache the keys after rotation, so those are what a cache can store.
+    Pass the cache to the model or to `generate`.
+
+    Args:
+        model_config: the model's `config`.
+        config: of 8 bits or fewer, with when="post_rope": attention hands its cache the keys after rotation, so those
+            are what a cache can store.
+
+    Raises:
+        UsageError: another configuration.
     """
 
     def __init__(self, model_config: PreTrainedConfig, config: KVConfig) -> None:
-        if config.bits > STORED_BITS:
-            raise UsageError(f"QuantCache stores 2 to {STORED_BITS} bits, not {config.bits}; use DynamicCache")
-        if config.when != "post_rope":
-            raise UsageError("QuantCache stores keys after the rotary embedding: use KVConfig(..., when='post_rope')")
+        check("QuantCache bits", config.bits, whole(2, STORED_BITS), "use DynamicCache for more")
+        check("QuantCache when", config.when, one_of("post_rope"), "a cache stores keys after the rotary embedding")
         super().__init__(layer_class_to_replicate=partial(QuantLayer, model_config.model_type, config))  # type: ignore[arg-type]
         self.kv_config = config
 

@@ -1,6 +1,6 @@
 """The methods that the arena compares: a quantised copy of the sentence encoder by each, at a width.
 
-llama.cpp's quantiser has its own block formats, which cost more bits; all others have one bfloat16 scale a row.
+llama.cpp's quantiser has its own block formats, which cost more bits; all others have one bfloat16 scale by row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LLAMA_CPP = {
 TORCHAO_WIDTHS = ("2", "3", "4")  # its grids are integers: no binary, no ternary
 # At 2 bits as their sources have it; SEQ's four levels, none of them zero, are ParetoQ's.
 INTEGER_AT_TWO = ("RTN", "MSE", "GPTQ-style")
-SCALE_BITS = 16  # one bfloat16 scale a row
+SCALE_BITS = 16  # one bfloat16 scale by row
 CALIBRATION_BLOCKS = 128
 
 

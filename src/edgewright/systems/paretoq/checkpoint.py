@@ -15,10 +15,18 @@ SUFFIX = ".weight_clip_val"
 
 @torch.no_grad()
 def load_paretoq_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Load an official ParetoQ state dict into a model that `quantize_` put on the same grids, one scale a row.
+    """Load an official ParetoQ state dict into a model that `quantize_` put on the same grids, one scale by row.
 
-    The official linear layers hold `weight` and `weight_clip_val` [out, 1]; they have no biases, ours keep theirs.
-    Raises FormatError for a scale without a layer, a layer without a scale, or another shape.
+    Args:
+        model: with learned scales.
+        state: the official linear layers hold `weight` and `weight_clip_val` [out, 1]; they have no biases, ours keep
+            theirs.
+
+    Returns:
+        The model.
+
+    Raises:
+        FormatError: a scale without a layer, a layer without a scale, or another shape.
     """
     layers = {name: module for name, module in quantized_modules(model) if module.quantizer is not None}
     scales = {name.removesuffix(SUFFIX): value for name, value in state.items() if name.endswith(SUFFIX)}
@@ -27,9 +35,9 @@ def load_paretoq_state(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Modu
         side = "the checkpoint has no scale for" if unmatched[0] in layers else "the model has no quantised layer named"
         raise FormatError(f"{side} {unmatched[0]}; quantise the same layers as the checkpoint did")
     for name, module in layers.items():
-        own = module.quantizer.weight_scale
-        if own is None or own.shape != scales[name].shape:
-            have = "recomputed scales" if own is None else f"scales of shape {tuple(own.shape)}"
+        scale = module.quantizer.weight_scale
+        if scale is None or scale.shape != scales[name].shape:
+            have = "recomputed scales" if scale is None else f"scales of shape {tuple(scale.shape)}"
             raise FormatError(
                 f"{name}: {have}, the checkpoint's have {tuple(scales[name].shape)}; use learned row scales"
             )

@@ -1,11 +1,11 @@
 """ParetoQ (arXiv 2502.02631): one family of grids and one training recipe from 1 to 4 bits.
 
 A sentence encoder learns, under quantisation, to give its own full-precision embeddings. Every width is run with
-round-to-nearest, searched steps and training, over several seeds; the two 2-bit grids are compared. `end_to_end` adds
+round-to-nearest, searched scales and training, over several seeds; the two 2-bit grids are compared. `end_to_end` adds
 SmolLM2-135M through `edgewright compress` at the widths named there.
 
-deviation: training starts from steps of least squared error. The published start (the largest weight of the row) lies
-far from where steps end up at 2 bits and below, and billions of tokens later that does not matter; after a few hundred
+deviation: training starts from scales of least squared error. The published start (the largest weight of the row) lies
+far from where scales end up at 2 bits and below, and billions of tokens later that does not matter; after a few hundred
 steps it does. It is run too, as "qat, published start".
 """
 

@@ -3,7 +3,7 @@
 Both fit the targets of each row of a matrix to its weights. Source: PARQ (arXiv 2503.15748, appendix) and
 Pouransari et al., "Least squares binary quantization of neural networks" (arXiv 2001.02786).
 
-Shapes: weights [R, C]; result of `fit` [R, 1] steps where `ladder` is given, else [R, 2^bits] ascending levels.
+Shapes: weights [R, C]; result of `fit` [R, 1] scales where the levels are `even`, else [R, 2^bits] ascending levels.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from edgewright.checks import check_fields, number, one_of, whole
 from edgewright.errors import Unsupported, UsageError
 from edgewright.quantization.config import SCALE_DTYPES, WeightConfig
 from edgewright.quantization.grids import GRIDS, grid_named
 from edgewright.quantization.scales import SCALE_RULES, SMALLEST_ALPHA, initial_alpha, snap
-from edgewright.quantization.shards import Granularity
-from edgewright.systems.parq.proximal import Ladder
+from edgewright.quantization.shards import GRANULARITY, Granularity
+from edgewright.systems.parq.proximal import EvenLevels
 
 # Adds up ("sum") or compares ("max") a tensor over the shards of a row that lies on several devices.
 Reduce = Callable[[Tensor, str], Tensor]
 
-# The paper's even levels that no packed grid has (half steps at 3 and 4 bits), and the symmetric part of the LSQ grids.
-EXTRA_LADDERS = {
-    "half3": Ladder(-3.5, 1.0, 8),
-    "half4": Ladder(-7.5, 1.0, 16),
-    "symmetric3": Ladder(-3.0, 1.0, 7, "int3"),
-    "symmetric4": Ladder(-7.0, 1.0, 15, "int4"),
-    "symmetric8": Ladder(-127.0, 1.0, 255, "int8"),
+# The paper's even levels that no packed grid has (halves of a scale at 3 and 4 bits), and the symmetric part of the LSQ
+# grids.
+EXTRA_LEVELS = {
+    "half3": EvenLevels(-3.5, 1.0, 8),
+    "half4": EvenLevels(-7.5, 1.0, 16),
+    "symmetric3": EvenLevels(-3.0, 1.0, 7, "int3"),
+    "symmetric4": EvenLevels(-7.0, 1.0, 15, "int4"),
+    "symmetric8": EvenLevels(-127.0, 1.0, 255, "int8"),
 }
-BITS_OF_LADDER = {"half3": 3.0, "half4": 4.0, "symmetric3": 3.0, "symmetric4": 4.0, "symmetric8": 8.0}
 PARQ_RULES = ("mean", "max", "range")
+COMMON = {"granularity": GRANULARITY, "scale_dtype": one_of(*SCALE_DTYPES)}
 
 
 class TargetConfig(Protocol):
@@ -45,7 +47,7 @@ class TargetConfig(Protocol):
     def granularity(self) -> Granularity: ...
 
     @property
-    def ladder(self) -> Ladder | None: ...
+    def even(self) -> EvenLevels | None: ...
 
     def fit(self, weights: Tensor, reduce: Reduce | None = None) -> Tensor: ...
 
@@ -54,13 +56,20 @@ class TargetConfig(Protocol):
 
 @dataclass(frozen=True)
 class LSBQ:
-    """Levels +-v1 +-v2 ... of least squared error; bits 0 is ternary.
+    """Levels +-v1 +-v2 ... of least squared error (PARQ, arXiv 2503.15748, appendix); bits 0 is ternary.
 
-    optimal: the exact solution (2 bits and ternary; at 1 bit greedy is exact). Otherwise greedy, each v the mean of
-        what the ones before leave over, and for ternary `ternary_factor` times the mean magnitude.
-    granularity: one set per "row", per "tensor", or per block of that many consecutive weights of a row.
-    scale_dtype: the single step of binary and ternary sets is rounded to it; wider sets stay as they are.
-    official_ternary_level: the official per-tensor ternary returns half the level; for comparisons with it only.
+    Args:
+        bits: 0 to 8.
+        optimal: the exact solution (2 bits and ternary; at 1 bit greedy is exact). Otherwise greedy, each v the mean of
+            what the ones before leave over, and for ternary `ternary_factor` times the mean magnitude.
+        granularity: one set per "row", per "tensor", or per block of that many consecutive weights of a row.
+        ternary_factor: above 0; the paper's is 1.1.
+        scale_dtype: the single scale of binary and ternary sets is rounded to it ("bfloat16", "float16" or "float32"),
+            so that trained and packed weights are equal; wider sets stay as they are.
+        official_ternary_level: the official per-tensor ternary returns half the level; for comparisons with it only.
+
+    Raises:
+        UsageError: a setting out of its range, or optimal above 2 bits.
     """
 
     bits: int = 1
@@ -71,22 +80,29 @@ class LSBQ:
     official_ternary_level: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not 0 <= self.bits <= 8:
-            raise UsageError(f"LSBQ bits={self.bits}; choose 0 (ternary) or 1 to 8")
+        check_fields(self, {"bits": whole(0, 8), "ternary_factor": number(above=0), **COMMON})
         if self.optimal and self.bits > 2:
             raise UsageError(f"LSBQ optimal=True is known for ternary, 1 and 2 bits only, not {self.bits}")
-        if self.ternary_factor <= 0:
-            raise UsageError(f"LSBQ ternary_factor={self.ternary_factor}; it must be positive, for example 1.1")
-        _check(self.granularity, self.scale_dtype)
 
     @property
-    def ladder(self) -> Ladder | None:
+    def even(self) -> EvenLevels | None:
         """Binary and ternary sets are evenly spaced, wider ones are not."""
         names = {0: "ternary", 1: "binary"}
-        return Ladder.of_grid(GRIDS[names[self.bits]]) if self.bits in names else None
+        return EvenLevels.of_grid(GRIDS[names[self.bits]]) if self.bits in names else None
 
     def fit(self, weights: Tensor, reduce: Reduce | None = None) -> Tensor:
-        """Steps [R, 1] or levels [R, 2^bits]. reduce: where each row is spread over several devices."""
+        """Fit the targets of each row.
+
+        Args:
+            weights: float [R, C].
+            reduce: (tensor, "sum" or "max") -> the same over the devices that a row is spread over; None: none.
+
+        Returns:
+            Scales [R, 1] of binary and ternary sets, else levels [R, 2^bits], ascending.
+
+        Raises:
+            Unsupported: optimal targets of a row that is spread.
+        """
         if self.optimal and self.bits != 1:
             if reduce is not None:
                 raise Unsupported(
@@ -94,16 +110,12 @@ class LSBQ:
                 )
             if self.bits == 2:
                 return signed_sums(optimal_pair(weights))
-            level = _official_ternary(weights) if self._official else optimal_ternary(weights)
-            return _snapped(level, self.scale_dtype)
+            official = self.official_ternary_level and self.granularity == "tensor"
+            return _snapped((_official_ternary if official else optimal_ternary)(weights), self.scale_dtype)
         if self.bits == 0:
             return _snapped(mean_magnitude(weights, reduce).mul_(self.ternary_factor), self.scale_dtype)
-        found = greedy(weights, self.bits, reduce)
-        return _snapped(found, self.scale_dtype) if self.bits == 1 else signed_sums(found)
-
-    @property
-    def _official(self) -> bool:
-        return self.official_ternary_level and self.granularity == "tensor"
+        magnitudes = greedy(weights, self.bits, reduce)
+        return _snapped(magnitudes, self.scale_dtype) if self.bits == 1 else signed_sums(magnitudes)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "lsbq", **asdict(self)}
@@ -111,11 +123,18 @@ class LSBQ:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Evenly spaced targets: a grid of the package, or half3, half4, symmetric3, symmetric4, symmetric8.
+    """Evenly spaced targets (PARQ, arXiv 2503.15748, appendix), fitted anew at every update.
 
-    scale: "mean" (outermost level at min(bits * mean|w|, max|w|)), "max" (at max|w|; ternary: step max|w| / 1.5) or
-        "range" (step (max w - min w) / (levels - 1)), the paper's rules; or a rule of the package: "absmax", "absmean",
-        "entropy", "mse" (searched). It is applied anew at every update of the targets.
+    Args:
+        grid: a grid of the package, or half3, half4, symmetric3, symmetric4, symmetric8.
+        scale: "mean" (outermost level at min(bits * mean|w|, max|w|)), "max" (at max|w|; ternary: scale max|w| / 1.5)
+            or "range" (scale (max w - min w) / (levels - 1)), the paper's rules; or a rule of the package: "absmax",
+            "absmean", "entropy", "mse" (searched).
+        granularity: one scale per "row", per "tensor", or per block of that many consecutive weights of a row.
+        scale_dtype: scales are rounded to it: "bfloat16", "float16" or "float32".
+
+    Raises:
+        UsageError: an unknown name, or a rule that the grid does not have.
     """
 
     grid: str = "seq2"
@@ -124,17 +143,10 @@ class Uniform:
     scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.grid not in EXTRA_LADDERS:
-            if self.grid not in GRIDS:
-                raise UsageError(f"unknown grid {self.grid!r}; the grids are {', '.join((*GRIDS, *EXTRA_LADDERS))}")
-        elif self.scale in SCALE_RULES:
-            raise UsageError(f"scale={self.scale!r} is not defined for {self.grid}; use {', '.join(PARQ_RULES)}")
-        if self.scale not in (*PARQ_RULES, *SCALE_RULES):
-            rules = ", ".join((*PARQ_RULES, *SCALE_RULES))
-            raise UsageError(f"unknown scale rule {self.scale!r}; the rules are {rules}")
+        rules = PARQ_RULES if self.grid in EXTRA_LEVELS else (*PARQ_RULES, *SCALE_RULES)
+        check_fields(self, {"grid": one_of(*GRIDS, *EXTRA_LEVELS), "scale": one_of(*rules), **COMMON})
         if self.grid == "ternary" and self.scale == "mean":
             raise UsageError("scale='mean' is not defined for ternary; use 'max', 'absmean' or 'mse', or LSBQ(bits=0)")
-        _check(self.granularity, self.scale_dtype)
 
     @classmethod
     def of(cls, config: WeightConfig) -> Uniform:
@@ -142,6 +154,12 @@ class Uniform:
 
         deviation: a scale that would be trained there is searched again ("mse") at every update of the targets here,
         since the weights take no gradient with respect to a scale.
+
+        Args:
+            config: of a weight matrix.
+
+        Raises:
+            UsageError: center=True, which moves codes off the weights.
         """
         if config.center:
             raise UsageError("WeightConfig(center=True) moves the codes off the weights; PARQ has no such targets")
@@ -149,31 +167,42 @@ class Uniform:
         return cls(config.grid, scale, config.granularity, config.scale_dtype)
 
     @property
-    def ladder(self) -> Ladder:
-        if self.grid in EXTRA_LADDERS:
-            return EXTRA_LADDERS[self.grid]
+    def even(self) -> EvenLevels:
+        if self.grid in EXTRA_LEVELS:
+            return EXTRA_LEVELS[self.grid]
         grid = grid_named(self.grid)
-        return Ladder.of_grid(grid, mirrored=self.scale == "mse" and grid.kind == "integer")
+        return EvenLevels.of_grid(grid, mirrored=self.scale == "mse" and grid.kind == "integer")
 
     def fit(self, weights: Tensor, reduce: Reduce | None = None) -> Tensor:
-        """Steps [R, 1]. reduce: where each row is spread over several devices."""
+        """Fit the scale of each row.
+
+        Args:
+            weights: float [R, C].
+            reduce: (tensor, "sum" or "max") -> the same over the devices that a row is spread over; None: none.
+
+        Returns:
+            Scales [R, 1].
+
+        Raises:
+            Unsupported: a rule of the package for a row that is spread.
+        """
         if self.scale in SCALE_RULES:
             if reduce is not None:
                 raise Unsupported(f"scale={self.scale!r} needs the whole tensor, which is sharded; use 'mean' or 'max'")
             grid = grid_named(self.grid)
             dtype = SCALE_DTYPES[self.scale_dtype]
             alpha = initial_alpha(weights.float().unsqueeze(1), grid, self.scale, dtype)  # [R, 1]
-            return snap(alpha / grid.steps_per_alpha, dtype).to(weights.dtype)
-        ladder = self.ladder
+            return snap(alpha / grid.scales_per_alpha, dtype).to(weights.dtype)
+        even = self.even
         if self.scale == "range":
             high = _extreme(weights, reduce)
             low = -_extreme(-weights, reduce)
-            return _snapped((high - low) / (ladder.count - 1) / ladder.spacing, self.scale_dtype)
+            return _snapped((high - low) / (even.count - 1) / even.spacing, self.scale_dtype)
         reach = torch.maximum(_extreme(weights, reduce), _extreme(-weights, reduce))
         if self.scale == "mean":
-            bits = BITS_OF_LADDER[self.grid] if self.grid in EXTRA_LADDERS else GRIDS[self.grid].bits
+            bits = float(self.grid[-1]) if self.grid in EXTRA_LEVELS else GRIDS[self.grid].bits
             reach = torch.minimum(bits * mean_magnitude(weights, reduce), reach)
-        outermost = 1.5 if self.grid == "ternary" else ladder.last
+        outermost = 1.5 if self.grid == "ternary" else even.last
         return _snapped(reach / outermost, self.scale_dtype)
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,13 +211,13 @@ class Uniform:
 
 def greedy(weights: Tensor, bits: int, reduce: Reduce | None = None) -> Tensor:
     """V [R, bits]: v_j is the mean magnitude of what v_1 .. v_(j-1) leave over, sign(0) counting as +1."""
-    residual, found = weights, list[Tensor]()
+    residual, magnitudes = weights, list[Tensor]()
     for j in range(bits):
         if j:
-            last = found[-1]
+            last = magnitudes[-1]
             residual = residual - torch.copysign(last, residual + 0.0)  # adding 0 turns -0 into +0
-        found.append(mean_magnitude(residual, reduce))
-    return torch.cat(found, 1)
+        magnitudes.append(mean_magnitude(residual, reduce))
+    return torch.cat(magnitudes, 1)
 
 
 def optimal_pair(weights: Tensor) -> Tensor:
@@ -211,15 +240,15 @@ def optimal_ternary(weights: Tensor) -> Tensor:
     """A [R, 1] of least squared error for the levels -A, 0, A with thresholds +-A/2; A is the mean of what is kept."""
     ordered, _, larger = _splits(weights)
     larger = torch.cat([ordered.double().sum(1, keepdim=True), larger], 1)  # nothing set to zero comes first
-    kept = ordered.shape[1] - torch.arange(ordered.shape[1], device=weights.device)
-    best = (larger * larger / kept).argmax(1, keepdim=True)
-    return (larger / kept).gather(1, best).to(weights.dtype)
+    count = ordered.shape[1] - torch.arange(ordered.shape[1], device=weights.device)
+    best = (larger * larger / count).argmax(1, keepdim=True)
+    return (larger / count).gather(1, best).to(weights.dtype)
 
 
-def signed_sums(found: Tensor) -> Tensor:
+def signed_sums(magnitudes: Tensor) -> Tensor:
     """All values +-v1 +-v2 ... of v [R, n], ascending: [R, 2^n]."""
-    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=found.shape[1])), dtype=found.dtype)
-    return (found.unsqueeze(1) * signs.to(found.device)).sum(-1).sort(1).values
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=magnitudes.shape[1])), dtype=magnitudes.dtype)
+    return (magnitudes.unsqueeze(1) * signs.to(magnitudes.device)).sum(-1).sort(1).values
 
 
 def mean_magnitude(weights: Tensor, reduce: Reduce | None = None) -> Tensor:
@@ -260,14 +289,7 @@ def _official_ternary(weights: Tensor) -> Tensor:
     return half.gather(1, best).to(weights.dtype)
 
 
-def _snapped(step: Tensor, scale_dtype: str) -> Tensor:
+def _snapped(scale: Tensor, scale_dtype: str) -> Tensor:
     dtype = SCALE_DTYPES[scale_dtype]
-    step = step.clamp_min(SMALLEST_ALPHA)  # a row of zeros keeps a valid step
-    return step if dtype is None else step.to(dtype).to(step.dtype)
-
-
-def _check(granularity: Granularity, scale_dtype: str) -> None:
-    if scale_dtype not in SCALE_DTYPES:
-        raise UsageError(f"unknown scale_dtype {scale_dtype!r}; choose one of {', '.join(SCALE_DTYPES)}")
-    if granularity not in ("row", "tensor") and not (isinstance(granularity, int) and granularity >= 1):
-        raise UsageError(f"granularity={granularity!r}; choose 'row', 'tensor' or a block size such as 32")
+    scale = scale.clamp_min(SMALLEST_ALPHA)  # a row of zeros keeps a valid scale
+    return scale if dtype is None else scale.to(dtype).to(scale.dtype)

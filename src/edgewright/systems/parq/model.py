@@ -35,10 +35,22 @@ def quantized_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for a base optimizer: one for every kind of targets, the rest in a decayed and an undecayed one.
 
-    config: the QuantConfig that would also serve `quantize_` (its grids, granularities and scale rules are used), or
-    {pattern of module names: LSBQ or Uniform}, where the first match wins and `skip` names what stays. Only weights of
-    linear, embedding and convolution layers are selected, never a bias or a norm; a tied weight once, by the first of
-    its names. options (such as lr) go into every group. Raises UsageError when a pattern or a block size does not fit.
+    Only weights of linear, embedding and convolution layers are selected, never a bias or a norm; a tied weight once,
+    by the first of its names.
+
+    Args:
+        model: without fake-quantised layers.
+        config: the QuantConfig that would also serve `quantize_` (its grids, granularities and scale rules are used),
+            or {pattern of module names: LSBQ or Uniform}, where the first match wins.
+        weight_decay: of selected weights and other matrices.
+        skip: patterns of names that stay as they are, where `config` is a mapping.
+        options: such as lr, for every group.
+
+    Returns:
+        Groups with "params" (pairs of name and parameter), "weight_decay" and, where quantised, "targets".
+
+    Raises:
+        UsageError: a pattern that matches nothing, a block size that does not divide a row, or nothing selected.
     """
     if any(isinstance(module, QUANTIZED) for module in model.modules()):
         raise UsageError("the model holds fake-quantised layers already; PARQ starts from a plain model")
@@ -53,13 +65,11 @@ def quantized_groups(
         targets = _targets_for(name, config, skip)
         if targets is None or not module.weight.requires_grad:
             continue
-        try:
-            shards.rows_columns(module.weight, module.weight, targets.granularity)
-        except UsageError as error:
-            raise UsageError(f"layer {name}: {error}") from None
+        shards.rows_columns(module.weight, module.weight, targets.granularity, f"layer {name}: ")
         chosen.setdefault(cast(nn.Parameter, module.weight), targets)
     if not chosen:
-        raise UsageError(f"nothing is selected by {patterns} after leaving out {_skipped(config, skip)}")
+        skipped = config.skip if isinstance(config, QuantConfig) else skip
+        raise UsageError(f"nothing is selected by {patterns} after leaving out {skipped}")
     groups: dict[Any, dict[str, Any]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -75,12 +85,22 @@ def quantized_groups(
 
 @torch.no_grad()
 def convert_parq_(model: nn.Module, optimizer: QuantOptimizer) -> nn.Module:
-    """Replace, in place, the layers that `optimizer` quantised by packed ones; returns the model.
+    """Replace, in place, the layers that `optimizer` quantised by packed ones.
 
-    Codes and steps are those of the optimizer's targets, so the packed weights are `hard_weights()` bit for bit; a
-    weight that several layers share is packed once. Nothing is changed when something cannot be packed: UsageError for
-    targets without an integer grid (LSBQ of 2 bits or more, half3, half4), Unsupported for a parameter that is not the
-    weight of a linear, embedding or convolution layer.
+    Codes and scales are those of the optimizer's targets, so the packed weights are `hard_weights()` bit for bit; a
+    weight that several layers share is packed once. Before `anneal_end` there is a UserWarning.
+
+    Args:
+        model: that was trained.
+        optimizer: that trained it.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: targets without an integer grid (LSBQ of 2 bits or more, half3, half4).
+        Unsupported: a parameter that is not the weight of a linear, embedding or convolution layer. Nothing is changed
+            when something cannot be packed.
     """
     if (slope := optimizer.inverse_slope) > 0:
         warnings.warn(
@@ -106,8 +126,8 @@ def convert_parq_(model: nn.Module, optimizer: QuantOptimizer) -> nn.Module:
             packed[p] = _pack(name, p, group["targets"], hard[p], optimizer.targets[p].values)
     for p, tensor in packed.items():
         for name, module in layers[p]:
-            made = keeping_forward(module, _layer(module, tensor).train(module.training))
-            model.set_submodule(name, made)
+            layer = _layer(module, tensor).train(module.training)
+            model.set_submodule(name, keeping_forward(module, layer))
     return model
 
 
@@ -136,9 +156,9 @@ def weight_histogram(optimizer: QuantOptimizer) -> Tensor:
 
 
 def _pack(name: str, p: Tensor, config: TargetConfig, hard: Tensor, values: Tensor) -> PackedTensor:
-    """Codes [out, in] and steps [out, groups] of the hard values."""
-    ladder = config.ladder
-    if ladder is None or not ladder.grid:
+    """Codes [out, in] and scales [out, groups] of the hard values."""
+    even = config.even
+    if even is None or not even.grid:
         raise UsageError(
             f"the targets of {name} ({config.to_dict()}) have no integer grid and cannot be packed; refit to even "
             "levels: train on, or anew, with Uniform('seq2'), Uniform('int4') or LSBQ of 0 or 1 bits"
@@ -146,12 +166,12 @@ def _pack(name: str, p: Tensor, config: TargetConfig, hard: Tensor, values: Tens
     if distributed.is_split(p) or values.dtype != torch.float32:
         raise Unsupported(f"{name} is {values.dtype}, sharded or not: only whole float32 weights are packed")
     rows = 1 if p.ndim < 2 else p.shape[0]
-    steps = values.reshape(-1, 1)
-    units = hard.reshape(steps.shape[0], -1) / steps  # within rounding of the level that the weight is on
-    offset = PackedTensor(hard, steps, ladder.grid).offset
+    scales = values.reshape(-1, 1)
+    units = hard.reshape(scales.shape[0], -1) / scales  # within rounding of the level that the weight is on
+    offset = PackedTensor(hard, scales, even.grid).offset
     codes = (units - offset).round_().to(torch.int8).reshape(rows, -1)
-    step = steps.expand(rows, 1) if steps.shape[0] == 1 else steps.reshape(rows, -1)
-    return PackedTensor(codes, step.contiguous(), ladder.grid)
+    scales = scales.expand(rows, 1) if scales.shape[0] == 1 else scales.reshape(rows, -1)
+    return PackedTensor(codes, scales.contiguous(), even.grid)
 
 
 def _layer(module: nn.Module, packed: PackedTensor) -> nn.Module:
@@ -172,7 +192,3 @@ def _targets_for(
     if any(fnmatchcase(name, pattern) for pattern in skip):
         return None
     return next((targets for pattern, targets in config.items() if fnmatchcase(name, pattern)), None)
-
-
-def _skipped(config: QuantConfig | Mapping[str, TargetConfig], skip: tuple[str, ...]) -> tuple[str, ...]:
-    return config.skip if isinstance(config, QuantConfig) else skip

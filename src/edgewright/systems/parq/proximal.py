@@ -2,21 +2,24 @@
 
 A map takes the latent weights of a matrix and the targets of each of its rows, and writes what the next forward pass
 sees. Source: PARQ (arXiv 2503.15748, section 4) for the piecewise-affine map and its schedule; BinaryRelax
-(arXiv 1801.06313); the hard map is the straight-through estimator.
+(arXiv 1801.06313); the hard map is the straight-through estimator. The theory behind it stands at the end: the convex
+regulariser (`par_penalty`), the closed form of its proximal map (`prox_par`), and `AProx`.
 
-Shapes: latent and result [R, C] in one floating dtype; targets [R, K] or one step a row [R, 1].
+Shapes: latent and result [R, C] in one floating dtype; targets [R, K] or one scale a row [R, 1].
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from edgewright.checks import check, check_fields, number, one_of
 from edgewright.errors import UsageError
 from edgewright.quantization.grids import Grid
 
@@ -27,11 +30,11 @@ FEW_LEVELS = 32  # up to here comparing with each border in turn beats a binary 
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """Evenly spaced levels in units of a step: first, first + spacing, ... (count of them).
+class EvenLevels:
+    """Evenly spaced levels in units of a scale: first, first + spacing, ... (count of them).
 
     grid: the packed grid that stores them, "" where there is none. shift + code is the level of an integer code.
-    mirrored: steps may be negative, so that level k + 1 can lie below level k.
+    mirrored: scales may be negative, so that level k + 1 can lie below level k.
     """
 
     first: float
@@ -41,7 +44,7 @@ class Ladder:
     mirrored: bool = False
 
     @classmethod
-    def of_grid(cls, grid: Grid, mirrored: bool = False) -> Ladder:
+    def of_grid(cls, grid: Grid, mirrored: bool = False) -> EvenLevels:
         levels = grid.levels.tolist()
         return cls(levels[0], levels[1] - levels[0], len(levels), grid.name, mirrored)
 
@@ -61,42 +64,42 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Targets:
-    """Target values of each row of a matrix: levels [R, K] ascending, or with a ladder one step a row [R, 1]."""
+    """Target values of each row of a matrix: levels [R, K] ascending, or where they are even one scale a row [R, 1]."""
 
     values: Tensor
-    ladder: Ladder | None = None
+    even: EvenLevels | None = None
 
     def levels(self) -> Tensor:
-        """[R, K] ascending, unless a step is negative."""
-        return self.values if self.ladder is None else self.values * self.ladder.levels(self.values)
+        """[R, K] ascending, unless a scale is negative."""
+        return self.values if self.even is None else self.values * self.even.levels(self.values)
 
     def rows(self, start: int, stop: int) -> Targets:
-        return self if self.values.shape[0] == 1 else Targets(self.values[start:stop], self.ladder)
+        return self if self.values.shape[0] == 1 else Targets(self.values[start:stop], self.even)
 
     def neighbours(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(low, high), broadcastable to `weights`: the two targets around each; the outermost two beyond the ends."""
-        ladder = self.ladder
-        if ladder is not None and ladder.count == 2:
-            return self.values * ladder.first, self.values * ladder.last
-        if ladder is not None:  # by arithmetic: spacing is 1 wherever there are more than two levels
-            below = _floor_to(ladder, weights / self.values)
-            above = (below + ladder.spacing).mul_(self.values)
+        even = self.even
+        if even is not None and even.count == 2:
+            return self.values * even.first, self.values * even.last
+        if even is not None:  # by arithmetic: spacing is 1 wherever there are more than two levels
+            below = _floor_to(even, weights / self.values)
+            above = (below + even.spacing).mul_(self.values)
             below.mul_(self.values)
-            return (torch.minimum(below, above), torch.maximum(below, above)) if ladder.mirrored else (below, above)
+            return (torch.minimum(below, above), torch.maximum(below, above)) if even.mirrored else (below, above)
         index = _count_below(weights, self.values[:, 1:-1])
         return self.values.gather(1, index), self.values.gather(1, index.add_(1))
 
     def nearest(self, weights: Tensor, out: Tensor) -> Tensor:
-        """The target nearest to each weight; halfway between two, the lower (with a ladder: the even code)."""
-        if self.ladder is None:
+        """The target nearest to each weight; halfway between two, the lower (where levels are even: the even code)."""
+        if self.even is None:
             middles = (self.values[:, :-1] + self.values[:, 1:]).mul_(0.5)
             return out.copy_(self.values.gather(1, _count_below(weights, middles)))
         torch.div(weights, self.values, out=out)
-        if self.ladder.count == 2:  # sign(0) is +1, as on every binary grid of the package
-            out.ge_(0).mul_(self.ladder.spacing).add_(self.ladder.first)
+        if self.even.count == 2:  # sign(0) is +1, as on every binary grid of the package
+            out.ge_(0).mul_(self.even.spacing).add_(self.even.first)
         else:
-            shift = self.ladder.shift
-            _add_(_add_(out, -shift).round_().clamp_(self.ladder.first - shift, self.ladder.last - shift), shift)
+            shift = self.even.shift
+            _add_(_add_(out, -shift).round_().clamp_(self.even.first - shift, self.even.last - shift), shift)
         return out.mul_(self.values)
 
 
@@ -111,15 +114,28 @@ class ProxMap(Protocol):
         """Whether the map does anything at `step`."""
 
     def inverse_slope(self, step: int) -> float:
-        """1: weights are left alone, 0: all are on targets."""
+        """1: weights are left alone at `step`, 0: all are on targets."""
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
-        """Write the mapped `latent` [R, C] into `out`, which may be `latent` itself; returns `out`."""
+        """Write the mapped weights.
+
+        Args:
+            latent: float [R, C].
+            targets: of its rows.
+            step: of the optimizer, which the schedule follows.
+            out: [R, C] in the dtype of `latent`, or `latent` itself.
+
+        Returns:
+            `out`.
+        """
 
 
 @dataclass(frozen=True)
 class ProxHard:
-    """Always the nearest target: straight-through training (BinaryConnect) without a fake-quantised layer."""
+    """Always the nearest target: straight-through training (BinaryConnect) without a fake-quantised layer.
+
+    See `ProxMap` for the methods of all maps.
+    """
 
     @property
     def anneal_end(self) -> int:
@@ -138,34 +154,67 @@ class ProxHard:
 
 
 @dataclass(frozen=True)
-class ProxPARQ:
-    """Affine between targets with slope 1 / r around each midpoint, flat on them; r falls from 1 to 0.
+class Annealing:
+    """What the maps with a schedule share.
 
-    Before anneal_start nothing happens, from anneal_end on the map is hard. schedule: "sigmoid" with that steepness and
-    center (as a fraction of the annealing), or "cosine".
-    deviation: another center than 0.5 is normalised with itself, so r runs from 1 to 0 for every center.
+    Args:
+        anneal_start: before this step nothing happens, at least 0.
+        anneal_end: from this step on the map is hard, above anneal_start.
     """
 
     anneal_start: int
     anneal_end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anneal_start < self.anneal_end:
+            raise UsageError(
+                f"anneal_start={self.anneal_start}, anneal_end={self.anneal_end}: annealing starts at step 0 or later "
+                f"and ends after that, for example {type(self).__name__}(anneal_start=50, anneal_end=400)"
+            )
+
+    def starts_by(self, step: int) -> bool:
+        return step >= self.anneal_start
+
+    def share(self, step: int) -> float:
+        """How much of the annealing is over, 0..1."""
+        return min(1.0, max(0.0, (step - self.anneal_start) / (self.anneal_end - self.anneal_start)))
+
+    def inverse_slope(self, step: int) -> float:
+        return 1.0 - self.share(step)
+
+
+@dataclass(frozen=True)
+class ProxPARQ(Annealing):
+    """Affine between targets with slope 1 / r around each midpoint, flat on them; r falls from 1 to 0.
+
+    PARQ (arXiv 2503.15748), section 4. deviation: another center than 0.5 is normalised with itself, so r runs from 1
+    to 0 for every center.
+
+    Args:
+        anneal_start, anneal_end: the steps between which r falls.
+        steepness: of the sigmoid, above 0, at most 1000; the paper has 10 and, in long runs, 50 to 100.
+        center: where the sigmoid passes its middle, as a fraction of the annealing.
+        schedule: "sigmoid", or "cosine", which has neither.
+
+    Raises:
+        UsageError: a setting out of its range.
+    """
+
     steepness: float = 10.0
     center: float = 0.5
     schedule: Literal["sigmoid", "cosine"] = "sigmoid"
 
     def __post_init__(self) -> None:
-        _check_annealing(self)
-        if not 0 < self.steepness <= 1000:
-            raise UsageError(f"steepness={self.steepness}; it must be positive, at most 1000, for example 10")
-        if not 0 < self.center < 1:
-            raise UsageError(f"center={self.center}; it must lie between 0 and 1, for example 0.5")
-        if self.schedule not in ("sigmoid", "cosine"):
-            raise UsageError(f"schedule={self.schedule!r}; choose 'sigmoid' or 'cosine'")
-
-    def starts_by(self, step: int) -> bool:
-        return step >= self.anneal_start
+        super().__post_init__()
+        rules = {
+            "steepness": number(above=0, most=1000),
+            "center": number(above=0, below=1),
+            "schedule": one_of("sigmoid", "cosine"),
+        }
+        check_fields(self, rules)
 
     def inverse_slope(self, step: int) -> float:
-        share = _share(self, step)
+        share = self.share(step)
         if share in (0.0, 1.0):
             return 1.0 - share
         if self.schedule == "cosine":
@@ -188,23 +237,18 @@ class ProxPARQ:
 
 
 @dataclass(frozen=True)
-class ProxBinaryRelax:
-    """(1 - theta) weight + theta nearest target; theta grows linearly from 0 to 1 (arXiv 1801.06313)."""
+class ProxBinaryRelax(Annealing):
+    """(1 - theta) weight + theta nearest target; theta grows linearly from 0 to 1 (BinaryRelax, arXiv 1801.06313).
 
-    anneal_start: int
-    anneal_end: int
+    Args:
+        anneal_start, anneal_end: the steps between which theta grows.
 
-    def __post_init__(self) -> None:
-        _check_annealing(self)
-
-    def starts_by(self, step: int) -> bool:
-        return step >= self.anneal_start
-
-    def inverse_slope(self, step: int) -> float:
-        return 1.0 - _share(self, step)
+    Raises:
+        UsageError: annealing that does not end after it starts.
+    """
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
-        theta = _share(self, step)
+        theta = self.share(step)
         if theta == 1.0:
             return ProxHard().apply(latent, targets, step, out)
         for weights, part, place in _slices(latent, targets, out):
@@ -214,33 +258,36 @@ class ProxBinaryRelax:
 
 
 @dataclass(frozen=True)
-class ProxSoft:
-    """A sigmoid between neighbouring targets whose temperature grows geometrically from 1 to 1000, then hard.
+class ProxSoft(Annealing):
+    """A sigmoid between neighbouring targets whose temperature grows geometrically, then hard.
 
     deviation: the sigmoid is stretched to reach both neighbours, so that the map begins close to the identity; the bare
     one would move every weight to within an eighth of a midpoint in the first step.
+
+    Args:
+        anneal_start, anneal_end: the steps between which the temperature grows.
+        coldest, hottest: temperatures in units of the distance of neighbours, 1 to 1000 in the paper.
+
+    Raises:
+        UsageError: a setting out of its range.
     """
 
-    anneal_start: int
-    anneal_end: int
     coldest: float = 1.0
     hottest: float = 1000.0
 
     def __post_init__(self) -> None:
-        _check_annealing(self)
+        super().__post_init__()
         if not 0 < self.coldest <= self.hottest:
             raise UsageError(f"temperatures {self.coldest} to {self.hottest}: positive and growing, such as 1 to 1000")
 
-    def starts_by(self, step: int) -> bool:
-        return step >= self.anneal_start
-
     def temperature(self, step: int) -> float:
-        return self.coldest * (self.hottest / self.coldest) ** _share(self, step)
+        """Of the sigmoid at `step` of the optimizer."""
+        return self.coldest * (self.hottest / self.coldest) ** self.share(step)
 
     def inverse_slope(self, step: int) -> float:
         """Of the sigmoid at a midpoint."""
         if step < self.anneal_start or step >= self.anneal_end:
-            return 1.0 - _share(self, step)
+            return 1.0 - self.share(step)
         heat = self.temperature(step)
         return 4.0 / heat * (2.0 * _logistic(heat / 2) - 1.0)
 
@@ -289,10 +336,10 @@ def _count_below(weights: Tensor, borders: Tensor) -> Tensor:
     return count.long()
 
 
-def _floor_to(ladder: Ladder, units: Tensor) -> Tensor:
+def _floor_to(even: EvenLevels, units: Tensor) -> Tensor:
     """The level at or below each value, at most the last but one and at least the first; in place."""
-    shift = ladder.shift
-    _add_(units, -shift).floor_().clamp_(ladder.first - shift, ladder.last - ladder.spacing - shift)
+    shift = even.shift
+    _add_(units, -shift).floor_().clamp_(even.first - shift, even.last - even.spacing - shift)
     return _add_(units, shift)
 
 
@@ -300,18 +347,123 @@ def _add_(tensor: Tensor, number: float) -> Tensor:
     return tensor.add_(number) if number else tensor
 
 
-def _share(prox: ProxPARQ | ProxBinaryRelax | ProxSoft, step: int) -> float:
-    """How much of the annealing is over, 0..1."""
-    return min(1.0, max(0.0, (step - prox.anneal_start) / (prox.anneal_end - prox.anneal_start)))
-
-
 def _logistic(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
 
 
-def _check_annealing(prox: ProxPARQ | ProxBinaryRelax | ProxSoft) -> None:
-    if not 0 <= prox.anneal_start < prox.anneal_end:
+# -- the theory (sections 2 and 3) -------------------------------------------------------------------------------------
+#
+# Targets 0 = q_0 < q_1 < ... < q_m (and their negatives) are the kinks of
+#     Psi(w) = sum over k < m of a_k * clamp(|w| - q_k, 0, q_(k+1) - q_k),   infinite beyond q_m,
+# which is the paper's maximum of affine pieces for slopes 0 <= a_0 < a_1 < ... < a_(m-1).
+
+
+def par_penalty(w: Tensor, q: Sequence[float], a: Sequence[float]) -> Tensor:
+    """Psi of every element (PARQ, arXiv 2503.15748, section 2).
+
+    Args:
+        w: float [...].
+        q: targets q_0 = 0 < ... < q_m.
+        a: the m slopes 0 <= a_0 < ... < a_(m-1).
+
+    Returns:
+        [...], infinite where |w| > q_m.
+
+    Raises:
+        UsageError: targets and slopes that make no convex penalty.
+    """
+    _check_penalty(q, a)
+    size = w.abs()
+    pieces = (slope * (size - low).clamp(0, high - low) for slope, low, high in _pieces(q, a))
+    return torch.where(size <= q[-1], sum(pieces, torch.zeros_like(size)), math.inf)
+
+
+def prox_par(u: Tensor, q: Sequence[float], a: Sequence[float], t: float = 1.0) -> Tensor:
+    """Argmin over w of t Psi(w) + (w - u)^2 / 2, element by element, in closed form.
+
+    |u| in [t a_(k-1) + q_k, t a_k + q_k] goes to q_k; between such plateaus the slope is 1 (a_(-1) = 0, a_m infinite).
+
+    Args:
+        u: float [...].
+        q: targets q_0 = 0 < ... < q_m.
+        a: the m slopes 0 <= a_0 < ... < a_(m-1).
+        t: weight of the penalty, at least 0.
+
+    Returns:
+        [...]
+
+    Raises:
+        UsageError: targets and slopes that make no convex penalty.
+    """
+    _check_penalty(q, a)
+    return _prox_par(u, q, a, t)
+
+
+def _prox_par(u: Tensor, q: Sequence[float], a: Sequence[float], t: float) -> Tensor:
+    size = u.abs()
+    pieces = ((size - t * slope - low).clamp(0, high - low) for slope, low, high in _pieces(q, a))
+    return sum(pieces, torch.zeros_like(size)).copysign(u)
+
+
+class AProx(torch.optim.Optimizer):
+    """u <- u - lr * gradient at w;  w <- prox of (sum of lr so far) * strength * Psi at u.
+
+    The plateaus widen with every step, so the last iterate settles on targets; for convex losses its gap is bounded by
+    G R (2 + 1.5 ln t) / sqrt(t) with lr = R / (2 G sqrt(t)) (PARQ, arXiv 2503.15748, section 3). Latents and the sum
+    are in `state` and the groups.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate, above 0.
+        q: targets q_0 = 0 < ... < q_m.
+        a: the m slopes 0 <= a_0 < ... < a_(m-1).
+        strength: of the penalty, at least 0.
+
+    Raises:
+        UsageError: a setting out of its range, targets and slopes that make no convex penalty.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, q: Sequence[float], a: Sequence[float], strength: float = 1.0
+    ) -> None:
+        check("lr", lr, number(above=0))
+        check("strength", strength, number(0))
+        _check_penalty(q, a)
+        super().__init__(params, {"lr": lr, "q": tuple(q), "a": tuple(a), "strength": strength, "total_lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step.
+
+        Args:
+            closure: computes the loss and its gradients anew.
+
+        Returns:
+            The closure's value, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["total_lr"] += float(group["lr"])
+            for p in (p for p in group["params"] if p.grad is not None):
+                latent = self.state[p].setdefault("latent", p.clone())
+                latent.sub_(p.grad, alpha=float(group["lr"]))
+                p.copy_(_prox_par(latent, group["q"], group["a"], group["total_lr"] * group["strength"]))
+        return loss
+
+
+def _check_penalty(q: Sequence[float], a: Sequence[float]) -> None:
+    """Raise UsageError unless targets and slopes make a convex penalty."""
+    rising = all(low < high for low, high in itertools.pairwise(q))
+    convex = all(low < high for low, high in itertools.pairwise(a))
+    if len(q) < 2 or q[0] != 0 or not rising or len(a) != len(q) - 1 or a[0] < 0 or not convex:
         raise UsageError(
-            f"anneal_start={prox.anneal_start}, anneal_end={prox.anneal_end}: annealing starts at step 0 or later and "
-            f"ends after that, for example {type(prox).__name__}(anneal_start=50, anneal_end=400)"
+            f"targets q={list(q)} with slopes a={list(a)} are no penalty: q starts at 0, a has one slope less, "
+            "both rise, and no slope is negative: for example q=(0, 1, 2), a=(0.5, 1.5)"
         )
+
+
+def _pieces(q: Sequence[float], a: Sequence[float]) -> Iterable[tuple[float, float, float]]:
+    return zip(a, q[:-1], q[1:], strict=True)

@@ -9,11 +9,15 @@ if TYPE_CHECKING:
         SequenceLossConfig as SequenceLossConfig,
         SequenceToSequenceDistillation as SequenceToSequenceDistillation,
     )
-    from edgewright.systems.ternary_binary_nlg.model import quantize_encoder_decoder_ as quantize_encoder_decoder_
+    from edgewright.systems.ternary_binary_nlg.model import (
+        ActivationSet as ActivationSet,
+        quantize_encoder_decoder_ as quantize_encoder_decoder_,
+    )
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "ActivationSet": "edgewright.systems.ternary_binary_nlg.model",
         "SequenceLossConfig": "edgewright.systems.ternary_binary_nlg.distillation",
         "SequenceToSequenceDistillation": "edgewright.systems.ternary_binary_nlg.distillation",
         "quantize_encoder_decoder_": "edgewright.systems.ternary_binary_nlg.model",

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.checks import check, check_fields, number, one_of
 from edgewright.distillation.features import attention_loss, hidden_loss
-from edgewright.distillation.language import check_teacher
+from edgewright.distillation.language import check_evaluating, check_teacher
 from edgewright.distillation.logits import distillation_loss
 from edgewright.errors import UsageError
 
@@ -41,8 +42,14 @@ LayerMap = Literal["even", "published"] | tuple[int, ...]
 class SequenceLossConfig:
     """Weights of the three parts, and which attention maps take part.
 
-    attention: any of "encoder", "decoder" (self) and "cross". encoder_map, decoder_map: "even" spreads the student's
-    layers over the teacher's, "published" is the table for a teacher of six, a tuple names a teacher layer for each.
+    Args:
+        task, logits, features: weights of the terms, at least 0, not all 0; the official default is 1 each.
+        attention: any of "encoder", "decoder" (self) and "cross".
+        encoder_map, decoder_map: "even" spreads the student's layers over the teacher's, "published" is the table for a
+            teacher of six, a tuple names a teacher layer for each.
+
+    Raises:
+        UsageError: a weight below 0, none above 0, or another attention.
     """
 
     task: float = 1.0
@@ -53,16 +60,19 @@ class SequenceLossConfig:
     decoder_map: LayerMap = "even"
 
     def __post_init__(self) -> None:
-        if min(self.task, self.logits, self.features) < 0 or self.task + self.logits + self.features == 0:
-            raise UsageError(
-                f"weights {self.task}, {self.logits}, {self.features}: none negative, one or more positive"
-            )
-        if not set(self.attention) <= {"encoder", "decoder", "cross"}:
-            raise UsageError(f"attention={self.attention}; choose among 'encoder', 'decoder', 'cross'")
+        check_fields(self, dict.fromkeys(("task", "logits", "features"), number(0)))
+        if self.task + self.logits + self.features == 0:
+            raise UsageError("SequenceLossConfig task, logits and features are 0; one or more must be above 0")
+        for part in self.attention:
+            check("SequenceLossConfig attention", part, one_of("encoder", "decoder", "cross"))
 
     @classmethod
     def weighted(cls, **settings: Any) -> SequenceLossConfig:
-        """The official preset with weights 1, 0.8 and 3."""
+        """The official preset with weights 1, 0.8 and 3.
+
+        Args:
+            settings: the other fields.
+        """
         return cls(task=1.0, logits=0.8, features=3.0, **settings)
 
     @classmethod
@@ -77,21 +87,27 @@ def layer_map(kind: LayerMap, student_layers: int) -> tuple[int, ...] | None:
         return None
     if kind != "published":
         return tuple(kind)
-    if student_layers not in PUBLISHED_MAPS:
-        raise UsageError(f"the published maps are for students of 1 to 6 layers, not {student_layers}; use 'even'")
+    check("layers of the student", student_layers, one_of(*PUBLISHED_MAPS), "layer_map='even' serves every depth")
     return PUBLISHED_MAPS[student_layers]
 
 
 class SequenceToSequenceDistillation:
     """Loss function (model, batch) -> (loss, {"task", "logits", "features"}) for `edgewright.fit`.
 
-    batch: "input_ids" [B, S], "labels" [B, T] with -100 where nothing counts, and optionally "attention_mask" [B, S]
-    and whatever else the model's forward takes. Labels of an encoder-decoder align with its logits; those of a
-    decoder-only model are its input ids (-100 where masked) and are shifted here.
+    TBT (arXiv 2306.01841), section 3.3. batch: "input_ids" [B, S], "labels" [B, T] with -100 where nothing counts, and
+    optionally "attention_mask" [B, S] and whatever else the model's forward takes. Labels of an encoder-decoder align
+    with its logits; those of a decoder-only model are its input ids (-100 where masked) and are shifted here.
 
-    Raises UsageError when the teacher is in training mode, shares storage with the student or has another vocabulary,
-    when a map names a layer that the teacher lacks, and when no label counts. Attention maps exist only in eager
-    attention: where a model runs another kind that term is left out, with one warning and a line in `notes`.
+    Attention maps exist only in eager attention: where a model runs another kind that term is left out, with one
+    warning and a line in `notes`.
+
+    Args:
+        teacher: in evaluation mode, with the student's vocabulary; None: labels alone.
+        config: None: weights of 1.
+
+    Raises:
+        UsageError: no teacher for a loss that needs one. In a call: a teacher in training mode, of another vocabulary
+            or with the student's storage; a map to a layer that the teacher lacks; a batch of which no label counts.
     """
 
     def __init__(self, teacher: nn.Module | None, config: SequenceLossConfig | None = None) -> None:
@@ -118,9 +134,9 @@ class SequenceToSequenceDistillation:
         loss = config.task * parts["task"]
         if self.teacher is not None and config.logits + config.features > 0:
             target = self._answer(model, inputs)
-            theirs = target.logits if encoder_decoder else target.logits[:, :-1]
+            reference = target.logits if encoder_decoder else target.logits[:, :-1]
             if config.logits:
-                parts["logits"] = distillation_loss(logits, theirs, mask=counted)
+                parts["logits"] = distillation_loss(logits, reference, mask=counted)
                 loss = loss + config.logits * parts["logits"]
             if config.features:
                 tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"])) > 0
@@ -133,15 +149,14 @@ class SequenceToSequenceDistillation:
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
         if encoder_decoder and "decoder_input_ids" not in inputs:
             inputs["decoder_input_ids"] = _shift_right(batch["labels"], model.config)
-        wanted = bool(self.config.features) and self.teacher is not None
-        maps = wanted and bool(self.config.attention) and self._maps_exist(model)
-        return {**inputs, "use_cache": False, "output_hidden_states": wanted, "output_attentions": maps}
+        features = bool(self.config.features) and self.teacher is not None
+        maps = features and bool(self.config.attention) and self._maps_exist(model)
+        return {**inputs, "use_cache": False, "output_hidden_states": features, "output_attentions": maps}
 
     @torch.no_grad()
     def _answer(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         assert self.teacher is not None
-        if self.teacher.training:
-            raise UsageError("the teacher is in training mode, its answers would be noisy; call teacher.eval()")
+        check_evaluating(self.teacher)
         if not self._checked:
             check_teacher(self.teacher, model)
             self._checked = True
@@ -186,9 +201,9 @@ class SequenceToSequenceDistillation:
             ("cross", "cross_attentions", target, decoder),
         )
         for name, field, mask, rule in maps:
-            ours: Sequence[Tensor] | None = getattr(student, field)
-            if name in chosen and ours:
-                total = total + attention_loss(ours, getattr(teacher, field), mask=mask, layer_map=rule)
+            attention: Sequence[Tensor] | None = getattr(student, field)
+            if name in chosen and attention:
+                total = total + attention_loss(attention, getattr(teacher, field), mask=mask, layer_map=rule)
         return total
 
 

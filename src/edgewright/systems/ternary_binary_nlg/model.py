@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edgewright.checks import check, one_of, whole
 from edgewright.errors import UsageError
 from edgewright.quantization.api import quantize_, quantized_modules
 from edgewright.quantization.attention import AttentionQuantizers, attention_modules, quantize_attention_
@@ -35,12 +36,16 @@ Head = Literal["shared", "int8", "fp"]
 class ActivationSet:
     """The pair of quantisers for tensors of both signs and of one.
 
-    levels: "binary" and "ternary" are elastic (one learned scale each), a width of 3 to 8 bits is dynamic min-max.
-    granularity: whether dynamic ranges and the floor of the ternary unsigned set are taken per "token", or per
-        "tensor" as published. deviation: "token" is the default, so that a sentence's result depends neither on its
-        batch nor on whether a cache is used.
-    clip: where dynamic activations are cut, or None. unsigned: False puts every tensor on the signed set; that is the
-        baseline which shows why two sets are needed.
+    Args:
+        levels: "binary" and "ternary" are elastic (one learned scale each), a width of 3 to 8 bits is dynamic min-max.
+        granularity: whether dynamic ranges and the floor of the ternary unsigned set are taken per "token", or per
+            "tensor" as published. deviation: "token" is the default, so that a sentence's result depends neither on its
+            batch nor on whether a cache is used.
+        clip: where dynamic activations are cut; None: nowhere.
+        unsigned: False puts every tensor on the signed set, the baseline which shows why two sets are needed.
+
+    Raises:
+        UsageError: other levels.
     """
 
     levels: Literal["binary", "ternary"] | int = 8
@@ -49,20 +54,22 @@ class ActivationSet:
     unsigned: bool = True
 
     def __post_init__(self) -> None:
-        if self.levels in ("binary", "ternary"):
-            return
-        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 3 <= self.levels <= 8:
-            raise UsageError(
-                f"activation levels={self.levels!r}: say 'binary', 'ternary' (what papers write as 2 bits), "
-                "or a width of 3 to 8 bits"
-            )
+        if self.levels not in ("binary", "ternary"):
+            hint = "or say 'binary' or 'ternary' (what papers write as 2 bits)"
+            check("activation levels", self.levels, whole(3, 8), hint)
 
     def signed_config(self) -> InputConfig:
+        """For tensors of both signs."""
         if isinstance(self.levels, int):
             return ClippedActivationConfig(self.levels, self.clip, self.granularity)
         return ElasticConfig(self.levels, shift=False)
 
     def unsigned_config(self, probabilities: bool = False) -> InputConfig:
+        """For tensors of one sign.
+
+        Args:
+            probabilities: they are those of attention, whose floor is zero.
+        """
         if not self.unsigned:
             return self.signed_config()
         if isinstance(self.levels, int):
@@ -80,19 +87,29 @@ def quantize_encoder_decoder_(
 ) -> PreTrainedModel:
     """Put a transformers model under TBT's quantisation, in place; returns it.
 
-    weight: "ternary" or "binary" with statistics as scales, or a WeightConfig of your own (other rules); None, 16 or 32
-        leave weights alone. activation: "ternary", "binary", a width of 3 to 8 bits or an ActivationSet; None, 16 or 32
-        leave activations alone. A width is cut at 2.5 in encoder-decoders and not at all in decoder-only models.
-    head: "shared" uses the quantised table for logits too (its own table on the same grid where the model has none to
-        share), "int8" gives it a table of 8 bits, "fp" multiplies by the latent table in full precision, as the
-        official class does: that is then shipped as well. embedding: "low" as the other weights, "int8" or "fp".
-    Nothing is changed where all is left alone. Raises UsageError: an ambiguous width, a model under quantisation, a
-    model without input embeddings.
+    Nothing is changed where all is left alone.
+
+    Args:
+        model: an encoder-decoder (BART, mBART, Marian, T5) or a decoder-only model.
+        weight: "ternary" or "binary" with statistics as scales, or a WeightConfig of your own (other rules); None, 16
+            or 32 leave weights alone.
+        activation: "ternary", "binary", a width of 3 to 8 bits or an ActivationSet; None, 16 or 32 leave activations
+            alone. A width is cut at 2.5 in encoder-decoders and not at all in decoder-only models.
+        head: "shared" uses the quantised table for logits too (its own table on the same grid where the model has none
+            to share), "int8" gives it a table of 8 bits, "fp" multiplies by the latent table in full precision, as the
+            official class does: that is then shipped as well.
+        embedding: "low" as the other weights, "int8" or "fp".
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: an ambiguous width, a model under quantisation, a model without input embeddings.
     """
     grid = _weight_config(weight)
     acts = _activation_set(activation, bool(getattr(model.config, "is_encoder_decoder", False)))
-    if head not in ("shared", "int8", "fp") or embedding not in ("low", "int8", "fp"):
-        raise UsageError(f"head={head!r} with embedding={embedding!r}; heads: shared, int8, fp; tables: low, int8, fp")
+    check("head", head, one_of("shared", "int8", "fp"))
+    check("embedding", embedding, one_of("low", "int8", "fp"))
     if grid is None and acts is None:
         return model
     if quantized_modules(model) or any(hasattr(m, "attention_quantizers") for _, m in attention_modules(model)):
@@ -132,8 +149,7 @@ def _weight_config(weight: WeightConfig | str | int | None) -> WeightConfig | No
         return weight
     if weight in UNTOUCHED and not isinstance(weight, bool):
         return None
-    if weight not in ("ternary", "binary"):
-        raise UsageError(f"weight={weight!r}: say 'ternary' (what papers write as 2 bits), 'binary' or None")
+    check("weight", weight, one_of("ternary", "binary", None), "'ternary' is what papers write as 2 bits")
     return WeightConfig(str(weight), "row", scale="entropy")
 
 

@@ -174,7 +174,7 @@ def run(settings: TernaryBinaryNLG, output: Path) -> Report:
         steps = settings.llm_steps if name in LLM_RULES else 0
         run.add_rows(run.memo(f"llm {name}", lambda: smollm2().rows(name, rule, steps)))  # noqa: B023
     run.note("exact_match: share of held-out questions whose greedy answer is right in every token")
-    run.note("stored_bytes: codes at 1 or 2 bits, steps, full-precision rest; the head shares the table")
+    run.note("stored_bytes: codes at 1 or 2 bits, scales, full-precision rest; the head shares the table")
     if settings.llm_steps:
         run.note("SmolLM2: ternary linear layers, 8-bit table; KL in nats per token to the float model")
     run.bars("exact_match.png", "exact_match", "held-out questions answered right, greedy decoding", xlim=(0, 1))

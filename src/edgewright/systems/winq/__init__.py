@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING
 from edgewright.lazy import lazy
 
 if TYPE_CHECKING:
-    from edgewright.systems.winq.probe import quantized_spectrum as quantized_spectrum
-    from edgewright.systems.winq.spectrum import Spectrum as Spectrum, hessian_spectrum as hessian_spectrum
+    from edgewright.systems.winq.spectrum import (
+        Spectrum as Spectrum,
+        hessian_spectrum as hessian_spectrum,
+        quantized_spectrum as quantized_spectrum,
+    )
     from edgewright.systems.winq.training import WinQ as WinQ
 
 __getattr__, __dir__, __all__ = lazy(
@@ -15,6 +18,6 @@ __getattr__, __dir__, __all__ = lazy(
         "Spectrum": "edgewright.systems.winq.spectrum",
         "WinQ": "edgewright.systems.winq.training",
         "hessian_spectrum": "edgewright.systems.winq.spectrum",
-        "quantized_spectrum": "edgewright.systems.winq.probe",
+        "quantized_spectrum": "edgewright.systems.winq.spectrum",
     },
 )

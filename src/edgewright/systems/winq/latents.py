@@ -109,22 +109,22 @@ def latent_weights(model: nn.Module, optimizer: Any = None) -> list[Latent]:
     """
     modules = quantized_modules(model)
     seen = {id(module.weight) for _, module in modules if isinstance(module, QuantEmbedding)}
-    found: list[Latent] = []
+    latents: list[Latent] = []
     for name, module in modules:
         if module.quantizer is None or id(module.weight) in seen or not module.weight.requires_grad:
             continue
         seen.add(id(module.weight))
-        found.append(Latent(name, module.weight, _values_of(module.quantizer), module.quantizer))
+        latents.append(Latent(name, module.weight, _values_of(module.quantizer), module.quantizer))
     if hasattr(optimizer, "hard_tensors"):
-        found += _optimizer_latents(model, optimizer)
-    if not found:
+        latents += _optimizer_latents(model, optimizer)
+    if not latents:
         packed = any(isinstance(module, PACKED) for module in model.modules())
         reason = "its layers are packed integers" if packed else "no linear or convolution layer is under quantisation"
         raise UsageError(
             f"the model has no quantised weight that trains ({reason}); call quantize_(model, config) and leave "
             "requires_grad on"
         )
-    return found
+    return latents
 
 
 def _values_of(quantizer: WeightQuantizer) -> Callable[[Tensor], Tensor]:

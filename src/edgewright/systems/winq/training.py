@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from edgewright.checks import check, check_fields, number, one_of, whole
 from edgewright.errors import UsageError
 from edgewright.io.hashing import mixed_seed
 from edgewright.measure.report import Report
@@ -29,21 +30,33 @@ from edgewright.quantization.noise import Noise
 from edgewright.systems.winq.latents import Latent, PackedCodes, interpolate_, latent_weights
 from edgewright.training import snapshot
 
-# Where a standard deviation stops doing anything useful, in steps of the grid.
+# Where a standard deviation stops doing anything useful, in scales of the grid.
 TOO_MUCH, TOO_LITTLE = 0.2, 0.001
 USUAL = 0.05  # the published sigma over the published size of the weights, 0.001 / 0.02
 
 
 @dataclass(frozen=True)
 class WinQ:
-    """Settings of both parts; `pull=0` or `sigma=sigma_scale=0` switches one off.
+    """Settings of both parts (WinQ, arXiv 2605.17471); `pull=0` or `sigma=sigma_scale=0` switches one off.
 
-    every: a float in (0, 1] is a fraction of the run, an int a number of optimizer steps; no reset on the last step.
-    sigma, sigma_scale: absolute, tuned for weights of about 0.02; with sigma_mode "relative" they multiply the layer's
-        mean |W| and mean |alpha|, measured at the start and after every reset.
-    trigger: "schedule" follows `every`; "plateau" resets when the mean loss of `window` steps is less than `tolerance`
-        (relative) below that of the `window` before. frozen_noise: one draw serves until the next reset.
-    count_flips: log how many codes moved between resets; keeps a copy of the codes, 2 to 8 bits a weight.
+    Args:
+        pull: weight on the quantised values in a reset, 0 to 1: the paper's alpha, best about 0.4. The official
+            script's alpha=0.2 is the weight on the latents, so it means pull=0.8.
+        every: a float in (0, 1] is a fraction of the run, an int a number of optimizer steps; no reset on the last.
+        sigma, sigma_scale: standard deviations of the noise on weights and on clip scales, tuned for weights of about
+            0.02.
+        sigma_mode: "absolute", or "relative": they multiply the layer's mean |W| and mean |alpha|, measured at the
+            start and after every reset.
+        trigger: "schedule" follows `every`; "plateau" resets when the mean loss of `window` steps is less than
+            `tolerance` (relative) below that of the `window` before.
+        window: steps, at least 1.
+        tolerance: at least 0.
+        frozen_noise: one draw serves until the next reset.
+        count_flips: log how many codes moved between resets; keeps a copy of the codes, 2 to 8 bits a weight.
+        seed: of the noise.
+
+    Raises:
+        UsageError: a setting out of its range.
     """
 
     pull: float = 0.4
@@ -59,28 +72,33 @@ class WinQ:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.pull <= 1:
-            raise UsageError(
-                f"pull={self.pull}: it is the weight on the quantised values, from 0 to 1 (the paper's alpha, default "
-                "0.4; the official script's alpha=0.2 is the weight on the latents, so it means pull=0.8)"
-            )
-        fraction = isinstance(self.every, float)
+        hint = (
+            "it is the weight on the quantised values (the paper's alpha, default 0.4; the official script's alpha=0.2 "
+            "is the weight on the latents, so it means pull=0.8)"
+        )
+        check("WinQ pull", self.pull, number(0, 1), hint)
+        rule = number(above=0, most=1) if isinstance(self.every, float) else whole(1)
+        check("WinQ every", self.every, rule, "a fraction such as 0.25, or steps")
         rules = {
-            "every": (0 < self.every <= 1 if fraction else self.every >= 1, "a fraction up to 1.0, or whole steps"),
-            "sigma": (0 <= self.sigma < float("inf"), "0 or more"),
-            "sigma_scale": (0 <= self.sigma_scale < float("inf"), "0 or more"),
-            "sigma_mode": (self.sigma_mode in ("absolute", "relative"), "'absolute' or 'relative'"),
-            "trigger": (self.trigger in ("schedule", "plateau"), "'schedule' or 'plateau'"),
-            "window": (self.window >= 1, "1 step or more"),
-            "tolerance": (self.tolerance >= 0, "0 or more"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "sigma": number(0),
+            "sigma_scale": number(0),
+            "sigma_mode": one_of("absolute", "relative"),
+            "trigger": one_of("schedule", "plateau"),
+            "window": whole(1),
+            "tolerance": number(0),
+            "seed": whole(0),
         }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise UsageError(f"WinQ {name}={getattr(self, name)!r}: it must be {allowed}; for example every=0.25")
+        check_fields(self, rules)
 
     def reset_steps(self, steps: int) -> tuple[int, ...]:
-        """Numbers of finished optimizer steps after which a run of `steps` is reset; empty with the plateau trigger."""
+        """Numbers of finished optimizer steps after which there is a reset; empty with the plateau trigger.
+
+        Args:
+            steps: of the run.
+
+        Raises:
+            UsageError: `every` is a number of steps beyond the run's.
+        """
         if self.trigger == "plateau" or self.pull == 0:
             return ()
         if isinstance(self.every, float):
@@ -105,33 +123,51 @@ class WinQ:
         with WinQ().attach(model, loss_function, config.steps) as loss:
             fit(model, loss, batches, config)
 
-        optimizer: one that quantises by itself (`parq.QuantOptimizer`): its latents are reset. latents: what to act on
-        instead of the model's own layers. Raises UsageError when nothing in the model trains under quantisation.
+        Args:
+            model: under quantisation (`quantize_`).
+            loss_function: (model, batch) -> loss; None: for a loop that calls `begin` itself.
+            steps: optimizer steps of the run.
+            accumulation: batches of a step.
+            optimizer: one that quantises by itself (`parq.QuantOptimizer`): its latents are reset.
+            latents: what to act on instead of the model's own layers.
+
+        Raises:
+            UsageError: nothing in the model trains under quantisation, or noise without layers of `quantize_`.
         """
-        found = list(latents) if latents is not None else latent_weights(model, optimizer)
-        if (self.sigma or self.sigma_scale) and all(latent.quantizer is None for latent in found):
+        latents = list(latents) if latents is not None else latent_weights(model, optimizer)
+        if (self.sigma or self.sigma_scale) and all(latent.quantizer is None for latent in latents):
             raise UsageError(
                 "noise needs layers of quantize_, which this model does not have; use WinQ(sigma=0, sigma_scale=0) "
                 "with an optimizer that quantises by itself"
             )
-        return WinQRun(self, found, loss_function, steps, accumulation)
+        return WinQRun(self, latents, loss_function, steps, accumulation)
 
     def suggest(self, model: nn.Module) -> Report:
-        """Mean |W|, mean |alpha|, mean step and sigma / step of every layer; notes where sigma is far off."""
+        """Mean |W|, mean |alpha|, mean scale and sigma / scale of every layer, with notes where sigma is far off.
+
+        Args:
+            model: under quantisation (`quantize_`).
+
+        Returns:
+            Rows "weight", "alpha", "scale" and "sigma_per_scale" of every layer.
+
+        Raises:
+            UsageError: nothing in the model trains under quantisation.
+        """
         report = Report(f"WinQ noise, sigma={self.sigma:g} ({self.sigma_mode})")
         sizes = []
         for latent in latent_weights(model):
             assert latent.quantizer is not None
-            size, scale = latent.sizes()
-            step = scale / latent.quantizer.quantizer.grid.steps_per_alpha
-            ratio = self.sigma * (size if self.sigma_mode == "relative" else 1.0) / step
+            size, alpha = latent.sizes()
+            scale = alpha / latent.quantizer.quantizer.grid.scales_per_alpha
+            ratio = self.sigma * (size if self.sigma_mode == "relative" else 1.0) / scale
             sizes.append(size)
-            for metric, value in (("weight", size), ("alpha", scale), ("step", step), ("sigma_per_step", ratio)):
+            for metric, value in (("weight", size), ("alpha", alpha), ("scale", scale), ("sigma_per_scale", ratio)):
                 report.add(metric, value, subject=latent.name)
             if ratio > TOO_MUCH:
-                report.notes.append(f"{latent.name}: sigma is {ratio:.2g} steps; above {TOO_MUCH} it is destructive")
+                report.notes.append(f"{latent.name}: sigma is {ratio:.2g} scales; above {TOO_MUCH} it is destructive")
             elif 0 < ratio < TOO_LITTLE:
-                report.notes.append(f"{latent.name}: sigma is {ratio:.2g} steps; below {TOO_LITTLE} it does nothing")
+                report.notes.append(f"{latent.name}: sigma is {ratio:.2g} scales; below {TOO_LITTLE} it does nothing")
         typical = sorted(sizes)[len(sizes) // 2]
         report.notes.append(
             f"the published ratio to mean |W| is {USUAL:g}: here sigma={USUAL * typical:.2g}, "
@@ -226,7 +262,15 @@ class WinQRun:
     def begin(self, step: int, micro: int = 0, measure: Callable[[], float] | None = None) -> None:
         """Before the forward pass of micro-batch `micro` of step `step` (from 0): a reset that is due, then the noise.
 
-        For loops of your own that have no loss function of (model, batch). `measure` gives the loss for the log.
+        For loops of your own that have no loss function of (model, batch).
+
+        Args:
+            step: of the optimizer.
+            micro: within the step.
+            measure: gives the loss for the log.
+
+        Raises:
+            UsageError: the run is over.
         """
         if step >= self.steps:
             raise UsageError(f"this WinQ was attached for {self.steps} steps, which are over; attach it again")
@@ -238,7 +282,15 @@ class WinQRun:
 
     @torch.no_grad()
     def reset(self, step: int, measure: Callable[[], float] | None = None) -> Reset:
-        """Pull every latent weight to its quantised value now; the entry of the log."""
+        """Pull every latent weight to its quantised value now.
+
+        Args:
+            step: for the log.
+            measure: gives the loss for the log, before and after.
+
+        Returns:
+            The entry of the log.
+        """
         loss_before = measure() if measure else None
         gap_before = gap_after = energy = moved = flipped = total = 0.0
         for latent in self.latents:
@@ -301,7 +353,14 @@ class WinQRun:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state. Raises UsageError when the settings are others."""
+        """Go on from a saved state.
+
+        Args:
+            state: of a run with the same settings.
+
+        Raises:
+            UsageError: the settings are others.
+        """
         difference = snapshot.first_difference(dict(state["settings"]), self.state_dict()["settings"])
         if difference:
             name, was, now = difference

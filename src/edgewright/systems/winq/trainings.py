@@ -11,7 +11,7 @@ import torch
 from edgewright.data.sentences import SentenceBench, SentenceSettings, embedding_loss
 from edgewright.quantization.api import quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
-from edgewright.systems.winq.probe import quantized_spectrum
+from edgewright.systems.winq.spectrum import quantized_spectrum
 from edgewright.systems.winq.training import WinQ
 from edgewright.training.batches import BlockBatches
 from edgewright.training.loop import TrainConfig, fit
@@ -48,8 +48,10 @@ class Trainings:
         student, _ = self._train(width, pull, strength, 0)
         batch = {name: value[: settings.batch] for name, value in self.sentences.train.items()}
         generator = torch.Generator().manual_seed(settings.seed)
-        found = quantized_spectrum(student, embedding_loss, [batch], settings.probes, settings.lanczos_steps, generator)
-        return {**vars(found), "ritz": found.ritz.tolist(), "weights": found.weights.tolist()}
+        spectrum = quantized_spectrum(
+            student, embedding_loss, [batch], settings.probes, settings.lanczos_steps, generator
+        )
+        return {**vars(spectrum), "ritz": spectrum.ritz.tolist(), "weights": spectrum.weights.tolist()}
 
     def _train(self, width: str, pull: float, strength: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         """strength: multiplies the noise."""
