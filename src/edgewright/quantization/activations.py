@@ -46,7 +46,12 @@ class ActivationConfig:
         check_fields(self, {"bits": whole(2, 16), "granularity": one_of("token", "tensor")})
 
     def build(self, layer: str, features: int) -> nn.Module:
-        """A module without state; see `InputConfig`."""
+        """The module in front of a layer, without state.
+
+        Args:
+            layer: name of the layer, for errors.
+            features: of its input.
+        """
         return DynamicActivation(self, layer)
 
 

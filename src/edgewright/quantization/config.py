@@ -234,6 +234,7 @@ class QuantConfig:
         return next((rule for rule in self.rules if fnmatchcase(name, rule.pattern)), None)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
         return asdict(self)
 
 

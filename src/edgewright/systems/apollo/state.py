@@ -85,6 +85,9 @@ def state_floats(method: str, shape: Sequence[int], rank: int = 1) -> int:
         shape: of the weight, seen as a matrix [first, others]; with fewer than two dimensions it is AdamW's.
         rank: of the sketch, cut to the smaller side.
 
+    Returns:
+        How many numbers the optimizer keeps.
+
     Raises:
         UsageError: an unknown method.
     """
@@ -136,6 +139,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
     Args:
         optimizer: of any kind. The projector objects of galore-torch are looked into as well.
+
+    Returns:
+        Their sum.
     """
     return sum(_tensor_bytes(value, set()) for entries in optimizer.state.values() for value in entries.values())
 

@@ -118,6 +118,7 @@ class LSBQ:
         return _snapped(magnitudes, self.scale_dtype) if self.bits == 1 else signed_sums(magnitudes)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, with the kind of targets."""
         return {"kind": "lsbq", **asdict(self)}
 
 
@@ -206,6 +207,7 @@ class Uniform:
         return _snapped(reach / outermost, self.scale_dtype)
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values, with the kind of targets."""
         return {"kind": "uniform", **asdict(self)}
 
 

@@ -142,12 +142,15 @@ class ProxHard:
         return 0
 
     def starts_by(self, step: int) -> bool:
+        """As `ProxMap.starts_by`."""
         return True
 
     def inverse_slope(self, step: int) -> float:
+        """As `ProxMap.inverse_slope`."""
         return 0.0
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
+        """As `ProxMap.apply`."""
         for weights, part, place in _slices(latent, targets, out):
             part.nearest(weights, place)
         return out
@@ -173,6 +176,7 @@ class Annealing:
             )
 
     def starts_by(self, step: int) -> bool:
+        """As `ProxMap.starts_by`."""
         return step >= self.anneal_start
 
     def share(self, step: int) -> float:
@@ -180,6 +184,7 @@ class Annealing:
         return min(1.0, max(0.0, (step - self.anneal_start) / (self.anneal_end - self.anneal_start)))
 
     def inverse_slope(self, step: int) -> float:
+        """As `ProxMap.inverse_slope`."""
         return 1.0 - self.share(step)
 
 
@@ -214,6 +219,7 @@ class ProxPARQ(Annealing):
         check_fields(self, rules)
 
     def inverse_slope(self, step: int) -> float:
+        """As `ProxMap.inverse_slope`."""
         share = self.share(step)
         if share in (0.0, 1.0):
             return 1.0 - share
@@ -223,6 +229,7 @@ class ProxPARQ(Annealing):
         return (falling - last) / (first - last)
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
+        """As `ProxMap.apply`."""
         slope = self.inverse_slope(step)
         if slope == 0.0:
             return ProxHard().apply(latent, targets, step, out)
@@ -248,6 +255,7 @@ class ProxBinaryRelax(Annealing):
     """
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
+        """As `ProxMap.apply`."""
         theta = self.share(step)
         if theta == 1.0:
             return ProxHard().apply(latent, targets, step, out)
@@ -292,6 +300,7 @@ class ProxSoft(Annealing):
         return 4.0 / heat * (2.0 * _logistic(heat / 2) - 1.0)
 
     def apply(self, latent: Tensor, targets: Targets, step: int, out: Tensor) -> Tensor:
+        """As `ProxMap.apply`."""
         if step >= self.anneal_end:
             return ProxHard().apply(latent, targets, step, out)
         heat = self.temperature(step)
