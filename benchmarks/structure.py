@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from edgewright.systems.recipe import STUDIES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "edgewright"
 # Modules that name systems through a lazy table.
@@ -118,9 +120,9 @@ def up() -> list[tuple[str, str]]:
 
 
 def across() -> set[tuple[str, str]]:
-    """(system, another system that it imports)."""
+    """(system, another system that it imports); studies, which compare systems, are none."""
     pairs = {(system_of(name), system_of(target)) for name, m in modules().items() for target in m.imports | m.named}
-    return {(a, b) for a, b in pairs if a is not None and b is not None and a != b}
+    return {(a, b) for a, b in pairs if a is not None and b is not None and a != b and a not in STUDIES}
 
 
 def requires() -> set[tuple[str, str]]:
