@@ -67,9 +67,10 @@ def _table(listing: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("id", "kind", "step", "bits", "rows", "bytes", "of full", "status"):
-        table.add_column(column, justify="right" if column in ("step", "bits", "rows", "bytes", "of full") else "left")
+        justify = "right" if column in ("step", "bits", "rows", "bytes", "of full") else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "id")  # names are for copying
     for entry in listing.entries:
         mark = " (LATEST)" if entry.id == listing.latest else ""
         raw = f" ({entry.raw_rows} as float)" if entry.raw_rows else ""
