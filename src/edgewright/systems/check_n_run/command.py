@@ -69,15 +69,15 @@ def _table(listing: Any) -> None:
 
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("id", "kind", "step", "bits", "rows", "bytes", "of full", "status"):
-        justify = "right" if column in ("step", "bits", "rows", "bytes", "of full") else "left"
+        justify: Any = "right" if column in ("step", "bits", "rows", "bytes", "of full") else "left"
         table.add_column(column, justify=justify, overflow="fold", no_wrap=column == "id")  # names are for copying
     for entry in listing.entries:
         mark = " (LATEST)" if entry.id == listing.latest else ""
         raw = f" ({entry.raw_rows} as float)" if entry.raw_rows else ""
         bits = "float" if entry.bits is None else str(entry.bits)
         cells = (
-            entry.id + mark, entry.kind, str(entry.step), bits, f"{entry.rows}{raw}", str(entry.bytes),
-            f"{entry.ratio:.1%}", entry.status,
+            entry.id, entry.kind, str(entry.step), bits, f"{entry.rows}{raw}", str(entry.bytes),
+            f"{entry.ratio:.1%}", entry.status + mark,
         )  # fmt: skip
         table.add_row(*map(escape, cells))  # names and reasons come from files: their brackets are no markup
     console = Console()
