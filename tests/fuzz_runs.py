@@ -118,7 +118,7 @@ def read_guard(folder: Path) -> None:
 
 def build_store(folder: Path) -> None:
     from edgewright.systems.stem.files import save_stem
-    from edgewright.systems.stem.offload import offload_
+    from edgewright.systems.stem.store import offload_
     from tests.fuzz_models import tokenizer
     from tests.systems.stem.toys import stem
 
@@ -130,7 +130,7 @@ def build_store(folder: Path) -> None:
 def read_store(folder: Path) -> None:
     from edgewright.systems.stem.files import load_offloaded
 
-    model, _ = load_offloaded(folder / "model", folder / "tables", access="mmap")
+    model, _ = load_offloaded(folder / "model", folder / "tables")
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
 

@@ -15,10 +15,10 @@ from edgewright.models.decoder.model import new_decoder
 from edgewright.models.decoder.native import NotRepresentable, to_native
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
-from edgewright.systems.stem.convert import stemify, token_means
-from edgewright.systems.stem.export import StemDecodeProgram, decode_rows, export_stem
+from edgewright.systems.stem.convert import capacity_report, saved_share, stemify, token_means
+from edgewright.systems.stem.files import StemDecodeProgram, decode_rows, export_stem
 from edgewright.systems.stem.layer import StemConfig, StemFeedForward, check_first, stem_blocks, stem_layers, with_stem
-from edgewright.systems.stem.report import capacity_report, row_cosine, saved_share
+from edgewright.systems.stem.studies import row_cosine
 from tests.systems.stem.toys import config, dense, logits, stem, tokens
 
 
@@ -210,7 +210,7 @@ def test_the_exported_program_decodes_as_the_model(rows: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: StemConfig(replace="down"), "replace='down'; choose from up, gate, add"),
+        (lambda: StemConfig(replace="down"), "replace='down'; it must be one of up, gate, add"),
         (lambda: StemConfig(init="ones"), "init='ones'"),
         (lambda: stem_layers(6, "2"), "layers='2' of 6"),
         (lambda: stem_layers(6, "x"), "layers='x'"),
@@ -228,7 +228,7 @@ def test_the_exported_program_decodes_as_the_model(rows: str) -> None:
         (lambda: stem_blocks(stem())[1](torch.zeros(1, 3, 32), None), "give input_ids, not inputs_embeds"),
         (lambda: stem_blocks(stem())[1](torch.zeros(1, 3, 32), tokens(1, 4)), r"\[1, 4\] are not those of"),
         (lambda: stem()(torch.tensor([[64]])), "input_ids hold 64; the vocabulary is 0 to 63"),
-        (lambda: export_stem(stem(), "x", to="tflite"), "to='tflite' is unknown"),
+        (lambda: export_stem(stem(), "x", to="tflite"), "to='tflite'; it must be one of executorch, onnx"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(call: Any, message: str) -> None:
