@@ -76,9 +76,9 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--sparsity", "1"), "--sparsity 1.0 is outside"),
-        (("--rho", "-1"), "--rho -1.0 is outside"),
-        (("--score", "size"), "--score size is unknown"),
+        (("--sparsity", "1"), "--sparsity 1.0; it must be"),
+        (("--rho", "-1"), "--rho -1.0; it must be"),
+        (("--score", "size"), "--score size; it must be one of"),
         (("--sparsity", "0.99", "--rho", "0"), "would read nothing"),
         (("--samples", "1"), "24 tokens of calibration text are too few"),
         (("--resume", "scores.json"), "--resume belongs to --plan search"),

@@ -67,15 +67,13 @@ def run(args: argparse.Namespace) -> int:
     from edgewright.systems.r_sparse.folder import save_rsparse
     from edgewright.systems.r_sparse.layer import Factors
     from edgewright.systems.r_sparse.model import (
-        RSparseConfig,
         achieved_sparsity,
         apply_rsparse,
-        calibrate,
         dense_logits,
         model_traffic,
         sparse_logits,
     )
-    from edgewright.systems.r_sparse.plan import target_layers
+    from edgewright.systems.r_sparse.plan import RSparseConfig, calibrate, target_layers
 
     config = RSparseConfig(args.sparsity, args.rho, args.score, share_mask=args.share_mask)
     progress = not args.json

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, FormatError, Unsupported, UsageError
+from edgewright.checks import check, one_of
+from edgewright.errors import CheckFailed, FormatError, Unsupported
 from edgewright.io.hashing import sha256
 from edgewright.io.packed import PackedLinear
 from edgewright.io.safetensors_header import check_safetensors
@@ -90,8 +91,7 @@ class RSparseLinear(nn.Module):
         path: str = "auto",
     ) -> None:
         super().__init__()
-        if path not in LAYER_PATHS:
-            raise UsageError(f"path={path!r} is unknown; choose one of {', '.join(LAYER_PATHS)}")
+        check("path", path, one_of(*LAYER_PATHS))
         self.inner = inner
         self.in_features, self.out_features = inner.in_features, inner.out_features
         self.dense_tokens, self.path = dense_tokens, path
