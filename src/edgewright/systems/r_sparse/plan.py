@@ -42,7 +42,8 @@ class RSparseConfig:
         sparsity: share of weight reads left out, in [0, 1); half, as in most of the paper's tables.
         rho: in [0, 1], the part of what is read that goes to kept channels; the rest goes to the low-rank path, so 1 is
             pure activation sparsity and 0 pure low rank.
-        score: "weighted" (|x| times the column norm, as in the official code) or "magnitude" (|x|, as the paper prints it).
+        score: "weighted" (|x| times the column norm, as in the official code) or "magnitude" (|x|, as in
+            the paper).
         targets: regular expression searched in the last part of the layers' names.
         dense_prefill: prompts of several tokens stay dense, single tokens are sparse.
         share_mask: layers with the same input use one score, its scale the root of their summed squared norms.
