@@ -99,8 +99,7 @@ def build_guard(folder: Path) -> None:
     from edgewright.pruning.unembedding import prune_unembedding_
     from edgewright.quantization.config import ActivationConfig
     from edgewright.systems.llama_guard_int4.model import save_guard
-    from edgewright.systems.llama_guard_int4.policy import GuardPolicy
-    from edgewright.systems.llama_guard_int4.settings import GuardSettings
+    from edgewright.systems.llama_guard_int4.policy import GuardPolicy, GuardSettings
     from tests.fuzz_models import tokenizer
     from tests.toy_llama import make_tiny_llama
 
