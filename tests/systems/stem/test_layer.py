@@ -39,14 +39,12 @@ def test_the_formula(replace: str) -> None:
             torch.testing.assert_close(y[b, t], layer.down_proj.weight @ hidden)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_rows_that_are_absent_have_no_gradient(sparse: bool) -> None:
-    model, ids = stem(sparse=sparse), tokens(1, 6)
+def test_rows_that_are_absent_have_no_gradient() -> None:
+    model, ids = stem(), tokens(1, 6)
     model(ids, labels=ids).loss.backward()
     for layer in stem_blocks(model).values():
         gradient: Any = layer.table.weight.grad  # type: ignore[union-attr]
-        assert gradient.is_sparse == sparse
-        seen = gradient.to_dense().abs().sum(1) > 0
+        seen = gradient.abs().sum(1) > 0
         # the last token predicts nothing here
         assert set(seen.nonzero().flatten().tolist()) == set(ids[0, :-1].tolist())
 
@@ -221,7 +219,7 @@ def test_the_exported_program_decodes_as_the_model(rows: str) -> None:
         (lambda: with_stem(config(ffn_types="none"), [1]), "layer 1 has the feed-forward 'none'"),
         (lambda: stem_blocks(dense()), "has no STEM layers"),
         (lambda: stemify(dense(), [1]), "init='weighted' needs calib=BATCHES"),
-        (lambda: stemify(dense(), [1], [], "calibrated"), "hold no tokens"),
+        (lambda: stemify(dense(), [1], [], "calibrated"), "calibration tokens=0; it must be a whole number from 1 up"),
         (lambda: stemify(dense(), [1], init="best"), "init='best'"),
         (lambda: stemify(dense(), [1], init="zero", stem=StemConfig("gate")), "a gate needs context"),
         (lambda: stem()(inputs_embeds=torch.zeros(1, 3, 32)), "give input_ids, not inputs_embeds"),

@@ -142,12 +142,12 @@ def test_lazy_adamw_is_adamw_where_every_row_is_touched() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(6, 4, generator=generator)
     theirs = torch.nn.Parameter(start.clone())
-    ours = [torch.nn.Parameter(start.clone()) for _ in range(3)]
+    ours = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     options: dict[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
     reference = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, **options)
     made = [
         StemAdamW([{"params": [p], "lr": 0.01, "weight_decay": 0.1, "lazy": lazy}], **options)
-        for p, lazy in zip(ours, (True, True, False), strict=True)
+        for p, lazy in zip(ours, (True, False), strict=True)
     ]
     store = EmbeddingStore(
         {0: RowTable({"weight": start.clone()}, RowFormat("fp32", 4))},
@@ -156,8 +156,8 @@ def test_lazy_adamw_is_adamw_where_every_row_is_touched() -> None:
     for _ in range(5):
         gradient = torch.randn(6, 4, generator=generator)
         theirs.grad = gradient.clone()
-        for i, p in enumerate(ours):
-            p.grad = gradient.to_sparse(1) if i == 1 else gradient.clone()
+        for p in ours:
+            p.grad = gradient.clone()
         store.scatter_grad(0, torch.arange(6), gradient / 2)
         store.scatter_grad(0, torch.arange(6), gradient / 2)
         for optimizer in (reference, *made):
@@ -276,7 +276,7 @@ def test_a_folder_with_tables_in_shards_of_their_own(tmp_path: Path) -> None:
 def test_missing_and_broken_shards_are_named(tmp_path: Path) -> None:
     save_stem(stem(), tmp_path / "m")
     table_file(tmp_path / "m", 3).rename(tmp_path / "kept")
-    with pytest.raises(FormatError, match=r"stem-layer-3\.safetensors is missing; layer 3"):
+    with pytest.raises(FormatError, match=r"stem-layer-3\.safetensors is missing; the rows of model.layers.3"):
         load_offloaded(tmp_path / "m")
     data = (tmp_path / "kept").read_bytes()
     table_file(tmp_path / "m", 3).write_bytes(data[:-7])

@@ -36,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", default="1/3", help="a part such as 1/3, 'all', or numbers such as 4,9 (default 1/3)"
     )
     convert.add_argument("--calib", metavar="FILE", help="text or .jsonl file (default: Python's own documentation)")
-    convert.add_argument(
-        "--init", default="weighted", help="weighted, calibrated, embedding, mean or zero (default weighted)"
-    )
+    convert.add_argument("--init", default="weighted", help="weighted, calibrated, mean or zero (default weighted)")
     convert.add_argument("--dtype", help="of the tables: fp32, fp16 or bf16 (default: the model's)")
     convert.add_argument("--samples", type=int, default=64, help="calibration sequences (default 64)")
     convert.add_argument("--length", type=int, default=128, help="tokens a sequence (default 128)")

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from edgewright.checks import check, one_of, optional
+from edgewright.checks import check, one_of, optional, whole
 from edgewright.errors import UsageError
 from edgewright.models.decoder.from_native import from_native
 from edgewright.models.decoder.model import EdgeDecoderForCausalLM, FeedForward
 from edgewright.systems.stem.layer import StemConfig, StemFeedForward, stem_blocks, with_stem
 from edgewright.systems.stem.store import AT_ONCE, FLOATS, EmbeddingStore
 
-STARTS = ("calibrated", "weighted", "embedding", "mean", "zero")
+STARTS = ("calibrated", "weighted", "mean", "zero")
 PRIOR = 4.0  # occurrences that the mean over all tokens counts for in "weighted"
 
 
@@ -98,8 +98,8 @@ def stemify(
             of them.
         init: "calibrated" (means of Wu u by token; tokens that never occur get Wu times the layer's norm of their
             embedding), "weighted" (means weighted by the squared gate, drawn towards that of all tokens, which unseen
-            tokens get; the default, since it costs SmolLM2 least), "embedding" (the rule for unseen tokens for all),
-            "mean" (one row for all) or "zero". The first two and "mean" need `calib`.
+            tokens get; the default, since it costs SmolLM2 least), "mean" (one row for all) or "zero"; all but the last
+            need `calib`.
         stem: replace="up", or "add", which keeps the up-projection and starts at rows of zero.
         dtype: of the tables, one of FLOATS; the model's own where None.
 
@@ -117,9 +117,9 @@ def stemify(
         raise UsageError(
             "stemify replaces the up-projection (replace='up') or adds to it ('add'); a gate needs context"
         )
-    needs = init in ("calibrated", "weighted", "mean") and stem.replace == "up"
+    needs = init != "zero" and stem.replace == "up"
     if needs and calib is None:
-        raise UsageError(f"init={init!r} needs calib=BATCHES of tokens; init='embedding' needs none")
+        raise UsageError(f"init={init!r} needs calib=BATCHES of tokens; init='zero' needs none")
     model = copy.deepcopy(dense) if isinstance(dense, EdgeDecoderForCausalLM) else from_native(dense)
     config = with_stem(model.config, layers, stem)
     check("hidden_act", config.hidden_act, one_of("silu"))
@@ -159,14 +159,13 @@ def _replaced(
     elif init == "weighted" and seen is not None:
         table[:] = seen.weighted_mean().to(device, dtype)
         table[seen.ids.to(device)] = seen.weighted_means(seen.ids).to(device, dtype)
-    elif init != "zero":
+    elif seen is not None:
         for first in range(0, vocabulary, AT_ONCE):
             part = slice(first, first + AT_ONCE)
             vectors = layer.post_attention_layernorm(model.model.embed_tokens.weight[part])
             table[part] = mlp.up_proj(vectors).to(dtype)
-        if seen is not None:
-            table[seen.ids.to(device)] = seen.means(seen.ids).to(device, dtype)
-    new.table = nn.Embedding.from_pretrained(table, freeze=False, sparse=stem.sparse_grad)
+        table[seen.ids.to(device)] = seen.means(seen.ids).to(device, dtype)
+    new.table = nn.Embedding.from_pretrained(table, freeze=False)
     return new
 
 
@@ -203,13 +202,12 @@ def token_means(model: EdgeDecoderForCausalLM, blocks: Sequence[int], calib: Ite
                 hook = linear.register_forward_hook(lambda *a, block=block, gate=gate: keep(block, gate, a[2]))
                 stack.callback(hook.remove)
         for batch in calib:
-            whole = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-            ids, mask = whole["input_ids"].cpu(), whole.get("attention_mask")
+            inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+            ids, mask = inputs["input_ids"].cpu(), inputs.get("attention_mask")
             real = None if mask is None else mask.cpu().flatten().bool()
             extra = {} if mask is None else {"attention_mask": mask.to(model.device)}
             model.model(input_ids=ids.to(model.device), use_cache=False, **extra)
-    if not next(iter(means.values())).used:
-        raise UsageError("the calibration batches hold no tokens")
+    check("calibration tokens", next(iter(means.values())).used, whole(1))
     return means
 
 

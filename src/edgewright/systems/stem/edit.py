@@ -202,8 +202,7 @@ class Edit:
         note: dict[str, str],
     ) -> None:
         self.model, self.store, self.ids, self.after, self.note = model, store, ids, after, note
-        self.before: dict[int, Tensor] = {}
-        self.overlays: dict[int, dict[int, Tensor]] = {}
+        self.before: dict[int, Any] = {}  # rows [n, f], or of each token the overlay's row, None without one
         self.apply()
 
     @torch.no_grad()
@@ -211,7 +210,7 @@ class Edit:
         """Put the new rows in."""
         for layer, rows in self.after.items():
             if self.store is not None:
-                self.overlays[layer] = dict(self.store.overlays[layer])
+                self.before[layer] = [self.store.overlays[layer].get(key) for key in self.ids.tolist()]
                 self.store.overlay(layer, self.ids, rows)
             else:
                 weight = self._weight(layer)
@@ -221,13 +220,12 @@ class Edit:
     @torch.no_grad()
     def undo(self) -> None:
         """Put the old rows back, bit for bit."""
-        for layer in self.after:
+        for layer, old in self.before.items():
             if self.store is None:
-                self._weight(layer)[self.ids] = self.before[layer]
-                continue
-            for i, key in enumerate(self.ids.tolist()):
-                old = self.overlays[layer].get(key)
-                self.store.overlay(layer, self.ids[i : i + 1], None if old is None else old.unsqueeze(0))
+                self._weight(layer)[self.ids] = old
+            else:
+                for i, row in enumerate(old):
+                    self.store.overlay(layer, self.ids[i : i + 1], None if row is None else row.unsqueeze(0))
 
     def _weight(self, layer: int) -> Tensor:
         table = stem_blocks(self.model)[layer].table

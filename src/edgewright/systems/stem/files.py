@@ -116,10 +116,8 @@ def load_offloaded(
     with reading(folder), torch.device("meta"):
         model = EdgeDecoderForCausalLM(EdgeDecoderConfig.from_pretrained(folder))
     config = model.config
-    for block, layer in stem_blocks(model).items():
+    for layer in stem_blocks(model).values():
         layer.table = None
-        if not (file := table_file(Path(tables or folder), block)).is_file():
-            raise FormatError(f"the table shard {file} is missing; layer {block} reads its rows from it")
     state = load_tensors(folder / BACKBONE)
     # Assigned, not copied: nothing of the model's size exists twice. The rotary buffers are not in the file.
     try:

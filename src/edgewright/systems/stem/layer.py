@@ -38,7 +38,6 @@ class StemConfig:
         init: "xavier", std sqrt(2 / (V + f)) as in the official code, or "match", std 1, that of the dense
             up-projection: our choice for runs under some 5000 steps.
         allow_first: let the first layer be one; it stays dense in the paper.
-        sparse_grad: gradients of the table as sparse tensors, of the rows seen only.
 
     Raises:
         UsageError: a value outside these.
@@ -47,12 +46,10 @@ class StemConfig:
     replace: str = "up"
     init: str = "xavier"
     allow_first: bool = False
-    sparse_grad: bool = False
 
     def __post_init__(self) -> None:
-        flag = one_of(True, False)
         rules = {"replace": one_of("up", "gate", "add"), "init": one_of("xavier", "match")}
-        check_fields(self, {**rules, "allow_first": flag, "sparse_grad": flag})
+        check_fields(self, {**rules, "allow_first": one_of(True, False)})
 
 
 class Override(Protocol):
@@ -83,7 +80,7 @@ class StemFeedForward(nn.Module):
         if config.replace != "up":
             self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-        self.table: nn.Module | None = nn.Embedding(vocabulary, intermediate, sparse=config.sparse_grad)
+        self.table: nn.Module | None = nn.Embedding(vocabulary, intermediate)
         self.lookup: Callable[[Tensor], Tensor] | None = None
         self.override: Override | None = None
         # transformers calls `init_weights` only on modules that hold a tensor of their own; this one takes no memory.

@@ -76,8 +76,8 @@ def stem_groups(
 class StemAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) over `stem_groups`; with `TrainConfig(clip_norm=None)`, since it clips each part itself.
 
-    Groups of the same `part` share one norm, which `norms` holds after a step. A lazy group takes dense gradients,
-    whose rows of zeros count as unseen, or sparse ones (`StemConfig(sparse_grad=True)`).
+    Groups of the same `part` share one norm, which `norms` holds after a step. In a lazy group rows whose gradient is
+    zero throughout count as unseen.
 
     Args:
         groups: of `stem_groups`, or dicts with "params" and any of lr, weight_decay, clip_norm, part and lazy.
@@ -112,8 +112,7 @@ class StemAdamW(torch.optim.Optimizer):
             limits[group["part"]] = group["clip_norm"]
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    values = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-                    square = torch.linalg.vector_norm(values.float()).square()
+                    square = torch.linalg.vector_norm(parameter.grad.float()).square()
                     squares[group["part"]] = squares.get(group["part"], 0.0) + square
         self.norms = {part: math.sqrt(float(square)) for part, square in squares.items()}
         return {part: clip_factor(norm, limits[part]) for part, norm in self.norms.items()}
@@ -125,7 +124,6 @@ def clip_factor(norm: float, limit: float | None) -> float:
 
 
 def _dense(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], scale: float) -> None:
-    gradient = gradient.to_dense() if gradient.is_sparse else gradient
     if not state:
         state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": torch.zeros(())}
     state["step"] += 1
@@ -135,13 +133,8 @@ def _dense(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[st
 def _lazy(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], scale: float) -> None:
     if not state:
         state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "count": torch.zeros(len(p), device=p.device)}
-    if gradient.is_sparse:
-        whole = gradient.coalesce()
-        ids, values = _seen(whole.indices()[0], whole.values())
-    else:
-        ids = (gradient != 0).any(1).nonzero().squeeze(1)
-        values = gradient[ids]
-    p[ids] = _updated(p[ids], values * scale, ids, state, group)
+    ids = (gradient != 0).any(1).nonzero().squeeze(1)
+    p[ids] = _updated(p[ids], gradient[ids] * scale, ids, state, group)
 
 
 def _updated(rows: Tensor, gradient: Tensor, ids: Tensor, state: Mapping[str, Tensor], group: Any) -> Tensor:
@@ -235,18 +228,15 @@ def _row_states(count: int, width: int) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
 
 
-def _seen(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the rows that predicted nothing, such as a text's last token."""
-    seen = (gradient != 0).any(1)
-    return ids[seen], gradient[seen]
-
-
 def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(ids ascending, gradient) with the contributions to a row added in the order in which they came."""
+    """(ids ascending, gradient), contributions to a row added in the order in which they came, without rows of zeros,
+    which predicted nothing, such as a text's last token.
+    """
     ids, places = torch.unique(torch.cat([ids for ids, _ in parts]), return_inverse=True)
     total = torch.zeros(len(ids), parts[0][1].shape[1])
     total.index_add_(0, places, torch.cat([gradient for _, gradient in parts]))
-    return _seen(ids, total)
+    seen = (total != 0).any(1)
+    return ids[seen], total[seen]
 
 
 class ShardedLookup:
@@ -286,7 +276,7 @@ def shard_tables(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     Raises:
         UsageError: a mesh without these dimensions, rows that do not divide among the processes of "stem", or tables
-            that are quantised, offloaded, sharded or of sparse gradients.
+            that are quantised, offloaded or sharded already.
     """
     if mesh.mesh_dim_names is None or not {"dp", "stem"} <= set(mesh.mesh_dim_names):
         raise UsageError(
@@ -300,10 +290,9 @@ def shard_tables(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
                 f"layer {block}: rows of {layer.intermediate} values do not divide among {group.size()} processes "
                 "of stem"
             )
-        if type(layer.table) is not nn.Embedding or layer.lookup is not None or layer.table.sparse:
+        if type(layer.table) is not nn.Embedding or layer.lookup is not None:
             raise UsageError(
-                f"the table of layer {block} is quantised, offloaded, sharded already or has sparse gradients; shard "
-                "a plain one"
+                f"the table of layer {block} is quantised, offloaded or sharded already; shard a plain one"
             )
     for layer in layers.values():
         table: Any = layer.table
