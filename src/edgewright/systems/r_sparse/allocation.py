@@ -85,21 +85,23 @@ def streams(model: nn.Module, batches: Iterable[Tensor]) -> list[Stream]:
     """Each batch before the first block."""
     layers = decoder_layers(model)
     device = next(model.parameters()).device
-    entered: list[list[tuple[Tensor, dict[str, Any]]]] = []
+    flows: list[Stream] = []
 
     def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        entered[-1].append((hidden, rest))
+        if not flows[-1].arguments:
+            flows[-1].hidden = hidden
+        flows[-1].arguments.append(rest)
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_pre_hook(entering, with_kwargs=True).remove)
         for batch in batches:
-            entered.append([])
+            flows.append(Stream(torch.empty(0), []))
             base: Any = model.model
             base(input_ids=batch.to(device), use_cache=False)
-    return [Stream(blocks[0][0], [rest for _, rest in blocks]) for blocks in entered]
+    return flows
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def apply_rsparse(
     factors = factors or Factors()
     with ProgressBar("decomposing", len(layers), shown=progress) as bar:
         for name, layer in layers.items():
-            factors.prepare(layer, _budget(name, layer, plan[name]))
+            factors.get(layer, _budget(name, layer, plan[name]))
             bar.advance()
     for name, layer in layers.items():
         sparse = RSparseLinear(

@@ -211,7 +211,7 @@ class _Bench:
         for name in self.names:  # once, at the highest rank that any point needs
             layer: Any = self.model.get_submodule(name)
             low = min(*self.settings.sparsities, SEARCHED)
-            self.factors.prepare(layer, budget(layer.out_features, layer.in_features, low, 0.0).rank)
+            self.factors.get(layer, budget(layer.out_features, layer.in_features, low, 0.0).rank)
         found = search_rho(
             self.model,
             self.search_text,
