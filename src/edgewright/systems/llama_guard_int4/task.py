@@ -91,12 +91,12 @@ def guard_examples(count: int, split: Split, seed: int = 0) -> list[Example]:
     check("count", count, whole(1))
     draw = Draw(torch.Generator().manual_seed(seed))
     sentences = background_sentences(split)
-    found: dict[str, Example] = {}
-    while len(found) < count:
+    examples: dict[str, Example] = {}
+    while len(examples) < count:
         example = _example(draw, sentences)
         if split_of(example.text) == split:
-            found.setdefault(example.text, example)
-    return list(found.values())
+            examples.setdefault(example.text, example)
+    return list(examples.values())
 
 
 def split_of(text: str) -> str:

@@ -87,9 +87,9 @@ def recall_rows(task: RecallTask, rows: int, generator: torch.Generator) -> dict
 
 def recall_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of right answers of each row [rows], of logits [rows, length, vocabulary] and labels as above."""
-    wanted = labels[:, 1:]
-    asked = wanted != IGNORED
-    right = (logits[:, :-1].argmax(-1) == wanted) & asked
+    expected = labels[:, 1:]
+    asked = expected != IGNORED
+    right = (logits[:, :-1].argmax(-1) == expected) & asked
     return right.sum(1) / asked.sum(1)
 
 

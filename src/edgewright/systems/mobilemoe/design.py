@@ -284,8 +284,8 @@ def _solve(start: np.ndarray, points: Points, E_max: float) -> tuple[np.ndarray,
 
     x = start.copy()
     x[[0, 4]] = np.log(np.maximum(start[[0, 4]], 1e-12))
-    found = least_squares(residuals, x, slopes, loss="huber", f_scale=HUBER, x_scale="jac", max_nfev=300)
-    return unpack(found.x), float(found.cost)
+    solution = least_squares(residuals, x, slopes, loss="huber", f_scale=HUBER, x_scale="jac", max_nfev=300)
+    return unpack(solution.x), float(solution.cost)
 
 
 @dataclass(frozen=True)

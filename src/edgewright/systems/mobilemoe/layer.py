@@ -225,10 +225,10 @@ class SparseMoE(nn.Module):
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     """Every sparse layer of a model by name. Raises UsageError where there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
-    if not found:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
+    if not layers:
         raise UsageError(f"{type(model).__name__} has no SparseMoE layer; build it with ffn_types='moe'")
-    return found
+    return layers
 
 
 def _top_k(choice: Tensor, k: int) -> Tensor:

@@ -193,14 +193,14 @@ class ExpertParallel:
         total, k = self.experts.config.num_experts, routing.indices.shape[1]
         u = backends.quantized_input(weights.gate_up, u)
         sent = backends.keep_first(backends.counting_sort(routing.indices.reshape(-1), total), capacity)
-        theirs = torch.empty_like(sent.counts)  # [processes * local experts], what each sends to each expert of ours
-        dist.all_to_all_single(theirs, sent.counts, group=self.group)
+        received = torch.empty_like(sent.counts)  # [processes * local experts], what each sends to each expert of ours
+        dist.all_to_all_single(received, sent.counts, group=self.group)
         outgoing = sent.counts.view(self.size, -1).sum(1).tolist()
-        incoming = theirs.view(self.size, -1).sum(1).tolist()
+        incoming = received.view(self.size, -1).sum(1).tolist()
         rows = self._exchange(u.index_select(0, sent.order // k), outgoing, incoming)
 
         local = total // self.size
-        owner = torch.arange(local, device=u.device).repeat(self.size).repeat_interleave(theirs)
+        owner = torch.arange(local, device=u.device).repeat(self.size).repeat_interleave(received)
         ours = backends.counting_sort(owner, local)
         name = "grouped_mm" if self.experts.config.backend == "grouped_mm" or u.is_cuda else "sorted"
         results = backends.on_rows(name, rows.index_select(0, ours.order), ours.counts, weights)

@@ -246,25 +246,25 @@ def _calibrate(model: PreTrainedModel, dense: list[tuple[int, Any]], batches: It
 def _dense_blocks(model: PreTrainedModel, layers: Collection[int] | None) -> list[tuple[int, Any]]:
     """(stored block, its plain feed-forward) of every block in `layers` that has one; None: of all blocks."""
     names = ("gate_proj", "up_proj", "down_proj")
-    found = [
+    blocks = [
         (i, block.mlp)
         for i, block in enumerate(model.model.layers)
         if isinstance(getattr(block, "mlp", None), FeedForward)
         or all(type(getattr(getattr(block, "mlp", None), name, None)) is nn.Linear for name in names)
     ]
-    if not found:
+    if not blocks:
         raise UsageError(f"{type(model).__name__} has no feed-forward of plain gate, up and down projections to slice")
     if layers is not None:
-        strangers = sorted(set(layers) - {block for block, _ in found})
-        if strangers or not layers:
+        unknown = sorted(set(layers) - {block for block, _ in blocks})
+        if unknown or not layers:
             raise UsageError(
                 f"layers={sorted(layers)}: name one or more of the blocks with a plain feed-forward, "
-                f"{', '.join(str(block) for block, _ in found)}"
+                f"{', '.join(str(block) for block, _ in blocks)}"
             )
-        found = [(block, mlp) for block, mlp in found if block in set(layers)]
-    if any(getattr(mlp, name).bias is not None for _, mlp in found for name in names):
+        blocks = [(block, mlp) for block, mlp in blocks if block in set(layers)]
+    if any(getattr(mlp, name).bias is not None for _, mlp in blocks for name in names):
         raise UsageError("the feed-forwards have biases; experts have none")
-    return found
+    return blocks
 
 
 def _edge_config(model: PreTrainedModel) -> EdgeDecoderConfig:

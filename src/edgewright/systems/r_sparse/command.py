@@ -149,9 +149,9 @@ def _plan(
     if args.plan == "search":
         say(f"searching rho with {args.evals} plans")
         options = {"stats": stats, "factors": factors, "resume": args.resume, "progress": progress}
-        found = search_rho(model, calibration, config, evals=args.evals, **options)
-        say(f"calibration nats per token: {found.start:.4f} at rho = 1, {found.fitness:.4f} after the search")
-        return found.plan
+        best = search_rho(model, calibration, config, evals=args.evals, **options)
+        say(f"calibration nats per token: {best.start:.4f} at rho = 1, {best.fitness:.4f} after the search")
+        return best.plan
     return uniform_plan(names, config)
 
 

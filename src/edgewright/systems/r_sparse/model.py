@@ -96,10 +96,10 @@ def apply_rsparse(
 def apply_plan(model: nn.Module, stats: Calibration, plan: Plan, factors: Factors) -> None:
     """Give the sparse layers of a model another sparsity and rho."""
     layers = sparse_layers(model)
-    for name, wanted in plan.items():
+    for name, chosen in plan.items():
         layer = layers[name]
-        rank = _budget(name, layer, wanted)
-        layer.set(stats.threshold(name, wanted.quantile), *factors.get(layer.inner, rank))
+        rank = _budget(name, layer, chosen)
+        layer.set(stats.threshold(name, chosen.quantile), *factors.get(layer.inner, rank))
 
 
 def remove_rsparse(model: nn.Module) -> nn.Module:
@@ -129,12 +129,12 @@ def some_sparse_layers(model: nn.Module) -> dict[str, RSparseLinear]:
     return layers
 
 
-def _budget(name: str, layer: Any, wanted: LayerPlan) -> int:
-    kept, rank = budget(layer.out_features, layer.in_features, wanted.sparsity, wanted.rho)
+def _budget(name: str, layer: Any, chosen: LayerPlan) -> int:
+    kept, rank = budget(layer.out_features, layer.in_features, chosen.sparsity, chosen.rho)
     if rank == 0 and kept * layer.in_features < 1:
         raise UsageError(
-            f"{name} ({layer.in_features} inputs) would read nothing at sparsity {wanted.sparsity:g}, rho "
-            f"{wanted.rho:g}; take a lower sparsity or a larger rho"
+            f"{name} ({layer.in_features} inputs) would read nothing at sparsity {chosen.sparsity:g}, rho "
+            f"{chosen.rho:g}; take a lower sparsity or a larger rho"
         )
     return rank
 

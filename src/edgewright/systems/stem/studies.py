@@ -248,12 +248,12 @@ def pairs_by_length(
     sizes = {i: len(tokenizer(f" {facts.capitals[i][0]}", add_special_tokens=False)["input_ids"]) for i in known}
     pairs = [(a, b) for a in known for b in known if a != b]
     random.Random(seed).shuffle(pairs)
-    found: dict[str, list[tuple[int, int]]] = {"equal": [], "longer": [], "shorter": []}
+    by_kind: dict[str, list[tuple[int, int]]] = {"equal": [], "longer": [], "shorter": []}
     for a, b in pairs:
         kind = "equal" if sizes[a] == sizes[b] else "longer" if sizes[a] > sizes[b] else "shorter"
-        if len(found[kind]) < most:
-            found[kind].append((a, b))
-    return found
+        if len(by_kind[kind]) < most:
+            by_kind[kind].append((a, b))
+    return by_kind
 
 
 def edit_facts(

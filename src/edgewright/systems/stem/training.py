@@ -207,11 +207,11 @@ class RowAdamW:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Layer -> "ids" of the rows that were ever trained, ascending, with their "m", "v" and "count"."""
-        found = {}
+        saved = {}
         for layer, state in self.states.items():
             ids = state["count"].nonzero().squeeze(1)
-            found[str(layer)] = {"ids": ids, **{name: values[ids] for name, values in state.items()}}
-        return found
+            saved[str(layer)] = {"ids": ids, **{name: values[ids] for name, values in state.items()}}
+        return saved
 
     def load_state_dict(self, states: Mapping[str, Mapping[str, Tensor]], counts: Mapping[int, int]) -> None:
         """Put such states back in place of those that are here; counts: rows of each layer's table."""
