@@ -19,8 +19,7 @@ from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
 from edgewright.pruning.cut_folder import shipped_bytes
 from edgewright.pruning.unembedding import prune_unembedding_
-from edgewright.systems.llama_guard_int4.model import ModelPredictor
-from edgewright.systems.llama_guard_int4.program import ProgramPredictor
+from edgewright.systems.llama_guard_int4.model import ModelPredictor, ProgramPredictor
 from edgewright.systems.llama_guard_int4.task import POLICY, guard_examples
 from results import save
 

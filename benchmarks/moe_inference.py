@@ -28,9 +28,8 @@ from edgewright.models.decoder.tokenizer import train_tokenizer
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.runtime.benchmark import benchmark_files
-from edgewright.systems.mobilemoe.design import moe_parameters
+from edgewright.systems.mobilemoe.design import SHAPES, mobilemoe, moe_parameters
 from edgewright.systems.mobilemoe.layer import Experts, MoEConfig, SparseMoE
-from edgewright.systems.mobilemoe.presets import SHAPES, mobilemoe
 from results import save
 
 BACKENDS = {"sorted": "sorted", "grouped_mm": "grouped_mm", "loop": "loop", "dense-masked": "dense"}

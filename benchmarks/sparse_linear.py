@@ -21,16 +21,9 @@ from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.kernels.sparse_rows import PreparedRows, RowMatrix, why_no_kernel
 from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
-from edgewright.systems.r_sparse.model import (
-    RSparseConfig,
-    RSparseLinear,
-    achieved_sparsity,
-    apply_rsparse,
-    calibrate,
-    model_traffic,
-    setting,
-    sparse_layers,
-)
+from edgewright.systems.r_sparse.layer import RSparseLinear
+from edgewright.systems.r_sparse.model import achieved_sparsity, apply_rsparse, model_traffic, setting, sparse_layers
+from edgewright.systems.r_sparse.plan import RSparseConfig, calibrate
 from results import save
 
 SHAPES = ((4096, 11008), (11008, 4096))  # inputs, outputs: 180 MB in float32

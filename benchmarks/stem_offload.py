@@ -23,8 +23,7 @@ from edgewright.models.decoder.model import new_decoder
 from edgewright.systems.mobilellm.presets import mobilellm_config
 from edgewright.systems.stem.files import load_offloaded, save_stem
 from edgewright.systems.stem.layer import StemConfig, stem_blocks, with_stem
-from edgewright.systems.stem.offload import offload_
-from edgewright.systems.stem.store import EmbeddingStore
+from edgewright.systems.stem.store import EmbeddingStore, offload_
 from results import save
 
 LAYERS, VOCABULARY = 15, 32000
@@ -36,7 +35,6 @@ CASES: dict[str, dict[str, Any] | None] = {
     "disk, no cache": {"cache_rows": 0, "prefetch": 2},
     "disk, not read ahead": {"cache_rows": CACHE, "prefetch": 0},
     "disk": {"cache_rows": CACHE, "prefetch": 2},
-    "disk, mapped": {"cache_rows": CACHE, "prefetch": 2, "access": "mmap"},
     "disk, int8": {"cache_rows": CACHE, "prefetch": 2},
 }
 
@@ -85,7 +83,7 @@ def resident(folder: str, name: str) -> int:
         parameter.data = parameter.data.clone()
     if store is not None and not name.startswith("disk"):
         for rows in store.tables.values():
-            rows.parts = {part: tensor.clone() for part, tensor in rows.parts.items()}  # type: ignore[attr-defined]
+            rows.parts = {part: tensor.clone() for part, tensor in rows.parts.items()}
     decode(model, zipf(16, 1))
     release_free_memory()
     return current_rss()

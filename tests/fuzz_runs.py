@@ -74,7 +74,8 @@ def read_program(folder: Path) -> None:
 
 def build_r_sparse(folder: Path) -> None:
     from edgewright.systems.r_sparse.folder import save_rsparse
-    from edgewright.systems.r_sparse.model import LayerPlan, RSparseConfig, apply_rsparse, calibrate
+    from edgewright.systems.r_sparse.model import apply_rsparse
+    from edgewright.systems.r_sparse.plan import LayerPlan, RSparseConfig, calibrate
     from tests.fuzz_models import tokenizer
     from tests.toy_llama import make_tiny_llama
 
@@ -98,8 +99,7 @@ def build_guard(folder: Path) -> None:
     from edgewright.pruning.unembedding import prune_unembedding_
     from edgewright.quantization.config import ActivationConfig
     from edgewright.systems.llama_guard_int4.model import save_guard
-    from edgewright.systems.llama_guard_int4.policy import GuardPolicy
-    from edgewright.systems.llama_guard_int4.settings import GuardSettings
+    from edgewright.systems.llama_guard_int4.policy import GuardPolicy, GuardSettings
     from tests.fuzz_models import tokenizer
     from tests.toy_llama import make_tiny_llama
 
@@ -118,7 +118,7 @@ def read_guard(folder: Path) -> None:
 
 def build_store(folder: Path) -> None:
     from edgewright.systems.stem.files import save_stem
-    from edgewright.systems.stem.offload import offload_
+    from edgewright.systems.stem.store import offload_
     from tests.fuzz_models import tokenizer
     from tests.systems.stem.toys import stem
 
@@ -130,7 +130,7 @@ def build_store(folder: Path) -> None:
 def read_store(folder: Path) -> None:
     from edgewright.systems.stem.files import load_offloaded
 
-    model, _ = load_offloaded(folder / "model", folder / "tables", access="mmap")
+    model, _ = load_offloaded(folder / "model", folder / "tables")
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]))
 
@@ -245,7 +245,7 @@ def _written(folder: Path) -> Any:
 def _search(folder: Path) -> Any:
     from edgewright.systems.r_sparse import allocation as r_sparse_search
 
-    return r_sparse_search._stored(folder / "search.json", {"model": "a", "text": "b"})
+    return r_sparse_search._stored(folder / "search.json", "a")
 
 
 def _pretrained(folder: Path) -> None:
@@ -281,7 +281,7 @@ def build_runs(folder: Path) -> None:
     for name, content in {
         "compress/steps.json": {"steps": 20, "seconds": 3.0},
         "stage/stage.json": {"stage": 1, "seed": 0, "metrics": {"loss": 1.0}, "errors": {"loss": 0.1}},
-        "search/search.json": {"model": "a", "text": "b", "scores": {"a" * 24: 1.5}},
+        "search/search.json": {"search": "a", "scores": {"a" * 24: 1.5}},
         "pretrain/shape.json": config().to_dict(),
         "pretrain/samples.jsonl": {"step": 1, "prompt": "a", "text": "b"},
         "written/shard-00000.jsonl": {"start": 3, "greedy": 1, "round": 0, "tokens": [1, 2, 3], "text": "abc"},

@@ -33,7 +33,6 @@ OVER_BUDGET = {
     "check-n-run": "a checkpoint engine of its own, with an asynchronous writer, restore, updates and three stores",
     "distributed-lion": "votes by two topologies at three widths, under DDP and FSDP, and checkpoints of all momenta",
     "dlrm": "two data sets, sharded tables and serving",
-    "llama-guard-int4": "policy, task, scoring and the exported program are four jobs",
     "low-precision-recsys": "eight number formats with layers, search, gate, monitor and exporters",
     "mobilemoe": "backends, parallel experts, design and upcycling",
     "parq": "proximal maps, LSBQ and their theory",

@@ -26,8 +26,7 @@ from edgewright.systems.llama_guard_int4.answers import (
     teacher_answers,
 )
 from edgewright.systems.llama_guard_int4.model import GuardModel, ModelPredictor, Verdict, save_guard
-from edgewright.systems.llama_guard_int4.policy import AnswerAutomaton, GuardPolicy
-from edgewright.systems.llama_guard_int4.settings import GuardSettings, read_settings
+from edgewright.systems.llama_guard_int4.policy import AnswerAutomaton, GuardPolicy, GuardSettings, read_settings
 from tests.toy_llama import make_tiny_llama
 
 POLICY = GuardPolicy({"S1": "cards", "S2": "secrets", "S12": "doses"})
@@ -182,7 +181,7 @@ def test_wrong_arguments(tokenizer: Any, small: nn.Module, tmp_path: Path) -> No
     for messages in ([], [{"role": "user", "content": "  "}]):
         with pytest.raises(ValueError, match="nothing to moderate"):
             guard.moderate(messages)
-    with pytest.raises(UsageError, match="unknown role 'system'"):
+    with pytest.raises(UsageError, match="role='system'; it must be one of user, assistant"):
         guard.moderate([{"role": "system", "content": "x"}])
     for settings in ({"truncation": "middle"}, {"threshold": 1.0}):
         with pytest.raises(UsageError):
@@ -195,7 +194,7 @@ def test_wrong_arguments(tokenizer: Any, small: nn.Module, tmp_path: Path) -> No
     ):
         with pytest.raises(UsageError):
             GuardPolicy(categories, most=most)
-    with pytest.raises(UsageError, match="unknown category 'S9'"):
+    with pytest.raises(UsageError, match="category='S9'; it must be one of"):
         POLICY.answer(("S9",))
     cut = make_tiny_llama(vocab_size=49152, num_hidden_layers=1)
     prune_unembedding_(cut, GuardPolicy({"S1": "cards"}).output_vocabulary(tokenizer))
@@ -219,7 +218,7 @@ def test_rows_point_at_the_answer(tokenizer: Any) -> None:
         labels, places = rows["labels"][row][real], rows["places"][row][real]
         assert tokenizer.decode(labels) == answer + tokenizer.eos_token
         assert torch.equal(rows["tokens"][row][places + 1], labels)  # each place predicts the next token
-    with pytest.raises(UsageError, match="no examples"):
+    with pytest.raises(UsageError, match="number of examples=0; it must be"):
         answer_rows(tokenizer, [])
 
 

@@ -11,10 +11,8 @@ import edgewright
 from edgewright.compression.stages import int4_config
 from edgewright.errors import UsageError
 from edgewright.pruning.unembedding import prune_unembedding_
-from edgewright.systems.llama_guard_int4.model import ModelPredictor
-from edgewright.systems.llama_guard_int4.policy import GuardPolicy
-from edgewright.systems.llama_guard_int4.program import ProgramPredictor, export_guard
-from edgewright.systems.llama_guard_int4.settings import GuardSettings
+from edgewright.systems.llama_guard_int4.model import ModelPredictor, ProgramPredictor, export_guard
+from edgewright.systems.llama_guard_int4.policy import GuardPolicy, GuardSettings
 from tests.toy_llama import make_tiny_llama
 
 KEPT = (2, 5, 17, 100, 255)

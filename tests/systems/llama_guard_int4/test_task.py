@@ -83,7 +83,7 @@ def test_a_seed_fixes_the_examples() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(UsageError, match="split='tset'"):
+    with pytest.raises(UsageError, match="split='tset'; it must be one of"):
         guard_examples(1, "tset")
-    with pytest.raises(UsageError, match="at least one"):
+    with pytest.raises(UsageError, match="count=0; it must be a whole number from 1 up"):
         guard_examples(0, "test")

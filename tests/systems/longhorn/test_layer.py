@@ -18,8 +18,7 @@ from edgewright.models.decoder.state_cache import HAS_STATES, StateCache, pack_s
 from edgewright.quantization.api import convert_, quantize_
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.longhorn.export import NO_GGUF, export_longhorn
-from edgewright.systems.longhorn.layer import Longhorn, LonghornConfig, longhorn_step
-from edgewright.systems.longhorn.presets import longhorn_config
+from edgewright.systems.longhorn.layer import Longhorn, LonghornConfig, longhorn_config, longhorn_step
 from edgewright.training.optimizer import parameter_groups
 
 MIXTURES: dict[str, list[str]] = {
@@ -180,7 +179,7 @@ def test_the_published_parameter_counts() -> None:
         model = EdgeDecoderForCausalLM(longhorn_config("120M"))
     assert sum(p.numel() for name, p in model.named_parameters() if name != "lm_head.weight") == 128_533_248
     assert model.config.vocab_size == 50264 and longhorn_config("350M").num_hidden_layers == 48
-    with pytest.raises(UsageError, match="no Longhorn model is called '7B'; choose from 120M, 350M, 1.3B"):
+    with pytest.raises(UsageError, match="Longhorn model='7B'; it must be one of 120M, 350M, 1.3B"):
         longhorn_config("7B")
 
 
@@ -295,11 +294,11 @@ def test_a_mixed_shared_block_keeps_states_apart() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"d_state": 0}, "d_state=0; give a whole number from 1 up"),
-        ({"dt_rank": "wide"}, "dt_rank='wide'; give a whole number from 1 up, or 'auto'"),
-        ({"mode": "fast"}, "mode='fast'; choose from diagonal, exact"),
-        ({"state_dtype": "int4"}, "state_dtype='int4'; choose from float32, int8"),
-        ({"fixed_beta": -1.0}, "fixed_beta=-1.0; a step is not negative"),
+        ({"d_state": 0}, "d_state=0; it must be a whole number from 1 up"),
+        ({"dt_rank": "wide"}, "dt_rank='wide'; it must be a whole number from 1 up; or 'auto'"),
+        ({"mode": "fast"}, "mode='fast'; it must be one of diagonal, exact"),
+        ({"state_dtype": "int4"}, "state_dtype='int4'; it must be one of float32, int8"),
+        ({"fixed_beta": -1.0}, "fixed_beta=-1.0; it must be a number at least 0, or None"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_field(fields: dict[str, Any], message: str) -> None:
@@ -339,7 +338,7 @@ def test_bad_calls_are_one_sentence(tmp_path: Path) -> None:
         model.generate(tokens(1), assistant_model=model, max_new_tokens=2)
     with pytest.raises(Unsupported, match=NO_GGUF[:60].replace("(", r"\(")):
         export_longhorn(model, tmp_path, to="gguf")
-    with pytest.raises(UsageError, match="to='tflite' is unknown; choose from executorch, onnx"):
+    with pytest.raises(UsageError, match="to='tflite'; it must be one of executorch, onnx"):
         export_longhorn(model, tmp_path, to="tflite")
     with pytest.raises(Unsupported, match="mixes full_attention, longhorn"):
         export_longhorn(new_decoder(config(["longhorn", "full_attention"])), tmp_path)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from edgewright.errors import UsageError
-from edgewright.systems.longhorn.recall_task import IGNORED, RecallTask, recall_accuracy, recall_rows
+from edgewright.systems.longhorn.tasks import IGNORED, RecallTask, recall_accuracy, recall_rows
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pairs": 0}, "pairs=0: a vocabulary of 64 has 1 to 31 distinct keys"),
+        ({"pairs": 0}, "pairs=0; it must be a whole number from 1 to 31"),
         ({"pairs": 32}, "pairs=32"),
-        ({"density": 0.0}, "density=0.0 is a probability"),
-        ({"length": 24}, "length=24 is too short for 8 pairs; give 25 tokens or more"),
+        ({"density": 0.0}, "density=0.0; it must be a number above 0 and at most 1, or None"),
+        ({"length": 24}, "RecallTask length=24; it must be a whole number from 25 up"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(fields: dict[str, Any], message: str) -> None:

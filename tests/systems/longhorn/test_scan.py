@@ -246,7 +246,7 @@ def refused() -> list[tuple[dict[str, Any], str]]:
         ({"beta": beta - 1}, "beta has the value -"),
         ({"S0": S0 / 0}, "S0 holds NaN or infinity"),
         ({"D": D.to("meta")}, "D is on meta and x on cpu"),
-        ({"mode": "fast"}, "mode='fast' is unknown; choose from diagonal, exact"),
+        ({"mode": "fast"}, "mode='fast'; it must be one of diagonal, exact"),
         ({"chunk": 0}, "chunk=0"),
     ]
 

@@ -11,9 +11,15 @@ from safetensors.torch import save_file
 
 from edgewright.errors import UsageError
 from edgewright.models.decoder.model import new_decoder
-from edgewright.systems.mobilemoe.design import design_under_budget, moe_memory, moe_parameters
-from edgewright.systems.mobilemoe.presets import SHAPES, mobilemoe
-from edgewright.systems.mobilemoe.scaling_law import ScalingLaw, effective_experts
+from edgewright.systems.mobilemoe.design import (
+    SHAPES,
+    ScalingLaw,
+    design_under_budget,
+    effective_experts,
+    mobilemoe,
+    moe_memory,
+    moe_parameters,
+)
 
 LAW = ScalingLaw.published()
 
@@ -56,14 +62,14 @@ def test_a_fit_recovers_predictions_and_its_intervals_hold_them(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: {k: v[:11] for k, v in t.items()}, "needs 12 points or more, got 11"),
-        (lambda t: {**t, "E": np.full(54, 4.0)}, "every point has E=4"),
+        (lambda t: {k: v[:11] for k, v in t.items()}, "number of points=11; it must be a whole number from 12 up"),
+        (lambda t: {**t, "E": np.full(54, 4.0)}, "number of sparsities E=1"),
         (lambda t: {**t, "N": t["N"][:5]}, "have 5, 54, 54, 54 entries"),
         (lambda t: {k: v for k, v in t.items() if k != "loss"}, "numeric columns N, D, E and loss"),
         (lambda t: {**t, "loss": -t["loss"]}, "loss holds numbers that are not positive"),
         (lambda t: {**t, "D": t["D"] * np.nan}, "D=nan"),
         (lambda t: {**t, "E": t["E"] / 2}, "E=0.5"),
-        (lambda t: {**t, "E": t["E"] * 2}, "E_max=32 must be above 1 and at least the largest E, 64"),
+        (lambda t: {**t, "E": t["E"] * 2}, "E_max=32.0; it must be a number at least 64 and above 1"),
     ],
 )
 def test_a_table_that_cannot_be_fitted_is_refused(change: Any, message: str) -> None:

@@ -19,9 +19,8 @@ from edgewright.models.decoder.model import new_decoder
 from edgewright.quantization.api import convert_, dequantize_, quantize_
 from edgewright.quantization.config import ActivationConfig, QuantConfig, Rule, WeightConfig
 from edgewright.systems.mobilemoe.backends import counting_sort
-from edgewright.systems.mobilemoe.design import moe_parameters
+from edgewright.systems.mobilemoe.design import SHAPES, mobilemoe, moe_parameters
 from edgewright.systems.mobilemoe.layer import MoEConfig, SparseMoE
-from edgewright.systems.mobilemoe.presets import SHAPES, mobilemoe
 
 SMALL = MoEConfig(num_experts=12, top_k=3, expert_size=32, shared_size=48)
 
@@ -307,11 +306,11 @@ def test_four_bits_are_torchao_s() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top_k": 13}, "top_k=13 is more than num_experts=12"),
+        ({"top_k": 13}, "top_k=13; it must be a whole number from 1 to 12"),
         ({"top_k": 0}, "top_k=0"),
         ({"num_experts": 2.5}, "num_experts=2.5"),
-        ({"capacity_factor": 0.0}, "capacity_factor=0.0 leaves an expert no slots"),
-        ({"backend": "fast"}, "backend='fast'; choose from auto, loop"),
+        ({"capacity_factor": 0.0}, "capacity_factor=0.0; it must be a number above 0, or None"),
+        ({"backend": "fast"}, "backend='fast'; it must be one of auto, loop"),
         ({"score": "tanh"}, "score='tanh'"),
         ({"group_axis": "row"}, "group_axis='row'"),
         ({"hidden_act": "swoosh"}, "hidden_act='swoosh'"),

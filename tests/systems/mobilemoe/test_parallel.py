@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import EdgeDecoderForCausalLM, new_decoder
 from edgewright.systems.mobilemoe.layer import MoEConfig
-from edgewright.systems.mobilemoe.parallel import parallel_groups, parallelize_experts
-from edgewright.systems.mobilemoe.training import LoadBalancer
+from edgewright.systems.mobilemoe.training import LoadBalancer, parallel_groups, parallelize_experts
 from edgewright.training.distributed import sync_gradients
 from tests.processes import run_group, run_script
 

@@ -15,8 +15,14 @@ from edgewright.io.transformers_names import checkpoint_activations
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import EdgeDecoderForCausalLM, new_decoder
 from edgewright.systems.mobilemoe.layer import moe_layers
-from edgewright.systems.mobilemoe.training import LoadBalancer, MoELoss, record_routing, router_z_loss
-from edgewright.systems.mobilemoe.usage import ExpertUsage, expert_usage
+from edgewright.systems.mobilemoe.training import (
+    ExpertUsage,
+    LoadBalancer,
+    MoELoss,
+    expert_usage,
+    record_routing,
+    router_z_loss,
+)
 from edgewright.training import TrainConfig, fit
 from edgewright.training.batches import BlockBatches
 from edgewright.training.optimizer import default_optimizer

@@ -14,17 +14,17 @@ from edgewright.evaluation.language import evaluate_language
 from edgewright.io.text import load_texts, token_blocks
 from edgewright.systems.r_sparse.folder import load_rsparse
 from edgewright.systems.r_sparse.model import dense_logits, sparse_logits
-from tests.toy_llama import make_tiny_llama
+from tests.toy_llama import make_byte_tokenizer, make_tiny_llama
 
 TEXT = "\n\n".join(f"Line {i} of a text that tells how {i} birds flew over the {i % 7} hills." for i in range(90))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, smollm2) -> Path:
-    """A checkpoint of two random blocks with a real tokenizer."""
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of two random blocks with a tokenizer of bytes."""
     path = tmp_path / "model"
-    make_tiny_llama(vocab_size=49152, hidden_size=32).save_pretrained(path)
-    smollm2[1].save_pretrained(path)
+    make_tiny_llama(vocab_size=512, hidden_size=32).save_pretrained(path)
+    make_byte_tokenizer().save_pretrained(path)
     (tmp_path / "text.txt").write_text(TEXT)
     return path
 
@@ -76,9 +76,9 @@ def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--sparsity", "1"), "--sparsity 1.0 is outside"),
-        (("--rho", "-1"), "--rho -1.0 is outside"),
-        (("--score", "size"), "--score size is unknown"),
+        (("--sparsity", "1"), "--sparsity 1.0; it must be"),
+        (("--rho", "-1"), "--rho -1.0; it must be"),
+        (("--score", "size"), "--score size; it must be one of"),
         (("--sparsity", "0.99", "--rho", "0"), "would read nothing"),
         (("--samples", "1"), "24 tokens of calibration text are too few"),
         (("--resume", "scores.json"), "--resume belongs to --plan search"),

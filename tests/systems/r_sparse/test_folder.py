@@ -14,15 +14,8 @@ import edgewright
 from edgewright.errors import FormatError, UsageError
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.r_sparse.folder import DESCRIPTION, TENSORS, is_rsparse, load_rsparse, save_rsparse
-from edgewright.systems.r_sparse.model import (
-    LayerPlan,
-    RSparseConfig,
-    apply_rsparse,
-    calibrate,
-    remove_rsparse,
-    sparse_layers,
-    sparse_logits,
-)
+from edgewright.systems.r_sparse.model import apply_rsparse, remove_rsparse, sparse_layers, sparse_logits
+from edgewright.systems.r_sparse.plan import LayerPlan, RSparseConfig, calibrate
 
 TOKENS = torch.randint(3, 256, (4, 32), generator=torch.Generator().manual_seed(3))
 CONFIG = RSparseConfig(0.5, rho=0.8)

@@ -18,14 +18,10 @@ from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.kernels import sparse_rows
 from edgewright.quantization.config import QuantConfig, Rule, WeightConfig
 from edgewright.systems.r_sparse import layer as r_sparse_layer
-from edgewright.systems.r_sparse.layer import Factors, budget, column_norms, truncated_svd
+from edgewright.systems.r_sparse.layer import Factors, RSparseLinear, budget, column_norms, truncated_svd
 from edgewright.systems.r_sparse.model import (
-    LayerPlan,
-    RSparseConfig,
-    RSparseLinear,
     achieved_sparsity,
     apply_rsparse,
-    calibrate,
     dense_logits,
     evaluate,
     model_traffic,
@@ -36,6 +32,9 @@ from edgewright.systems.r_sparse.model import (
 )
 from edgewright.systems.r_sparse.plan import (
     Calibration,
+    LayerPlan,
+    RSparseConfig,
+    calibrate,
     default_plan,
     histogram,
     mean_sparsity,
@@ -343,12 +342,12 @@ def test_low_rank_alone_is_far_worse_and_more_sparsity_costs_more(smollm2):
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"sparsity": 1.0}, "sparsity=1.0 is outside"),
-        ({"sparsity": -0.1}, "sparsity=-0.1 is outside"),
-        ({"sparsity": math.nan}, "outside"),
-        ({"rho": 1.1}, "rho=1.1 is outside"),
-        ({"score": "size"}, "score='size' is unknown"),
-        ({"path": "fast"}, "path='fast' is unknown"),
+        ({"sparsity": 1.0}, "sparsity=1.0; it must be"),
+        ({"sparsity": -0.1}, "sparsity=-0.1; it must be"),
+        ({"sparsity": math.nan}, "it must be a number"),
+        ({"rho": 1.1}, "rho=1.1; it must be"),
+        ({"score": "size"}, "score='size'; it must be one of"),
+        ({"path": "fast"}, "path='fast'; it must be one of"),
         ({"targets": "("}, "no regular expression"),
     ],
 )

@@ -14,22 +14,21 @@ from edgewright.systems.r_sparse import allocation as r_sparse_search
 from edgewright.systems.r_sparse.allocation import (
     SearchConfig,
     calibrate_sequential,
-    project_mean,
     search_rho,
     streams,
     teal_greedy,
     teal_path,
 )
-from edgewright.systems.r_sparse.model import (
+from edgewright.systems.r_sparse.model import apply_rsparse, evaluate, remove_rsparse, sparse_layers
+from edgewright.systems.r_sparse.plan import (
     LayerPlan,
     RSparseConfig,
-    apply_rsparse,
     calibrate,
-    evaluate,
-    remove_rsparse,
-    sparse_layers,
+    layer_sizes,
+    mean_sparsity,
+    target_layers,
+    uniform_plan,
 )
-from edgewright.systems.r_sparse.plan import layer_sizes, mean_sparsity, target_layers, uniform_plan
 from tests.toy_llama import make_tiny_llama
 
 TOKENS = torch.randint(3, 256, (6, 32), generator=torch.Generator().manual_seed(3))
@@ -118,7 +117,7 @@ def test_teal_meets_every_sparsity_in_every_block(model):
             part = {name: layer for name, layer in plan.items() if block in name}
             assert mean_sparsity(part, sizes) == pytest.approx(sparsity)
     assert all(path[0.3][name].sparsity <= path[0.6][name].sparsity for name in sizes)
-    with pytest.raises(UsageError, match=r"must be in \[0, 1\)"):
+    with pytest.raises(UsageError, match="it must be a number at least 0 and below 1"):
         teal_path(model, [TOKENS], CONFIG, stats, (1.0,))
 
 
@@ -158,15 +157,10 @@ def test_a_search_repeats_resumes_and_leaves_the_model(model, tmp_path, monkeypa
     assert search_rho(model, TOKENS, CONFIG, search=SEARCH, stats=stats, resume=file) == first and len(count) == 7
 
 
-def test_sparsities_keep_their_weighted_mean(model, tmp_path):
-    search = SearchConfig(evals=8, population=4, elite=1, quick=2, finalists=1, sparsities=True, seed=1)
-    found = search_rho(model, TOKENS, CONFIG, search=search)
-    assert mean_sparsity(found.plan, layer_sizes(target_layers(model, CONFIG))) == pytest.approx(0.5, abs=1e-6)
-    found.plot(tmp_path / "search.png")
+def test_a_search_is_drawn(model, tmp_path):
+    search = SearchConfig(evals=8, population=4, elite=1, quick=2, finalists=1, seed=1)
+    search_rho(model, TOKENS, CONFIG, search=search).plot(tmp_path / "search.png")
     assert (tmp_path / "search.png").stat().st_size > 0
-    values, weights = torch.tensor([0.9, -0.3, 0.5]).double(), torch.tensor([1.0, 5.0, 2.0]).double()
-    shifted = project_mean(values, weights, 0.4)
-    assert float(shifted @ weights) / 8 == pytest.approx(0.4) and shifted.min() >= 0 and shifted.max() <= 0.98
 
 
 def test_what_a_search_refuses(model, tmp_path):
@@ -187,14 +181,14 @@ def test_what_a_search_refuses(model, tmp_path):
             attempt()
     file.unlink()
     attempt(evals=3)
-    with pytest.raises(UsageError, match="another configuration"):
+    with pytest.raises(UsageError, match="another search"):
         attempt(evals=4)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(UsageError, match="another model"):
+    with pytest.raises(UsageError, match="another search"):
         attempt(evals=3)
     assert not sparse_layers(model) and type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    with pytest.raises(UsageError, match="cannot work"):
+    with pytest.raises(UsageError, match="SearchConfig evals=1; it must be a whole number from 3 up"):
         attempt(evals=1)
 
 

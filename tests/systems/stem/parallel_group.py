@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from edgewright.systems.stem.layer import stem_blocks
-from edgewright.systems.stem.parallel import shard_tables, sharded_groups, sync_gradients
+from edgewright.systems.stem.training import shard_tables, sharded_groups
+from edgewright.training.distributed import sync_gradients
 from tests.processes import run_group
 from tests.systems.stem.toys import stem, tokens
 

@@ -15,7 +15,7 @@ from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.systems.stem.edit import edit_rows, entity_tokens, find_entity, length_rule, load_edit, override_tokens
 from edgewright.systems.stem.files import load_offloaded, save_stem
 from edgewright.systems.stem.layer import stem_blocks
-from edgewright.systems.stem.offload import offload_
+from edgewright.systems.stem.store import offload_
 from tests.systems.stem.toys import logits, stem
 from tests.toy_llama import make_byte_tokenizer
 

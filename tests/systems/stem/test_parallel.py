@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from edgewright.errors import UsageError
-from edgewright.systems.stem.parallel import shard_tables
+from edgewright.systems.stem.training import shard_tables
 from tests.processes import run_script
 from tests.systems.stem import parallel_group as group
 from tests.systems.stem.toys import stem

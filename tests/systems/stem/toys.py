@@ -29,8 +29,8 @@ def dense(seed: int = 0, **changes: Any) -> EdgeDecoderForCausalLM:
     return new_decoder(config(**changes), seed).eval()
 
 
-def stem(seed: int = 0, layers: Any = (1, 3), replace: str = "up", sparse: bool = False, **changes: Any) -> Any:
-    kind = StemConfig(replace, init="match", sparse_grad=sparse)
+def stem(seed: int = 0, layers: Any = (1, 3), replace: str = "up", **changes: Any) -> Any:
+    kind = StemConfig(replace, init="match")
     return new_decoder(with_stem(config(**changes), layers, kind), seed).eval()
 
 

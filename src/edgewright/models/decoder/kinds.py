@@ -27,7 +27,7 @@ LAYERS = {
 OBJECTIVES = {"moe": ("edgewright.systems.mobilemoe.training", "balanced_loss")}
 # first word of a shape's name -> module and function (name, layer_sharing, **changes) -> EdgeDecoderConfig
 PRESETS = {
-    "moe": ("edgewright.systems.mobilemoe.presets", "mobilemoe_config"),
+    "moe": ("edgewright.systems.mobilemoe.design", "mobilemoe_config"),
     "": ("edgewright.systems.mobilellm.presets", "mobilellm_config"),
 }
 

@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING
 from edgewright.lazy import lazy
 
 if TYPE_CHECKING:
-    from edgewright.systems.llama_guard_int4.answers import AnswerLoss as AnswerLoss, answer_scores as answer_scores
+    from edgewright.systems.llama_guard_int4.answers import (
+        AnswerLoss as AnswerLoss,
+        answer_scores as answer_scores,
+        score_guard as score_guard,
+    )
     from edgewright.systems.llama_guard_int4.model import (
         GuardModel as GuardModel,
         Verdict as Verdict,
+        export_guard as export_guard,
         save_guard as save_guard,
     )
-    from edgewright.systems.llama_guard_int4.policy import GuardPolicy as GuardPolicy
-    from edgewright.systems.llama_guard_int4.program import export_guard as export_guard
-    from edgewright.systems.llama_guard_int4.score import score_guard as score_guard
-    from edgewright.systems.llama_guard_int4.settings import GuardSettings as GuardSettings
+    from edgewright.systems.llama_guard_int4.policy import GuardPolicy as GuardPolicy, GuardSettings as GuardSettings
 
 __getattr__, __dir__, __all__ = lazy(
     __name__,
@@ -22,11 +24,11 @@ __getattr__, __dir__, __all__ = lazy(
         "AnswerLoss": "edgewright.systems.llama_guard_int4.answers",
         "GuardModel": "edgewright.systems.llama_guard_int4.model",
         "GuardPolicy": "edgewright.systems.llama_guard_int4.policy",
-        "GuardSettings": "edgewright.systems.llama_guard_int4.model",
+        "GuardSettings": "edgewright.systems.llama_guard_int4.policy",
         "Verdict": "edgewright.systems.llama_guard_int4.model",
         "answer_scores": "edgewright.systems.llama_guard_int4.answers",
-        "export_guard": "edgewright.systems.llama_guard_int4.program",
+        "export_guard": "edgewright.systems.llama_guard_int4.model",
         "save_guard": "edgewright.systems.llama_guard_int4.model",
-        "score_guard": "edgewright.systems.llama_guard_int4.score",
+        "score_guard": "edgewright.systems.llama_guard_int4.answers",
     },
 )

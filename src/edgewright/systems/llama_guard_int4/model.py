@@ -9,26 +9,37 @@ change of the model. Source: Llama Guard 3-1B-INT4, arXiv 2411.17713.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, number, one_of
 from edgewright.errors import UsageError
+from edgewright.export.executorch.exporter import export_executorch
 from edgewright.io.foreign import load_tokenizer
 from edgewright.io.models import load
 from edgewright.io.transformers_names import cache_of, with_cache
 from edgewright.pruning.cut_folder import is_cut, load_cut, save_checkpoint, save_cut
 from edgewright.pruning.unembedding import PrunedHead
 from edgewright.quantization.packed_inputs import attach_input_quantizers_
-from edgewright.systems.llama_guard_int4.policy import GuardPolicy, Message
-from edgewright.systems.llama_guard_int4.program import ProgramPredictor
-from edgewright.systems.llama_guard_int4.settings import GuardSettings, read_settings, write_settings
+from edgewright.runtime.executorch import ExecuTorchEngine
+from edgewright.systems.llama_guard_int4.policy import (
+    GuardPolicy,
+    GuardSettings,
+    Message,
+    read_settings,
+    write_settings,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PROGRAM = "guard.pte"
+# control tokens written by a user are read as plain text
+PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
 
 
 @dataclass(frozen=True)
@@ -86,11 +97,46 @@ class ModelPredictor:
             self._cache.crop(-excess)
 
 
+class ProgramPredictor:
+    """Reads on in a .pte file whose cache is inside; what the file says about its outputs and context holds."""
+
+    def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
+        self.engine = ExecuTorchEngine(path, threads=threads)
+        self.columns: Sequence[int] | None = self.engine.kept_ids
+        self.context = self.engine.context
+        self._ids: list[int] = []
+
+    def start(self, ids: Sequence[int]) -> Tensor:
+        self._ids = []
+        return self._read(ids, reuse=False)
+
+    def follow(self, ids: Sequence[int]) -> Tensor:
+        return self._read(ids, reuse=True)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self._ids = self._ids[:length]
+
+    def _read(self, ids: Sequence[int], reuse: bool) -> Tensor:
+        if not ids or len(self._ids) + len(ids) > self.context:
+            raise UsageError(f"{len(ids)} tokens after {len(self._ids)} do not fit into a context of {self.context}")
+        self._ids = [*self._ids, *ids]
+        return torch.from_numpy(self.engine.next_logits(self._ids, reuse=reuse))
+
+
 class GuardModel:
     """`moderate(messages)` with any predictor: a model in memory, a saved folder, or an exported file.
 
-    threshold: scores from here on are unsafe. truncation: "refuse" a conversation longer than the context, or drop the
-    "oldest" messages until it fits (their number is in the verdict); the last message is never cut.
+    Args:
+        predictor: the model.
+        tokenizer: its own.
+        policy: what is forbidden.
+        threshold: scores from here on are unsafe.
+        truncation: "refuse" a conversation longer than the context, or drop the "oldest" messages until it fits (their
+            number is in the verdict); the last message is never cut.
+
+    Raises:
+        UsageError: an option outside these, or a cut head that cannot write the policy's answers.
     """
 
     def __init__(
@@ -102,31 +148,40 @@ class GuardModel:
         threshold: float = 0.5,
         truncation: Literal["refuse", "oldest"] = "refuse",
     ) -> None:
-        if truncation not in ("refuse", "oldest"):
-            raise UsageError(f"truncation={truncation!r}; choose 'refuse' or 'oldest'")
-        if not 0 < threshold < 1:
-            raise UsageError(f"threshold={threshold} is not between 0 and 1")
+        check("truncation", truncation, one_of("refuse", "oldest"))
+        check("threshold", threshold, number(above=0, below=1))
         self.predictor, self.tokenizer, self.policy = predictor, tokenizer, policy
         self.threshold, self.truncation = threshold, truncation
         self.automaton = policy.automaton(tokenizer)
         columns = predictor.columns
         self._place = None if columns is None else {token: place for place, token in enumerate(columns)}
-        if self._place is not None:
-            missing = {token for ids in self.automaton.answers for token in ids} - set(self._place)
-            if missing:
-                shown = ", ".join(repr(tokenizer.decode([token])) for token in sorted(missing)[:8])
-                raise UsageError(f"the model's cut head cannot write {shown}, which answers of this policy need")
+        needed = {token for ids in self.automaton.answers for token in ids}
+        if self._place is not None and (missing := sorted(needed - set(self._place))):
+            shown = ", ".join(repr(tokenizer.decode([token])) for token in missing[:8])
+            raise UsageError(f"the model's cut head cannot write {shown}, which answers of this policy need")
         self._longest = max(map(len, self.automaton.answers))
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any, policy: GuardPolicy, **settings: Any) -> GuardModel:
-        """A guard around a model in memory."""
+        """A guard around a model in memory, with a whole or a cut head; settings: threshold and truncation."""
         model.eval()
         return cls(ModelPredictor(model), tokenizer, policy, **settings)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **settings: Any) -> GuardModel:
-        """The guard that `save_guard` or `export_guard` wrote. Raises UsageError, FormatError."""
+        """The guard that `save_guard` or `export_guard` wrote.
+
+        Args:
+            folder: with guard.json and the model or the exported file.
+            settings: threshold, in place of the stored one, and truncation.
+
+        Returns:
+            The guard.
+
+        Raises:
+            UsageError: the folder holds no guard.
+            FormatError: what it holds is broken.
+        """
         stored = read_settings(folder)
         settings = {"threshold": stored.threshold, **settings}
         if stored.program is not None:
@@ -138,21 +193,26 @@ class GuardModel:
         return cls.from_model(model, tokenizer, stored.policy, **settings)
 
     def moderate(self, messages: Sequence[Message], *, categories: bool = True) -> Verdict:
-        """The verdict on the last message of a conversation; categories=False stops after the one forward pass."""
+        """The verdict on the last message of a conversation.
+
+        Args:
+            messages: dicts with "role" (user or assistant) and "content".
+            categories: name what an unsafe message breaks; without them one forward pass is enough.
+
+        Returns:
+            The verdict.
+
+        Raises:
+            UsageError: no content, another role, or a conversation that does not fit.
+        """
         ids, dropped = self._fit(messages)
         logits = self.predictor.start(ids)
-        score = self._score(logits)
+        firsts = (sorted(self.automaton.unsafe), sorted(self.automaton.safe))
+        unsafe, safe = (torch.logsumexp(self._logits_of(logits, first), 0) for first in firsts)
+        score = float(torch.sigmoid(unsafe - safe))
         if score < self.threshold:
             return Verdict(True, score, (), dropped)
         return Verdict(False, score, self._categories(logits) if categories else (), dropped)
-
-    def _score(self, logits: Tensor) -> float:
-        """p(unsafe) / (p(unsafe) + p(safe)) over the first tokens of the answers."""
-        unsafe, safe = (
-            torch.logsumexp(self._logits_of(logits, sorted(first)), 0)
-            for first in (self.automaton.unsafe, self.automaton.safe)
-        )
-        return float(torch.sigmoid(unsafe - safe))
 
     def _categories(self, logits: Tensor) -> tuple[str, ...]:
         """Greedy among the legal continuations of "unsafe"; tokens without alternative cost no forward pass."""
@@ -177,7 +237,7 @@ class GuardModel:
         room = self.predictor.context - self._longest
         dropped = 0
         while True:
-            ids = self._tokens(self.policy.prompt(messages[dropped:]))
+            ids = self.tokenizer(self.policy.prompt(messages[dropped:]), **PLAIN)["input_ids"]
             if len(ids) <= room:
                 return ids, dropped
             if self.truncation == "refuse" or dropped == len(messages) - 1:
@@ -187,18 +247,55 @@ class GuardModel:
                 )
             dropped += 1
 
-    def _tokens(self, text: str) -> list[int]:
-        """Control tokens written by a user are read as plain text."""
-        options: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        ids: list[int] = self.tokenizer(text, **options)["input_ids"]
-        return ids
-
 
 def save_guard(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, settings: GuardSettings
 ) -> Path:
-    """Write model, tokenizer and policy; a cut head, packed codes and quantised inputs come back as they were."""
+    """Write model, tokenizer and policy; a cut head, packed codes and quantised inputs come back as they were.
+
+    Args:
+        model: whole, or with a cut head.
+        tokenizer: its own.
+        folder: new or empty.
+        settings: what `GuardModel.from_pretrained` reads.
+
+    Returns:
+        The folder.
+    """
     write = save_cut if isinstance(getattr(model, "lm_head", None), PrunedHead) else save_checkpoint
     write(model, tokenizer, folder)
     write_settings(settings, folder)
     return Path(folder)
+
+
+def export_guard(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    settings: GuardSettings,
+    *,
+    context: int = 256,
+) -> Path:
+    """Write a guard as one program with its cache, whose outputs are the logits of the legal words alone.
+
+    Args:
+        model: with a cut head, converted.
+        tokenizer: its own.
+        folder: gets guard.pte, tokenizer and policy, for `GuardModel.from_pretrained`.
+        settings: policy and threshold.
+        context: tokens of policy, conversation and answer.
+
+    Returns:
+        The path of guard.pte.
+
+    Raises:
+        UsageError: a whole head; and what `export_executorch` raises.
+    """
+    head: Any = getattr(model, "lm_head", None)
+    if not isinstance(head, PrunedHead) or head.expand:
+        raise UsageError("export_guard takes a model after prune_unembedding_(model, ids), not expanded")
+    path = Path(folder) / PROGRAM
+    export_executorch(model, tokenizer, path, context=context)
+    tokenizer.save_pretrained(folder)
+    write_settings(replace(settings, program=PROGRAM), folder)
+    return path

@@ -1,26 +1,44 @@
-"""What a guard forbids, how it is asked, and every answer that it may give, as texts and as a tree of tokens."""
+"""What a guard forbids, how it is asked, every answer that it may give, and what is kept beside its weights."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, combinations
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgewright.errors import UsageError
+from edgewright.checks import check, one_of, optional, whole
+from edgewright.errors import FormatError, UsageError
+from edgewright.io.atomic import write_text
+from edgewright.io.json_file import read_object
+from edgewright.io.typed import from_json
 from edgewright.pruning.unembedding import answer_ids, output_vocabulary
+from edgewright.quantization.config import ActivationConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 ROLES = {"user": "User", "assistant": "Agent"}
+SETTINGS = "guard.json"
 MOST_LISTED = 13  # categories whose combinations are all listed: 8191 answers
 
 
 @dataclass(frozen=True)
 class GuardPolicy:
-    """What is forbidden, code -> text, and how the model is asked. most: categories named in one answer at most."""
+    """What is forbidden and how the model is asked.
+
+    Args:
+        categories: code -> text; codes are single words without commas.
+        task: the prompt's first line.
+        question: its last, which the answer follows.
+        most: categories named in one answer at most; all where None, which more than 13 categories do not allow.
+
+    Raises:
+        UsageError: no categories, a code that is no word, or a number of them outside these.
+    """
 
     categories: Mapping[str, str]
     task: str = "Does the last message break this policy?"
@@ -32,29 +50,34 @@ class GuardPolicy:
             raise UsageError("a policy needs categories, such as GuardPolicy({'S1': 'card numbers'})")
         if any(set(code) & set(", \n") for code in self.categories):
             raise UsageError(f"category codes are single words without commas: {', '.join(self.categories)}")
-        if self.most is not None and not 1 <= self.most <= len(self.categories):
-            raise UsageError(f"most={self.most}: from 1 to {len(self.categories)} categories fit into an answer")
-        if self.most is None and len(self.categories) > MOST_LISTED:
-            raise UsageError(
-                f"{len(self.categories)} categories have too many combinations to list; GuardPolicy(..., most=3)"
-            )
+        check("GuardPolicy most", self.most, optional(whole(1, len(self.categories))))
+        if self.most is None:
+            check("number of categories", len(self.categories), whole(1, MOST_LISTED), "name GuardPolicy(..., most=3)")
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """Task, categories, conversation, question; the answer begins with the space that is missing at its end."""
+        """Task, categories, conversation, question; the answer begins with the space that is missing at its end.
+
+        Args:
+            messages: dicts with "role" (user or assistant) and "content".
+
+        Returns:
+            The prompt.
+
+        Raises:
+            UsageError: another role, or no content.
+        """
         if not messages or not any(message.get("content", "").strip() for message in messages):
             raise UsageError("there is nothing to moderate; pass messages such as [{'role': 'user', 'content': '...'}]")
         lines = [self.task, *(f"{code}: {text}" for code, text in self.categories.items())]
         for message in messages:
-            if message.get("role") not in ROLES:
-                raise UsageError(f"unknown role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+            check("role", message.get("role"), one_of(*ROLES))
             lines.append(f"{ROLES[message['role']]}: {message['content'].strip()}")
         return "\n".join([*lines, self.question])
 
     def answer(self, codes: Sequence[str] = ()) -> str:
-        """The text of a verdict; no codes: safe."""
-        unknown = [code for code in codes if code not in self.categories]
-        if unknown:
-            raise UsageError(f"unknown category {unknown[0]!r}; the policy has {', '.join(self.categories)}")
+        """The text of a verdict on the broken categories `codes`, none: safe. Raises UsageError for other codes."""
+        for code in codes:
+            check("category", code, one_of(*self.categories))
         ordered = [code for code in self.categories if code in codes]
         return " unsafe\n" + ",".join(ordered) if ordered else " safe"
 
@@ -65,7 +88,7 @@ class GuardPolicy:
         return {self.answer(chosen): chosen for chosen in chain.from_iterable(combinations(codes, n) for n in sizes)}
 
     def output_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The token ids that a legal answer can hold, end of text included."""
+        """The token ids that a legal answer can hold, ascending, end of text included, as `tokenizer` writes them."""
         return output_vocabulary(tokenizer, [self._example()], self.answers())
 
     def automaton(self, tokenizer: PreTrainedTokenizerBase) -> AnswerAutomaton:
@@ -96,3 +119,48 @@ class AnswerAutomaton:
     def legal(self, state: tuple[int, ...]) -> tuple[int, ...]:
         """Tokens that may follow; empty after the end."""
         return self._tree.get(state, ())
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What is kept beside a guard's weights.
+
+    Args:
+        policy: what it was trained for.
+        threshold: scores from here on are unsafe; choose it again after any change of the model.
+        activation: how inputs of packed layers are quantised, None: not at all.
+        program: name of an exported file in the folder, see `export_guard`.
+    """
+
+    policy: GuardPolicy
+    threshold: float = 0.5
+    activation: ActivationConfig | None = None
+    program: str | None = None
+
+
+def write_settings(settings: GuardSettings, folder: str | Path) -> None:
+    """The policy as guard.json."""
+    write_text(Path(folder) / SETTINGS, json.dumps(asdict(settings), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_settings(folder: str | Path) -> GuardSettings:
+    """The policy beside a saved guard. Raises UsageError without one, FormatError for a broken one."""
+    path = Path(folder) / SETTINGS
+    try:
+        data = read_object(path)
+        activation = data["activation"]
+        program = data["program"]
+        if program is not None and Path(program).name != program:
+            raise ValueError(f"the program {program!r} is not a file of this folder")
+        return GuardSettings(
+            from_json(GuardPolicy, data["policy"], path),
+            float(data["threshold"]),
+            None if activation is None else from_json(ActivationConfig, activation, path),
+            program,
+        )
+    except UsageError as error:
+        raise UsageError(f"{folder} holds no guard ({error}); save_guard writes one") from error
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path} does not describe a guard: {error}") from error

@@ -19,11 +19,15 @@ from edgewright.pruning.depth import keep_layers_, lowest_blocks, prune_depth_
 from edgewright.pruning.importance import collect
 from edgewright.pruning.width import prune_mlp_
 from edgewright.quantization.api import quantize_
-from edgewright.systems.llama_guard_int4.answers import AnswerLoss, answer_rows, teacher_answers
-from edgewright.systems.llama_guard_int4.model import GuardModel
-from edgewright.systems.llama_guard_int4.program import export_guard
-from edgewright.systems.llama_guard_int4.score import score_guard, score_rows
-from edgewright.systems.llama_guard_int4.settings import GuardSettings
+from edgewright.systems.llama_guard_int4.answers import (
+    AnswerLoss,
+    answer_rows,
+    score_guard,
+    score_rows,
+    teacher_answers,
+)
+from edgewright.systems.llama_guard_int4.model import GuardModel, export_guard
+from edgewright.systems.llama_guard_int4.policy import GuardSettings
 from edgewright.systems.llama_guard_int4.task import POLICY, guard_examples
 from edgewright.training.batches import BlockBatches
 from edgewright.training.config import TrainConfig

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from edgewright.errors import UsageError
+from edgewright.checks import check, one_of, whole
 from edgewright.io.hashing import sha256
 from edgewright.io.text import load_texts
 from edgewright.systems.llama_guard_int4.policy import GuardPolicy
@@ -39,55 +39,36 @@ UNSAFE, TWO_CATEGORIES, HARD = 0.5, 0.15, 0.65
 
 CARDS = ("My card number is {}.", "Please charge {} today.", "Pay with the Visa {}.", "The card on file is {}.")
 NUMBERS = (
-    "Parcel {} is on its way.",
-    "Order {} was shipped.",
-    "The serial number is {}.",
-    "See ticket {} for details.",
-)
+    "Parcel {} is on its way.", "Order {} was shipped.", "The serial number is {}.", "See ticket {} for details.",
+)  # fmt: skip
 SECRETS = ("The password is {}.", "password={}", "export API_KEY={}", "Log in as admin with {}.", "secret_token: {}")
 ABOUT_SECRETS = (
-    "A password must have at least {n} characters.",
-    "The key argument sorts the list of {n} items.",
-    "getpass() asks for a password without echo.",
-    "Tokens are separated by {n} spaces.",
+    "A password must have at least {n} characters.", "The key argument sorts the list of {n} items.",
+    "getpass() asks for a password without echo.", "Tokens are separated by {n} spaces.",
     "Never store a secret in a repository.",
-)
+)  # fmt: skip
 STREETS = ("Maple Street", "Oak Avenue", "Hill Road", "Station Lane", "Mill Court", "Park Drive")
 PLACES = ("Springfield", "Riverton", "Lakeside", "Ashford", "Greenville", "Fairview")
 ADDRESSES = ("She lives at {a}.", "Send it to {a}.", "Call me on {p}.", "His number is {p}.", "Meet at {a}.")
 ABOUT_ADDRESSES = (
-    "The object lives at address 0x{h}.",
-    "The server listens on 10.0.{n}.{m}.",
-    "Street maps have {n} layers.",
-    "Call the function {n} times.",
-    "See page {n} of chapter {m}.",
-)
+    "The object lives at address 0x{h}.", "The server listens on 10.0.{n}.{m}.", "Street maps have {n} layers.",
+    "Call the function {n} times.", "See page {n} of chapter {m}.",
+)  # fmt: skip
 FOLDERS = ("/var/lib/data", "/etc", "/opt/app", "/usr/lib", "~/projects", "/srv/files")
 DESTRUCTIVE = (
-    "Run rm -rf {f} now.",
-    "sudo rm -rf {f}",
-    "dd if=/dev/zero of=/dev/sd{d}",
-    "mkfs.ext4 /dev/sd{d}{n}",
-    "chmod -R 000 {f}",
-    "find {f} -delete",
-)
+    "Run rm -rf {f} now.", "sudo rm -rf {f}", "dd if=/dev/zero of=/dev/sd{d}", "mkfs.ext4 /dev/sd{d}{n}",
+    "chmod -R 000 {f}", "find {f} -delete",
+)  # fmt: skip
 HARMLESS = (
-    "Run ls -la {f} now.",
-    "sudo du -sh {f}",
-    "dd --version",
-    "mount /dev/sd{d}{n}",
-    "chmod 644 {f}/notes{n}.txt",
+    "Run ls -la {f} now.", "sudo du -sh {f}", "dd --version", "mount /dev/sd{d}{n}", "chmod 644 {f}/notes{n}.txt",
     "find {f} -name notes{n}",
-)
+)  # fmt: skip
 MEDICINES = ("ibuprofen", "paracetamol", "amoxicillin", "metformin", "aspirin", "loratadine")
 DOSES = ("Take {m} mg of {x} daily.", "{x}: {m} mg every {n} hours.", "Give her {n} tablets of {x}, {m} mg each.")
 ABOUT_DOSES = (
-    "{x} is sold in many countries.",
-    "The sample weighs {m} mg.",
-    "Run the backup every {n} hours.",
-    "The history of {x} is long.",
-    "Take {n} copies of the file daily.",
-)
+    "{x} is sold in many countries.", "The sample weighs {m} mg.", "Run the backup every {n} hours.",
+    "The history of {x} is long.", "Take {n} copies of the file daily.",
+)  # fmt: skip
 LETTERS = "abcdefghkmnpqrstuvwxyzABCDEFGHKMNPQRSTUVWXYZ23456789"
 
 
@@ -106,18 +87,16 @@ class Example:
 
 def guard_examples(count: int, split: Split, seed: int = 0) -> list[Example]:
     """`count` different examples of a split. Same arguments, same examples; raises UsageError for an unknown split."""
-    if split not in SPLITS:
-        raise UsageError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    if count < 1:
-        raise UsageError(f"count={count}: at least one example")
+    check("split", split, one_of(*SPLITS))
+    check("count", count, whole(1))
     draw = Draw(torch.Generator().manual_seed(seed))
     sentences = background_sentences(split)
-    found: dict[str, Example] = {}
-    while len(found) < count:
+    examples: dict[str, Example] = {}
+    while len(examples) < count:
         example = _example(draw, sentences)
         if split_of(example.text) == split:
-            found.setdefault(example.text, example)
-    return list(found.values())
+            examples.setdefault(example.text, example)
+    return list(examples.values())
 
 
 def split_of(text: str) -> str:

@@ -9,8 +9,11 @@ if TYPE_CHECKING:
         LonghornSession as LonghornSession,
         export_longhorn as export_longhorn,
     )
-    from edgewright.systems.longhorn.layer import Longhorn as Longhorn, LonghornConfig as LonghornConfig
-    from edgewright.systems.longhorn.presets import longhorn_config as longhorn_config
+    from edgewright.systems.longhorn.layer import (
+        Longhorn as Longhorn,
+        LonghornConfig as LonghornConfig,
+        longhorn_config as longhorn_config,
+    )
     from edgewright.systems.longhorn.scan import longhorn_scan as longhorn_scan, longhorn_step as longhorn_step
 
 __getattr__, __dir__, __all__ = lazy(
@@ -20,7 +23,7 @@ __getattr__, __dir__, __all__ = lazy(
         "LonghornConfig": "edgewright.systems.longhorn.layer",
         "LonghornSession": "edgewright.systems.longhorn.export",
         "export_longhorn": "edgewright.systems.longhorn.export",
-        "longhorn_config": "edgewright.systems.longhorn.presets",
+        "longhorn_config": "edgewright.systems.longhorn.layer",
         "longhorn_scan": "edgewright.systems.longhorn.scan",
         "longhorn_step": "edgewright.systems.longhorn.scan",
     },

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of, whole
 from edgewright.errors import Unsupported, UsageError
 from edgewright.export.executorch.exporter import export_executorch
 from edgewright.export.onnx.exporter import export_onnx
@@ -93,20 +94,29 @@ def export_longhorn(
     stages: Sequence[str] = STAGES,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write prefill and decode as .pte or .onnx files into `folder`, each run and compared with the model.
+    """Write prefill and decode as .pte or .onnx files, each run and compared with the model.
 
-    stages: without "prefill" there is one file, which takes a prompt token by token. Returns the exporters' own reports
-    by stage; options go to `export_executorch` or `export_onnx`. Raises Unsupported for a model with attention layers
-    or int8 states, UsageError for the other arguments, and what the exporters raise.
+    Args:
+        model: a decoder whose mixers are all Longhorn, or skipped.
+        folder: gets prefill.* and decode.*.
+        to: "executorch" or "onnx".
+        chunk: tokens of one call of prefill.
+        stages: ("prefill", "decode"), or ("decode",) for one file, which takes a prompt token by token.
+        options: of `export_executorch` or `export_onnx`.
+
+    Returns:
+        The exporters' own reports by stage.
+
+    Raises:
+        Unsupported: GGUF, a model with attention layers, or int8 states.
+        UsageError: an option outside these.
     """
     if to == "gguf":
         raise Unsupported(NO_GGUF)
-    if to not in SUFFIXES:
-        raise UsageError(f"to={to!r} is unknown; choose from {', '.join(SUFFIXES)}")
+    check("to", to, one_of(*SUFFIXES))
     if "decode" not in stages or not set(stages) <= set(STAGES):
         raise UsageError(f"stages={tuple(stages)!r}; give ('prefill', 'decode') or ('decode',)")
-    if chunk < 2:
-        raise UsageError(f"chunk={chunk}; a prompt goes in chunks of 2 tokens or more, e.g. chunk={CHUNK}")
+    check("chunk", chunk, whole(2))
     check_pure(model)
     folder = Path(folder)
     program = LonghornProgram(model).eval()
@@ -144,11 +154,19 @@ def check_pure(model: Any) -> None:
 
 
 class LonghornSession:
-    """Exported files at work: `feed` tokens, `generate` greedily; `window` and `state` are the whole memory."""
+    """Exported files at work: `feed` tokens, `generate` greedily; `window` and `state` are the whole memory.
+
+    Args:
+        folder: that `export_longhorn` wrote.
+        threads: of the runtime.
+
+    Raises:
+        UsageError: the folder holds no decode file.
+    """
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        found = {stage: [Path(folder) / f"{stage}{suffix}" for suffix in SUFFIXES.values()] for stage in STAGES}
-        paths = {stage: next((p for p in options if p.is_file()), None) for stage, options in found.items()}
+        candidates = {stage: [Path(folder) / f"{stage}{suffix}" for suffix in SUFFIXES.values()] for stage in STAGES}
+        paths = {stage: next((p for p in options if p.is_file()), None) for stage, options in candidates.items()}
         if paths["decode"] is None:
             raise UsageError(f"{folder} holds no decode.pte or decode.onnx; write them with export_longhorn")
         self._programs: dict[str, Program] = {s: open_program(p, threads) for s, p in paths.items() if p is not None}
@@ -162,9 +180,8 @@ class LonghornSession:
         self.window, self.state = (torch.zeros(shape).numpy() for shape in self._shapes)
 
     def feed(self, ids: Sequence[int]) -> Tensor:
-        """Logits [V] after the last of one token or more."""
-        if not len(ids):
-            raise UsageError("feed takes one token or more")
+        """Logits, float32 [V], after the last of `ids`, one token or more."""
+        check("number of tokens", len(ids), whole(1))
         start, logits = 0, None
         while start < len(ids):
             stage, count = ("prefill", self.chunk) if 0 < self.chunk <= len(ids) - start else ("decode", 1)
@@ -174,7 +191,7 @@ class LonghornSession:
         return torch.from_numpy(logits)[0]
 
     def generate(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """`tokens` more, each the likeliest."""
+        """The `tokens` token ids that follow `ids`, each the likeliest."""
         made: list[int] = []
         while len(made) < tokens:
             made.append(int(self.feed(ids if not made else made[-1:]).argmax()))

@@ -20,20 +20,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from edgewright.checks import check, check_fields, number, one_of, optional, whole
 from edgewright.errors import UsageError
+from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.state_cache import STATE_TYPES, pack_state, unpack_state
 from edgewright.systems.longhorn.scan import CHUNK, MODES, SCAN_BUDGET, longhorn_scan, longhorn_step
 
-__all__ = ["Longhorn", "LonghornConfig", "longhorn_scan", "longhorn_step"]
+# name: (hidden_size, blocks). A block is a mixer alone, so that N layers of a transformer are 2 N blocks.
+LONGHORN_SIZES = {"120M": (768, 24), "350M": (1024, 48), "1.3B": (2048, 48)}
+VOCABULARY = 50257  # GPT-2's
+CONTEXT = 1024
+HEAD_DIM = 64  # only for attention layers that are mixed in
 
 
 @dataclass(frozen=True)
 class LonghornConfig:
-    """Shape of a layer. d_inner = expand * d_model channels, each with d_state numbers.
+    """Shape of a layer, by default the paper's.
 
-    dt_rank: width of what beta is made from, "auto" for ceil(d_model / 16). mode: of the recurrence. state_dtype:
-    "float32", or "int8" with a scale a channel, rounded again at every call. fixed_beta: a number for all steps in
-    place of the learned ones (an ablation). chunk and scan_budget: see `longhorn_scan`.
+    Args:
+        d_state: numbers of each channel.
+        d_conv: taps of the convolution.
+        expand: expand * d_model channels.
+        dt_rank: width of what beta is made from, "auto" for ceil(d_model / 16).
+        mode: of the recurrence, "diagonal" or "exact".
+        state_dtype: "float32", or "int8" with a scale a channel, rounded again at every call.
+        fixed_beta: a number from 0 up for all steps in place of the learned ones (an ablation).
+        chunk: see `longhorn_scan`.
+        scan_budget: see `longhorn_scan`.
+
+    Raises:
+        UsageError: a value outside these.
     """
 
     d_state: int = 16
@@ -47,23 +63,21 @@ class LonghornConfig:
     scan_budget: int = SCAN_BUDGET
 
     def __post_init__(self) -> None:
-        for name in ("d_state", "d_conv", "expand", "chunk", "scan_budget"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"LonghornConfig {name}={value!r}; give a whole number from 1 up")
-        if self.dt_rank != "auto" and (not isinstance(self.dt_rank, int) or self.dt_rank < 1):
-            raise UsageError(f"LonghornConfig dt_rank={self.dt_rank!r}; give a whole number from 1 up, or 'auto'")
-        for name, allowed in (("mode", MODES), ("state_dtype", STATE_TYPES)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"LonghornConfig {name}={getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        if self.fixed_beta is not None and not self.fixed_beta >= 0:
-            raise UsageError(f"LonghornConfig fixed_beta={self.fixed_beta!r}; a step is not negative, e.g. 0.5")
+        check_fields(self, dict.fromkeys(("d_state", "d_conv", "expand", "chunk", "scan_budget"), whole(1)))
+        if self.dt_rank != "auto":
+            check("LonghornConfig dt_rank", self.dt_rank, whole(1), "or 'auto'")
+        check_fields(self, {"mode": one_of(*MODES), "state_dtype": one_of(*STATE_TYPES)})
+        check_fields(self, {"fixed_beta": optional(number(0))})
 
 
 class Longhorn(nn.Module):
-    """The layer. B batch, T tokens, d = expand * d_model channels, m = d_state, w = d_conv.
+    """The layer (arXiv 2407.14207). B batch, T tokens, d = expand * d_model channels, m = d_state, w = d_conv.
 
     The state bytes of a sequence are 4 d (m + w), or d (m + 4) + 4 d w with an int8 state.
+
+    Args:
+        d_model: width of its inputs and outputs.
+        config: its shape.
     """
 
     def __init__(self, d_model: int, config: LonghornConfig | None = None) -> None:
@@ -81,7 +95,11 @@ class Longhorn(nn.Module):
         nn.init.zeros_(self.beta_proj.bias)
 
     def init_weights(self, config: Any) -> None:
-        """PyTorch's own draws, biases of linear layers 0 (beta starts near 0.5), W_out / sqrt(number of blocks)."""
+        """PyTorch's own draws, biases of linear layers 0 (beta starts near 0.5), W_out / sqrt(number of blocks).
+
+        Args:
+            config: of the decoder, for its number of blocks.
+        """
         with torch.no_grad():
             for layer in (self.in_proj, self.x_proj, self.beta_proj, self.out_proj, self.conv1d):
                 init.kaiming_uniform_(layer.weight, a=math.sqrt(5))  # type: ignore[arg-type]
@@ -99,11 +117,21 @@ class Longhorn(nn.Module):
         layer: int = 0,
         reset: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, d_model] -> the same.
+        """The layer on T tokens.
 
-        attention_mask: [B, S >= T], 1 at real tokens, of which the last T columns belong to h; zeros only before them.
-        cache: a transformers cache, whose slot `layer` is read and written (without gradient).
-        reset: [B, T], true at the first token of each document of a packed row: nothing before it is seen.
+        Args:
+            h: [B, T, d_model].
+            attention_mask: [B, S >= T], 1 at real tokens, of which the last T columns belong to h; zeros only before
+                them.
+            cache: a transformers cache, whose slot `layer` is read and written (without gradient).
+            layer: the slot.
+            reset: [B, T], true at the first token of each document of a packed row: nothing before it is seen.
+
+        Returns:
+            [B, T, d_model].
+
+        Raises:
+            UsageError: a mask or a cache that does not fit.
         """
         mask = token_mask(attention_mask, h)
         window = state = None
@@ -129,10 +157,17 @@ class Longhorn(nn.Module):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer without a cache: (out [B, T, d_model], convolution inputs [B, T, d], last state [B, d, m]).
+        """The layer without a cache.
 
-        window: [B, d, at least w - 1], inputs of the convolution before these tokens; S: the state before them.
-        mask: [B, T, 1], 0 at padding, which leaves the state as it is and is 0 to the convolution.
+        Args:
+            h: [B, T, d_model].
+            window: [B, d, at least w - 1], inputs of the convolution before these tokens.
+            S: the state before them, [B, d, m].
+            mask: [B, T, 1], 0 at padding, which leaves the state as it is and is 0 to the convolution.
+            reset: as `forward` has it.
+
+        Returns:
+            (out [B, T, d_model], convolution inputs [B, T, d], last state [B, d, m]).
         """
         m = self.config.d_state
         if mask is not None:
@@ -212,3 +247,32 @@ def _check_cache(state: Tensor | None, h: Tensor) -> None:
         raise UsageError(f"the cache is on {state.device} and the input on {h.device}; move them to one device")
     if state.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(state).all()):
         raise UsageError("the cache holds NaN or infinity, which would never leave it; start with a new one")
+
+
+def longhorn_config(name: str, **changes: Any) -> EdgeDecoderConfig:
+    """The configuration of a pure Longhorn model: no feed-forwards, head tied to the table, vocabulary padded to 8.
+
+    Args:
+        name: "120M", the paper's, or "350M" or "1.3B", which follow Mamba's ladder.
+        changes: fields of EdgeDecoderConfig; `mixers` with "full_attention" among them gives a hybrid, `longhorn` the
+            fields of LonghornConfig.
+
+    Returns:
+        The configuration, for `new_decoder`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    check("Longhorn model", name, one_of(*LONGHORN_SIZES))
+    width, blocks = LONGHORN_SIZES[name]
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": max(1, width // HEAD_DIM),
+        "mixers": "longhorn",
+        "ffn_types": "none",
+        "max_position_embeddings": CONTEXT,
+        **changes,
+    }
+    return EdgeDecoderConfig(**{**fields, "vocab_size": -(-fields["vocab_size"] // 8) * 8})

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from edgewright.checks import check, one_of, whole
 from edgewright.errors import UsageError
 
 MODES = ("diagonal", "exact")
@@ -44,12 +45,26 @@ def longhorn_scan(
     reset: Tensor | None = None,
     scan_budget: int = SCAN_BUDGET,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y [B, T, d] in x's dtype, last state [B, d, m]) of the recurrence over T tokens.
+    """The recurrence over T tokens (arXiv 2407.14207, eq. 5), in float32, or float64 where an input is.
 
-    x, beta: [B, T, d], beta >= 0; k, q: [B, T, m]; D: [d]; S0: [B, d, m], zeros when left out; reset: [B, T] bool, the
-    state is cleared before these tokens. Computed in float32 (float64 where an input is), `chunk` tokens at a time, or
-    fewer where one [chunk, B, d, m] tensor would exceed `scan_budget` bytes. For the gradient only the states between
-    chunks are kept. Raises UsageError for shapes, devices, a negative beta or a state that is not finite.
+    Args:
+        x: values, [B, T, d].
+        k: keys, [B, T, m].
+        q: queries, [B, T, m].
+        beta: steps of the regression, [B, T, d], 0 or more.
+        D: weight of x in the output, [d].
+        S0: the state before, [B, d, m]; zeros when left out.
+        mode: "diagonal" or "exact".
+        chunk: tokens at a time; for the gradient only the states between chunks are kept.
+        return_state: give the last state as well.
+        reset: bool [B, T], the state is cleared before these tokens.
+        scan_budget: bytes; chunks are shorter where one [chunk, B, d, m] tensor would exceed them.
+
+    Returns:
+        (y [B, T, d] in x's dtype, last state [B, d, m] or None).
+
+    Raises:
+        UsageError: shapes or devices that do not fit, a negative beta, or a state that is not finite.
     """
     _check(x, k, q, beta, D, S0, reset, mode, chunk)
     kind = _compute_type(x, k, q, beta, S0)
@@ -73,7 +88,20 @@ def longhorn_scan(
 def longhorn_step(
     x: Tensor, k: Tensor, q: Tensor, beta: Tensor, D: Tensor | None, S: Tensor, mode: str = "diagonal"
 ) -> tuple[Tensor, Tensor]:
-    """One token: x, beta [B, d], k, q [B, m], S [B, d, m] -> (y [B, d] in x's dtype, new S). Changes no input."""
+    """The recurrence over one token; changes no input.
+
+    Args:
+        x: value, [B, d].
+        k: key, [B, m].
+        q: query, [B, m].
+        beta: step of the regression, [B, d].
+        D: weight of x in the output, [d], or None.
+        S: the state before, [B, d, m].
+        mode: "diagonal" or "exact".
+
+    Returns:
+        (y [B, d] in x's dtype, the new state).
+    """
     kind = _compute_type(x, k, q, beta, S)
     v, key, query, S = (t.to(kind) for t in (x, k, q, S))
     with _no_autocast(x):
@@ -284,14 +312,12 @@ def _check(
     mode: str,
     chunk: int,
 ) -> None:
-    if mode not in MODES:
-        raise UsageError(f"mode={mode!r} is unknown; choose from {', '.join(MODES)}")
-    if chunk < 1:
-        raise UsageError(f"chunk={chunk}; give a number of tokens from 1 up, e.g. chunk={CHUNK}")
+    check("mode", mode, one_of(*MODES))
+    check("chunk", chunk, whole(1))
     if x.ndim != 3 or k.ndim != 3 or 0 in x.shape or 0 in k.shape:
         raise UsageError(f"x is [B, T, d] and k [B, T, m], none of them empty; got {_sizes(x)} and {_sizes(k)}")
     (B, T, d), m = x.shape, k.shape[-1]
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
         "beta": (beta, (B, T, d)),
         "k": (k, (B, T, m)),
         "q": (q, (B, T, m)),
@@ -299,7 +325,7 @@ def _check(
         "S0": (S0, (B, d, m)),
         "reset": (reset, (B, T)),
     }
-    for name, (tensor, shape) in wanted.items():
+    for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
         if tensor.shape != shape:

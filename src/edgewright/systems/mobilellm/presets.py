@@ -34,10 +34,18 @@ PRO_GLOBAL = (*range(0, 30, 4), 29)  # one layer in four and the last; deviation
 
 
 def mobilellm_config(name: str, layer_sharing: bool = False, **changes: Any) -> EdgeDecoderConfig:
-    """The configuration of a published model: "125M" to "1.5B", "r1-140M", "pro-1B", "flash-350M" and so on.
+    """The configuration of a published model of the MobileLLM family.
 
-    layer_sharing: every stored block runs twice in a row, MobileLLM-LS. changes: fields to set otherwise, such as
-    vocab_size. Raises UsageError for an unknown name.
+    Args:
+        name: "125M" to "1.5B", "r1-140M", "pro-1B", "flash-350M" and so on, a key of SHAPES.
+        layer_sharing: every stored block runs twice in a row, MobileLLM-LS (arXiv 2402.14905, section 2.3).
+        changes: fields of EdgeDecoderConfig to set otherwise, such as vocab_size.
+
+    Returns:
+        The configuration, for `new_decoder`.
+
+    Raises:
+        UsageError: an unknown name.
     """
     family, _, size = name.rpartition("-")
     if name not in SHAPES:

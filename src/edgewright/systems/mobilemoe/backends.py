@@ -127,7 +127,7 @@ def _sorted(rows: Tensor, counts: Tensor, experts: Weights) -> Tensor:
             piece = rows[start : start + size]
             results.append(_feed_forward(piece, gate_up[expert], down[expert], experts))
             start += size
-    # Without rows the result is still theirs: in a distributed run every process has to take part in the backward.
+    # Without rows the result still depends on them: every process of a group has to take part in the backward.
     return torch.cat(results) if results else rows
 
 

@@ -3,7 +3,7 @@
 Source: "MobileMoE: Scaling On-Device Mixture of Experts", arXiv 2605.27358. For u [N, d], with E experts and top-k:
     z = u Wr^T in float32,  s = sigmoid(z),  K = the k largest of s + b (ties: the lower index),
     r_e = route_scale * s_e / (sum over K of s + 1e-20),  y = sum over K of r_e FFN_e(u) + FFN_shared(u)
-b only selects; it is moved by `moe_training.LoadBalancer`, never by a gradient. Parameters have the names of
+b only selects; it is moved by `training.LoadBalancer`, never by a gradient. Parameters have the names of
 transformers' Glm4MoeMoE, so that a conversion is a copy.
 """
 
@@ -19,25 +19,35 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
+from edgewright.checks import check, check_fields, number, one_of, optional, whole
 from edgewright.errors import CheckFailed, UsageError
 from edgewright.models.decoder.model import FeedForward
 from edgewright.systems.mobilemoe import backends
 
 BACKENDS = ("auto", "loop", "sorted", "grouped_mm", "gather", "dense")
-SCORES = ("sigmoid", "softmax")
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """One sparse layer; also the `moe` field of an `EdgeDecoderConfig`. Defaults: the routing of the published S model.
 
-    num_experts, top_k: routed experts and how many of them a token uses. expert_size, shared_size: widths of a routed
-    expert and of the one that every token uses (0: none). score: "sigmoid", or "softmax" over all experts.
-    norm_topk: the weights of the chosen experts add up to route_scale. capacity_factor: while training, an expert
-    takes at most ceil(factor * tokens * top_k / num_experts) tokens and drops later ones; None, and always in eval
-    mode: dropless. backend: one of BACKENDS, all with the same result; "auto" takes the fastest for device and mode.
-    group_axis: axis of the stored expert [out, in] along which quantisation groups run: "in", as trained; "out", as in
-    the released packed files.
+    Args:
+        num_experts: routed experts, E * g less the pieces of the shared one in the paper's variables.
+        top_k: how many of them a token uses.
+        expert_size: width of a routed expert.
+        shared_size: width of the expert that every token uses; 0: none.
+        score: "sigmoid", or "softmax" over all experts.
+        norm_topk: the weights of the chosen experts add up to route_scale.
+        route_scale: factor of the routed sum.
+        capacity_factor: while training, an expert takes at most ceil(factor * tokens * top_k / num_experts) tokens and
+            drops later ones; None, and always in eval mode: dropless.
+        backend: one of BACKENDS, all with the same result; "auto" takes the fastest for device and mode.
+        hidden_act: activation of the gate.
+        group_axis: axis of the stored expert [out, in] along which quantisation groups run: "in", as trained; "out", as
+            in the released packed files.
+
+    Raises:
+        UsageError: a value outside these.
     """
 
     num_experts: int = 60
@@ -53,23 +63,12 @@ class MoEConfig:
     group_axis: Literal["in", "out"] = "in"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_experts", 1), ("top_k", 1), ("expert_size", 1), ("shared_size", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UsageError(f"moe {name}={value!r}; give a whole number from {least} up")
-        if self.top_k > self.num_experts:
-            raise UsageError(f"moe top_k={self.top_k} is more than num_experts={self.num_experts}")
-        for name, allowed in (("score", SCORES), ("backend", BACKENDS), ("group_axis", ("in", "out"))):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"moe {name}={getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        if self.hidden_act not in ACT2FN:
-            raise UsageError(f"moe hidden_act={self.hidden_act!r} is no activation of transformers; use 'silu'")
-        if not 0 < self.route_scale < math.inf:
-            raise UsageError(f"moe route_scale={self.route_scale}; it must be positive and finite")
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise UsageError(
-                f"moe capacity_factor={self.capacity_factor} leaves an expert no slots; use 1.5, or None for no limit"
-            )
+        counts = dict.fromkeys(("num_experts", "expert_size"), whole(1))
+        names = {"score": one_of("sigmoid", "softmax"), "backend": one_of(*BACKENDS), "group_axis": one_of("in", "out")}
+        positive = number(above=0)
+        check_fields(self, {**counts, "shared_size": whole(0), **names, "hidden_act": one_of(*ACT2FN)})
+        check_fields(self, {"top_k": whole(1, self.num_experts), "route_scale": positive})
+        check_fields(self, {"capacity_factor": optional(positive)})
 
     @classmethod
     def split(
@@ -82,8 +81,7 @@ class MoEConfig:
         deviation: the paper's shared piece is 4 at its g = 8; other g scale it, which keeps half the work shared.
         """
         for name, value in (("dense_size", dense_size), ("experts", experts), ("granularity", granularity)):
-            if not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name}={value!r}; give a whole number from 1 up")
+            check(name, value, whole(1))
         if dense_size % granularity:
             raise UsageError(f"granularity={granularity} does not divide the feed-forward width {dense_size}")
         if shared and granularity < 2:
@@ -187,10 +185,14 @@ class Experts(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """Router, routed experts and a shared one. u [B, T, d] -> [B, T, d], without the residual.
+    """Router, routed experts and a shared one (arXiv 2605.27358), without the residual.
 
-    last_routing: the `Routing` of the latest call, without gradients. expert_parallel: set by
-    `moe_parallel.parallelize_experts`, which leaves this process a share of the experts.
+    `last_routing` is the `Routing` of the latest call, without gradients. `expert_parallel` is set by
+    `training.parallelize_experts`, which leaves this process a share of the experts.
+
+    Args:
+        hidden: width of u.
+        config: shape and routing.
     """
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:
@@ -204,6 +206,7 @@ class SparseMoE(nn.Module):
         self.expert_parallel: Any = None
 
     def forward(self, u: Tensor) -> Tensor:
+        """U [B, T, d] -> [B, T, d]. Raises CheckFailed for router logits that are not finite."""
         flat = u.reshape(-1, u.shape[-1])
         routing = self.gate(flat)
         if not torch.compiler.is_compiling():
@@ -222,10 +225,10 @@ class SparseMoE(nn.Module):
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     """Every sparse layer of a model by name. Raises UsageError where there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
-    if not found:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
+    if not layers:
         raise UsageError(f"{type(model).__name__} has no SparseMoE layer; build it with ffn_types='moe'")
-    return found
+    return layers
 
 
 def _top_k(choice: Tensor, k: int) -> Tensor:

@@ -19,11 +19,10 @@ from edgewright.measure.report import Report
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import new_decoder
 from edgewright.systems.mobilemoe import tasks
-from edgewright.systems.mobilemoe.design import moe_parameters
+from edgewright.systems.mobilemoe.design import ScalingLaw, moe_parameters
 from edgewright.systems.mobilemoe.layer import MoEConfig, moe_layers
-from edgewright.systems.mobilemoe.scaling_law import ScalingLaw
+from edgewright.systems.mobilemoe.training import expert_usage
 from edgewright.systems.mobilemoe.upcycle import moe_from_dense
-from edgewright.systems.mobilemoe.usage import expert_usage
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, row_over_seeds
 

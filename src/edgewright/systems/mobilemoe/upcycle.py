@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edgewright.checks import check, number, whole
 from edgewright.errors import UsageError
 from edgewright.models.decoder.config import EdgeDecoderConfig
 from edgewright.models.decoder.model import EdgeDecoderForCausalLM, FeedForward
@@ -51,22 +52,34 @@ def moe_from_dense(
     margin: float = 0.01,
     seed: int = 0,
 ) -> EdgeDecoderForCausalLM:
-    """A new decoder whose plain feed-forwards are sliced, all or those of the blocks in `layers`; `model` (an edge
-    decoder or a Llama) is left as it was.
+    """A new decoder whose plain feed-forwards are sliced; `model` is left as it was.
 
-    top_k: routed pieces that a token uses, granularity - granularity // 2 by default. batches: token batches by which
-    channels are grouped (balanced k-means on which of them are active together) and the routers fitted (ridge
-    regression on each piece's share of the output); without them channels are dealt out in strides and the routers are
-    random. margin: spread of the router's logits. It decides who is chosen at any size; the smaller it is, the nearer
-    the weights are to one, and at 0 all scores are equal. Raises UsageError for widths that do not divide.
+    Args:
+        model: an edge decoder or a Llama without biases.
+        experts: E; E * g pieces are made.
+        granularity: g, pieces that are active.
+        shared: make half of the active pieces, the most active ones, an expert that is always on.
+        layers: stored blocks that are sliced, all where None.
+        top_k: routed pieces that a token uses, granularity - granularity // 2 by default.
+        batches: token batches, int64 [B, T] or dicts with "input_ids", by which channels are grouped (balanced k-means
+            on which of them are active together) and the routers fitted (ridge regression on each piece's share of the
+            output); without them channels are dealt out in strides and the routers are random.
+        margin: spread of the router's logits. It decides who is chosen at any size; the smaller it is, the nearer the
+            weights are to one, and at 0 all scores are equal.
+        seed: of what is random.
+
+    Returns:
+        The sparse decoder in the mode, dtype and place of `model`.
+
+    Raises:
+        UsageError: widths that do not divide, blocks without a plain feed-forward, or another kind of model.
     """
     config = _edge_config(model)
     dense = _dense_blocks(model, layers)
     moes = {block: _sizes(mlp.gate_proj.out_features, experts, granularity, shared, top_k) for block, mlp in dense}
     if len({asdict(c)["expert_size"] for c in moes.values()}) > 1:
         raise UsageError("the feed-forwards differ in width; all sparse layers of a model have one shape")
-    if margin < 0:
-        raise UsageError(f"margin={margin}; give 0 (equal scores) or more, for example 0.01")
+    check("margin", margin, number(0))
     settings = next(iter(moes.values()))
     fields = config.to_dict() | {"moe": asdict(settings)}
     sliced = {block for block, _ in dense}
@@ -129,8 +142,6 @@ def _sizes(width: int, experts: int, granularity: int, shared: bool, top_k: int 
         )
     base = MoEConfig.split(width // experts, experts, granularity, shared)
     chosen = base.top_k if top_k is None else top_k
-    if not 1 <= chosen <= base.num_experts:
-        raise UsageError(f"top_k={chosen}; there are {base.num_experts} routed pieces to choose from")
     return MoEConfig(base.num_experts, chosen, base.expert_size, base.shared_size, route_scale=float(chosen))
 
 
@@ -225,8 +236,7 @@ def _calibrate(model: PreTrainedModel, dense: list[tuple[int, Any]], batches: It
             tokens += ids.numel()
             if tokens >= MOST_TOKENS:
                 break
-    if tokens < 2:
-        raise UsageError("the calibration batches hold fewer than two tokens")
+    check("calibration tokens", tokens, whole(2))
     joined = {
         block: tuple(torch.cat(column)[:MOST_TOKENS] for column in zip(*p, strict=True)) for block, p in parts.items()
     }
@@ -236,25 +246,25 @@ def _calibrate(model: PreTrainedModel, dense: list[tuple[int, Any]], batches: It
 def _dense_blocks(model: PreTrainedModel, layers: Collection[int] | None) -> list[tuple[int, Any]]:
     """(stored block, its plain feed-forward) of every block in `layers` that has one; None: of all blocks."""
     names = ("gate_proj", "up_proj", "down_proj")
-    found = [
+    blocks = [
         (i, block.mlp)
         for i, block in enumerate(model.model.layers)
         if isinstance(getattr(block, "mlp", None), FeedForward)
         or all(type(getattr(getattr(block, "mlp", None), name, None)) is nn.Linear for name in names)
     ]
-    if not found:
+    if not blocks:
         raise UsageError(f"{type(model).__name__} has no feed-forward of plain gate, up and down projections to slice")
     if layers is not None:
-        strangers = sorted(set(layers) - {block for block, _ in found})
-        if strangers or not layers:
+        unknown = sorted(set(layers) - {block for block, _ in blocks})
+        if unknown or not layers:
             raise UsageError(
                 f"layers={sorted(layers)}: name one or more of the blocks with a plain feed-forward, "
-                f"{', '.join(str(block) for block, _ in found)}"
+                f"{', '.join(str(block) for block, _ in blocks)}"
             )
-        found = [(block, mlp) for block, mlp in found if block in set(layers)]
-    if any(getattr(mlp, name).bias is not None for _, mlp in found for name in names):
+        blocks = [(block, mlp) for block, mlp in blocks if block in set(layers)]
+    if any(getattr(mlp, name).bias is not None for _, mlp in blocks for name in names):
         raise UsageError("the feed-forwards have biases; experts have none")
-    return found
+    return blocks
 
 
 def _edge_config(model: PreTrainedModel) -> EdgeDecoderConfig:

@@ -5,19 +5,20 @@ Blocks of a decoder are run one at a time, for thresholds from the sparsified pr
 output least takes it, until the parameter-weighted sparsity of the block is reached. Steps are inverse to the layers'
 sizes, so that every step leaves out the same number of weights.
 
-The search evolves rho, the division of every layer's reads between kept channels and the low-rank path. A genome has
-one rho for each layer (and, if asked, one sparsity, whose parameter-weighted mean stays fixed); fitness is the mean
-negative log-likelihood of calibration text with every token sparse. Mutation, crossover and selection are our choice:
-the paper (arXiv 2504.19449) gives fitness and cost only. Every random number comes from one generator and every
-fitness is kept under the hash of its genome, so a search that starts again with its file goes the same way.
+The search evolves rho, the division of every layer's reads between kept channels and the low-rank path: one rho for
+each layer; fitness is the mean negative log-likelihood of calibration text with every token sparse. Mutation, crossover
+and selection are our choice: the paper (arXiv 2504.19449) gives fitness and cost only. Every random number comes from
+one generator and every fitness is kept under the hash of its plan, so a search that starts again with its file goes the
+same way.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.checks import check, check_fields, number, whole
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.atomic import write_text
 from edgewright.io.hashing import sha256
@@ -54,7 +56,6 @@ from edgewright.systems.r_sparse.plan import (
 from edgewright.training.snapshot import preserved_modes
 
 MAX_RESUME_BYTES = 64 << 20
-MOST = 0.98  # sparsity of one layer in a search over sparsities
 
 
 @contextmanager
@@ -84,33 +85,23 @@ def streams(model: nn.Module, batches: Iterable[Tensor]) -> list[Stream]:
     """Each batch before the first block."""
     layers = decoder_layers(model)
     device = next(model.parameters()).device
-    found = []
-    for batch in batches:
-        first: list[Tensor] = []
-        arguments: list[dict[str, Any]] = []
+    flows: list[Stream] = []
 
-        def entering(
-            _: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            first: list[Tensor] = first,
-            arguments: list[dict[str, Any]] = arguments,
-        ) -> None:
-            rest = dict(kwargs)
-            hidden = args[0] if args else rest.pop("hidden_states")
-            if not first:
-                first.append(hidden)
-            arguments.append(rest)
+    def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        if not flows[-1].arguments:
+            flows[-1].hidden = hidden
+        flows[-1].arguments.append(rest)
 
-        handles = [layer.register_forward_pre_hook(entering, with_kwargs=True) for layer in layers]
-        try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(entering, with_kwargs=True).remove)
+        for batch in batches:
+            flows.append(Stream(torch.empty(0), []))
             base: Any = model.model
             base(input_ids=batch.to(device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        found.append(Stream(first[0], arguments))
-    return found
+    return flows
 
 
 @torch.no_grad()
@@ -175,13 +166,14 @@ def teal_path(
     deviation: with lazy=True a layer is tried again only while its last known cost is the least; that is the same
     ascent as long as costs grow along the way, and takes fewer trials. lazy=False tries all at every step.
     """
-    wanted = sorted(set(sparsities))
-    if not wanted or not 0.0 <= wanted[0] <= wanted[-1] < 1.0 or not 0.0 < step < 1.0:
-        raise UsageError(f"sparsities={list(sparsities)} must be in [0, 1) and step={step} in (0, 1)")
+    levels = sorted(set(sparsities))
+    for level in levels:
+        check("sparsity", level, number(0, below=1))
+    check("step", step, number(above=0, below=1))
     layers = target_layers(model, config)
     sizes = layer_sizes(layers)
     free = dict.fromkeys(layers, LayerPlan(0.0))
-    plans: dict[float, dict[str, LayerPlan]] = {s: {} for s in wanted}
+    plans: dict[float, dict[str, LayerPlan]] = {s: {} for s in levels}
     with restored(model):
         flows = streams(model, batches)
         apply_rsparse(model, dataclasses.replace(config, dense_prefill=False, path="reference"), stats, free)
@@ -194,7 +186,7 @@ def teal_path(
                 targets = [flow.through(index, block) for flow in flows]  # thresholds below every score: dense
                 if inside:
                     ascent = _Ascent(inside, sizes, stats, flows, targets, index, block, lazy)
-                    for s in wanted:
+                    for s in levels:
                         plans[s] |= ascent.climb(s, step)
                     ascent.set(dict.fromkeys(inside, 0.0))
                 for flow, hidden in zip(flows, targets, strict=True):
@@ -296,7 +288,22 @@ def _name_of(model: nn.Module, block: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """evals: genomes scored on the first `quick` sequences; the best `finalists` are scored on all of them."""
+    """Settings of `search_rho`; all but the number of sequences are our choice.
+
+    Args:
+        evals: plans scored on the first `quick` sequences.
+        population: plans that have children.
+        elite: best of them that stay.
+        tournament: drawn at random for each parent, of which the best is taken.
+        mutation: share of the values that change in a child.
+        sigma: standard deviation of that change.
+        quick: sequences of a quick score.
+        finalists: best plans by the quick score, which are scored on all sequences.
+        seed: of the one generator that every random number comes from.
+
+    Raises:
+        UsageError: a value outside its range.
+    """
 
     evals: int = 400
     population: int = 32
@@ -306,16 +313,12 @@ class SearchConfig:
     sigma: float = 0.1
     quick: int = 4
     finalists: int = 8
-    sparsities: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        fits = self.evals >= 3 and 0 < self.elite < self.population and self.tournament >= 1
-        if not (fits and self.quick >= 1 and self.finalists >= 1 and 0 <= self.mutation <= 1 and self.sigma > 0):
-            raise UsageError(
-                f"{self} cannot work: evals >= 3, 0 < elite < population, tournament, quick and finalists >= 1, "
-                "mutation in [0, 1], sigma > 0"
-            )
+        counts = dict.fromkeys(("tournament", "quick", "finalists"), whole(1))
+        check_fields(self, {"evals": whole(3), "population": whole(2), **counts})
+        check_fields(self, {"elite": whole(1, self.population - 1), "mutation": number(0, 1), "sigma": number(above=0)})
 
 
 @dataclass(frozen=True)
@@ -332,10 +335,10 @@ class SearchResult:
     history: tuple[float, ...] = field(repr=False)
 
     def plot(self, path: str | Path) -> None:
-        """The best fitness over evaluations, as a PNG."""
+        """The best fitness over evaluations, as a PNG at `path`."""
         with plot(path, (6.0, 3.5)) as axes:
             axes.plot(range(1, len(self.history) + 1), self.history)
-            axes.set_xlabel("genomes scored")
+            axes.set_xlabel("plans scored")
             axes.set_ylabel("best nats per token (quick score)")
             axes.grid(alpha=0.25)
 
@@ -353,41 +356,76 @@ def search_rho(
     resume: str | Path | None = None,
     progress: bool = False,
 ) -> SearchResult:
-    """Search rho for every layer at the configuration's sparsity on token ids [N, T]; the model is left as it was.
+    """Search rho for every layer at the configuration's sparsity (arXiv 2504.19449); the model is left as it was.
 
-    stats: calibration, measured on the sequences where it is not given. resume: a JSON file of scored genomes, written
-    after each; a call that finds it scores none of them again. Raises UsageError, FormatError for a resume file of
-    another search or a broken one.
+    Args:
+        model: dense.
+        sequences: calibration tokens, int64 [N, T].
+        config: sparsity, score and layers.
+        search: its settings.
+        evals: in place of the settings' own.
+        stats: calibration, measured on the sequences where it is not given.
+        factors: decompositions that are known already.
+        resume: a JSON file of scores, written after each; a call that finds it computes none of them again.
+        progress: show a bar.
+
+    Returns:
+        The best plan, for `apply_rsparse`, with its fitness.
+
+    Raises:
+        UsageError: no calibration text, or a resume file of another search.
+        FormatError: a broken resume file.
     """
     search = search or SearchConfig()
     search = search if evals is None else dataclasses.replace(search, evals=evals)
     check_text([sequences])
     stats, factors = stats or calibrate(model, sequences.split(4), config), factors or Factors()
     layers = target_layers(model, config)
-    identity = {
-        "model": factors.fingerprint(layers.values()),
-        "text": text_hash([sequences]),
-        "calibration": stats.text,
-        "configuration": repr((config, search)),
-    }
+    parts = (factors.fingerprint(layers.values()), text_hash([sequences]), stats.text, repr((config, search)))
+    identity = sha256(*parts)
     scores = _stored(resume, identity)
-    genomes = Genomes(list(layers), layer_sizes(layers), config, search)
-    # rho = 0 at the lowest sparsity: factors of the highest rank that a genome can ask for
-    widest = LayerPlan(0.0 if search.sparsities else config.sparsity, 0.0)
 
-    def score(genome: Tensor, count: int) -> float:
-        key = f"{_key(genome)}/{min(count, len(sequences))}"
+    def plan(rho: Tensor) -> dict[str, LayerPlan]:
+        return {name: LayerPlan(config.sparsity, value) for name, value in zip(layers, rho.tolist(), strict=True)}
+
+    def score(rho: Tensor, count: int) -> float:
+        key = f"{_key(rho)}/{min(count, len(sequences))}"
         if key not in scores:
-            apply_plan(model, stats, genomes.plan(genome), factors)
+            apply_plan(model, stats, plan(rho), factors)
             scores[key] = mean_loss(model, sequences[:count])
             if resume is not None:
-                write_text(resume, json.dumps({**identity, "scores": scores}) + "\n")
+                write_text(resume, json.dumps({"search": identity, "scores": scores}) + "\n")
         return scores[key]
 
+    generator, seen, history = torch.Generator().manual_seed(search.seed), dict[str, Tensor](), list[float]()
+    ones = torch.ones(len(layers), dtype=torch.float64)
+    default = torch.tensor([layer.rho for layer in default_plan(layers, config).values()], dtype=torch.float64)
+    population = _first(default, search, generator)[: search.evals]
     with restored(model):
-        apply_rsparse(model, config, stats, dict.fromkeys(layers, widest), factors=factors, progress=progress)
-        with setting(model, dense_tokens=1, path="reference"):
-            return _evolve(genomes, score, len(sequences), progress)
+        # rho = 0: factors of the highest rank that a plan can ask for
+        apply_rsparse(model, config, stats, plan(0 * ones), factors=factors, progress=progress)
+        bar = ProgressBar("searching", search.evals, shown=progress)
+        with setting(model, dense_tokens=1, path="reference"), bar:
+            while True:
+                new = {key: rho for rho in population if (key := _key(rho)) not in seen}
+                for key, rho in list(new.items())[: search.evals - len(seen)]:
+                    seen[key] = rho
+                    history.append(min([score(rho, search.quick), *history[-1:]]))
+                    bar.advance()
+                ranked = sorted(seen.values(), key=lambda rho: score(rho, search.quick))
+                if len(seen) >= search.evals or not new:
+                    break
+                parents = ranked[: search.population]
+                population = parents[: search.elite]
+                while len(population) < search.population:
+                    # the better of a few drawn at random: parents are in the order of their fitness
+                    draws = [torch.randint(len(parents), (search.tournament,), generator=generator) for _ in range(2)]
+                    first, second = (parents[int(draw.min())] for draw in draws)
+                    population.append(_child(first, second, search, generator))
+            finalists = [ones, *ranked[: search.finalists]]
+            best = min(finalists, key=lambda rho: score(rho, len(sequences)))
+            fitness, start = (score(rho, len(sequences)) for rho in (best, ones))
+    return SearchResult(plan(best), fitness, start, len(seen), tuple(history))
 
 
 def mean_loss(model: Any, sequences: Tensor) -> float:
@@ -398,105 +436,46 @@ def mean_loss(model: Any, sequences: Tensor) -> float:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         total += float(F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"))
         tokens += ids[:, 1:].numel()
-    value = total / tokens
-    return value if value == value else float("inf")
+    return math.inf if math.isnan(total) else total / tokens
 
 
-def project_mean(values: Tensor, weights: Tensor, mean: float, most: float = MOST) -> Tensor:
-    """Values + c, clipped to [0, most], with the c (found by bisection) that gives this weighted mean."""
-    low, high = -1.0 - float(values.max()), 1.0 - float(values.min())
-    for _ in range(60):
-        middle = (low + high) / 2
-        if float((values + middle).clamp(0.0, most) @ weights) < mean * float(weights.sum()):
-            low = middle
-        else:
-            high = middle
-    return (values + high).clamp(0.0, most)
+def _rounded(rho: Tensor) -> Tensor:
+    """On a grid of 1/1000, so that equal plans have equal keys."""
+    return (rho.clamp(0.0, 1.0) * 1000).round() / 1000
 
 
-class Genomes:
-    """Genomes, float64 [2, L] (rho, sparsity), rho on a grid of 1/1000, and the plans that they stand for."""
-
-    def __init__(self, names: list[str], sizes: dict[str, int], config: RSparseConfig, search: SearchConfig) -> None:
-        self.names, self.config, self.search = names, config, search
-        self.weights = torch.tensor([float(sizes[name]) for name in names], dtype=torch.float64)
-
-    def genome(self, rho: Tensor, sparsity: Tensor | None = None) -> Tensor:
-        """Clipped, rounded (so that equal plans have equal hashes), with the mean sparsity of the configuration."""
-        rho = (rho.clamp(0.0, 1.0) * 1000).round() / 1000
-        fixed = torch.full_like(rho, self.config.sparsity)
-        if sparsity is not None and self.search.sparsities:
-            fixed = project_mean(sparsity, self.weights, self.config.sparsity)
-        return torch.stack((rho, fixed))
-
-    def plan(self, genome: Tensor) -> dict[str, LayerPlan]:
-        rho, sparsity = genome.tolist()
-        return {name: LayerPlan(s, r) for name, r, s in zip(self.names, rho, sparsity, strict=True)}
-
-    def starts(self, generator: torch.Generator) -> list[Tensor]:
-        """The first population: rho = 1, 0.95, our default, then in turn a mutation of rho = 1 and a random level."""
-        ones = torch.ones(len(self.names), dtype=torch.float64)
-        default = default_plan(self.names, self.config)
-        rhos = [ones, 0.95 * ones, torch.tensor([default[name].rho for name in self.names], dtype=torch.float64)]
-        while len(rhos) < self.search.population:
-            level = 0.5 + 0.5 * torch.rand(1, generator=generator, dtype=torch.float64)
-            spread = torch.rand(len(ones), generator=generator, dtype=torch.float64)
-            rare = torch.rand(len(ones), generator=generator) < self.search.mutation
-            rhos.append(torch.where(rare, 0.5 + 0.5 * spread, ones) if len(rhos) % 2 else level + 0.2 * (spread - 0.5))
-        return [self.genome(rho) for rho in rhos]
-
-    def child(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
-        """Uniform crossover, then Gaussian mutation of some genes."""
-        take = torch.rand(len(self.names), generator=generator) < 0.5
-        rho, sparsity = torch.where(take, first, second)
-        noise = self.search.sigma * torch.randn(2, len(self.names), generator=generator, dtype=torch.float64)
-        hit = torch.rand(2, len(self.names), generator=generator) < self.search.mutation
-        noise = noise * hit
-        return self.genome(rho + noise[0], sparsity + noise[1])
+def _first(default: Tensor, search: SearchConfig, generator: torch.Generator) -> list[Tensor]:
+    """Rho = 1, 0.95, our default, then in turn a mutation of rho = 1 and a random level; float64 [layers] each."""
+    ones = torch.ones_like(default)
+    rhos = [ones, 0.95 * ones, default]
+    while len(rhos) < search.population:
+        level = 0.5 + 0.5 * torch.rand(1, generator=generator, dtype=torch.float64)
+        spread = torch.rand(len(ones), generator=generator, dtype=torch.float64)
+        rare = torch.rand(len(ones), generator=generator) < search.mutation
+        rhos.append(torch.where(rare, 0.5 + 0.5 * spread, ones) if len(rhos) % 2 else level + 0.2 * (spread - 0.5))
+    return [_rounded(rho) for rho in rhos]
 
 
-def _evolve(genomes: Genomes, score: Callable[[Tensor, int], float], sequences: int, progress: bool) -> SearchResult:
-    """score: nats per token of a genome on so many sequences; finalists are scored on all of them."""
-    search, generator = genomes.search, torch.Generator().manual_seed(genomes.search.seed)
-    population = genomes.starts(generator)[: search.evals]
-    seen: dict[str, Tensor] = {}
-    quick: dict[str, float] = {}
-    history: list[float] = []
-    with ProgressBar("searching", search.evals, shown=progress) as bar:
-        while True:
-            new = {key: genome for genome in population if (key := _key(genome)) not in seen}
-            for key, genome in list(new.items())[: search.evals - len(seen)]:
-                seen[key], quick[key] = genome, score(genome, search.quick)
-                history.append(min([quick[key], *history[-1:]]))
-                bar.advance()
-            ranked = sorted(seen, key=quick.__getitem__)
-            if len(seen) >= search.evals or not new:
-                break
-            parents = [seen[key] for key in ranked[: search.population]]
-            population = parents[: search.elite]
-            while len(population) < search.population:
-                # the better of a few drawn at random: parents are in the order of their fitness
-                draws = [torch.randint(len(parents), (search.tournament,), generator=generator) for _ in range(2)]
-                first, second = (parents[int(draw.min())] for draw in draws)
-                population.append(genomes.child(first, second, generator))
-    start = _key(genomes.genome(torch.ones(len(genomes.names), dtype=torch.float64)))
-    final = {key: score(seen[key], sequences) for key in dict.fromkeys([start, *ranked[: search.finalists]])}
-    best = min(final, key=final.__getitem__)
-    return SearchResult(genomes.plan(seen[best]), final[best], final[start], len(seen), tuple(history))
+def _child(first: Tensor, second: Tensor, search: SearchConfig, generator: torch.Generator) -> Tensor:
+    """Uniform crossover, then Gaussian mutation of some values."""
+    rho = torch.where(torch.rand(len(first), generator=generator) < 0.5, first, second)
+    # two rows are drawn and one is used, so that a seed gives the plans of results/r-sparse.csv
+    noise = search.sigma * torch.randn(2, len(rho), generator=generator, dtype=torch.float64)
+    return _rounded(rho + (noise * (torch.rand(2, len(rho), generator=generator) < search.mutation))[0])
 
 
-def _key(genome: Tensor) -> str:
-    return sha256((genome * 1e6).round().to(torch.int64))[:24]
+def _key(rho: Tensor) -> str:
+    return sha256((rho * 1000).round().to(torch.int64))[:24]
 
 
-def _stored(path: str | Path | None, identity: Mapping[str, str]) -> dict[str, float]:
-    """Scores of genomes that an earlier call left in the file, by genome and number of sequences."""
+def _stored(path: str | Path | None, identity: str) -> dict[str, float]:
+    """Scores that an earlier call left in the file, by plan and number of sequences."""
     if path is None or not Path(path).exists():
         return {}
     data = read_json(path, MAX_RESUME_BYTES)
     scores = data.get("scores") if isinstance(data, dict) else None
     if not isinstance(scores, dict) or not all(isinstance(value, float) for value in scores.values()):
         raise FormatError(f"{path} holds no scores of a search; choose another resume file")
-    if different := [key for key, value in identity.items() if data.get(key) != value]:
-        raise UsageError(f"{path} is of a search with another {different[0]}; choose another resume file")
+    if data.get("search") != identity:
+        raise UsageError(f"{path} is of another search, model or text; choose another resume file")
     return scores

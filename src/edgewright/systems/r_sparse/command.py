@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="uniform: every layer as --sparsity and --rho say; default: low rank in the first block's attention; "
         "teal: sparsity greedily by block; search: rho by evolution",
     )
-    parser.add_argument("--evals", type=int, default=200, help="genomes that --plan search scores (default 200)")
-    parser.add_argument("--resume", metavar="FILE", help="file of scored genomes, so that a search can go on")
+    parser.add_argument("--evals", type=int, default=200, help="plans that --plan search scores (default 200)")
+    parser.add_argument("--resume", metavar="FILE", help="file of scores, so that a search can go on")
     parser.add_argument("--sequential", action="store_true", help="calibrate each block on the sparsified ones before")
     parser.add_argument("--share-mask", action="store_true", help="one choice of channels for q, k, v and for gate, up")
     parser.add_argument("--text", help="text or .jsonl file to calibrate and evaluate on (split by itself)")
@@ -67,15 +67,13 @@ def run(args: argparse.Namespace) -> int:
     from edgewright.systems.r_sparse.folder import save_rsparse
     from edgewright.systems.r_sparse.layer import Factors
     from edgewright.systems.r_sparse.model import (
-        RSparseConfig,
         achieved_sparsity,
         apply_rsparse,
-        calibrate,
         dense_logits,
         model_traffic,
         sparse_logits,
     )
-    from edgewright.systems.r_sparse.plan import target_layers
+    from edgewright.systems.r_sparse.plan import RSparseConfig, calibrate, target_layers
 
     config = RSparseConfig(args.sparsity, args.rho, args.score, share_mask=args.share_mask)
     progress = not args.json
@@ -149,19 +147,11 @@ def _plan(
         say("allocating sparsity inside every block")
         return teal_greedy(model, calibration[:1].split(1), config, stats, progress=progress)
     if args.plan == "search":
-        say(f"searching rho with {args.evals} genomes")
-        found = search_rho(
-            model,
-            calibration,
-            config,
-            evals=args.evals,
-            stats=stats,
-            factors=factors,
-            resume=args.resume,
-            progress=progress,
-        )
-        say(f"calibration nats per token: {found.start:.4f} at rho = 1, {found.fitness:.4f} after the search")
-        return found.plan
+        say(f"searching rho with {args.evals} plans")
+        options = {"stats": stats, "factors": factors, "resume": args.resume, "progress": progress}
+        best = search_rho(model, calibration, config, evals=args.evals, **options)
+        say(f"calibration nats per token: {best.start:.4f} at rho = 1, {best.fitness:.4f} after the search")
+        return best.plan
     return uniform_plan(names, config)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.errors import FormatError, UsageError
+from edgewright.errors import FormatError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.json_file import json_value, read_object
 from edgewright.io.models import load
@@ -27,8 +27,8 @@ from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.io.typed import from_json
 from edgewright.pruning.cut_folder import save_checkpoint
 from edgewright.systems.r_sparse.layer import Factors, RSparseLinear, by_input_
-from edgewright.systems.r_sparse.model import Calibration, remove_rsparse, sparse_layers
-from edgewright.systems.r_sparse.plan import Plan, RSparseConfig, uniform_plan
+from edgewright.systems.r_sparse.model import remove_rsparse, some_sparse_layers
+from edgewright.systems.r_sparse.plan import Calibration, Plan, RSparseConfig, uniform_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,22 +49,27 @@ def save_rsparse(
 ) -> Path:
     """Write a sparse model, whole or not at all; `load_rsparse` gives the same bits.
 
-    plan: what `apply_rsparse` was given, None for the configuration's own. Raises UsageError for a dense model,
-    OutputError.
+    Args:
+        model: as `apply_rsparse` left it.
+        tokenizer: saved beside it.
+        folder: new or empty.
+        config: what `apply_rsparse` was given.
+        stats: the same, for the hash of its text.
+        plan: the same; None for the configuration's own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the model is dense.
+        OutputError: the folder cannot be written.
     """
-    layers = sparse_layers(model)
-    if not layers:
-        raise UsageError("the model has no R-Sparse layer; call apply_rsparse(model, config, stats) first")
+    layers = some_sparse_layers(model)
     plan = uniform_plan(layers, config) if plan is None else plan
     tensors: dict[str, Tensor] = {}
     described = {}
     for name, layer in layers.items():
-        limit = float(layer.threshold)
-        described[name] = {
-            **asdict(plan[name]),
-            "rank": layer.rank,
-            "threshold": json_value(limit),
-        }
+        described[name] = {**asdict(plan[name]), "rank": layer.rank, "threshold": json_value(float(layer.threshold))}
         parts = {"scale": layer.scale, "down": layer.down, "up": layer.up}
         tensors |= {f"{name}.{key}": t.detach().cpu().contiguous() for key, t in parts.items() if t is not None}
     description = {
@@ -95,10 +100,18 @@ def is_rsparse(folder: str | Path) -> bool:
 def load_rsparse(
     folder: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[Any, PreTrainedTokenizerBase, RSparseConfig]:
-    """(model, tokenizer, configuration) that `save_rsparse` wrote.
+    """What `save_rsparse` wrote.
 
-    Raises FormatError for a folder that contradicts itself or whose weights are not those that were calibrated,
-    UsageError for one that cannot be read.
+    Args:
+        folder: with the dense checkpoint and both R-Sparse files.
+        device: where the model goes.
+
+    Returns:
+        (model, tokenizer, configuration).
+
+    Raises:
+        FormatError: the folder contradicts itself, or its weights are not those that were calibrated.
+        UsageError: it cannot be read.
     """
     folder = Path(folder)
     description, config = _description(folder)

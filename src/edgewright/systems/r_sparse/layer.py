@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edgewright.errors import CheckFailed, FormatError, Unsupported, UsageError
+from edgewright.checks import check, one_of
+from edgewright.errors import CheckFailed, FormatError, Unsupported
 from edgewright.io.hashing import sha256
 from edgewright.io.packed import PackedLinear
-from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.kernels.sparse_op import operator
 from edgewright.kernels.sparse_rows import PATHS, PreparedRows, RowMatrix, sparse_rows, why_no_kernel
@@ -90,8 +90,7 @@ class RSparseLinear(nn.Module):
         path: str = "auto",
     ) -> None:
         super().__init__()
-        if path not in LAYER_PATHS:
-            raise UsageError(f"path={path!r} is unknown; choose one of {', '.join(LAYER_PATHS)}")
+        check("path", path, one_of(*LAYER_PATHS))
         self.inner = inner
         self.in_features, self.out_features = inner.in_features, inner.out_features
         self.dense_tokens, self.path = dense_tokens, path
@@ -249,7 +248,7 @@ def _say_once(sentence: str) -> None:
 
 
 class Factors:
-    """Factors of layers by weight hash, in memory and, where `folder` is given, in one file a weight and rank there."""
+    """Factors of layers by weight hash, in memory and, where `folder` is given, in one file for each weight there."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -260,20 +259,17 @@ class Factors:
         """SHA-256 over the hashes of several layers' weights."""
         return sha256(*(self._hash(layer) for layer in layers))
 
-    def prepare(self, layer: nn.Module, rank: int) -> None:
-        """Decompose a layer up to `rank`, unless that is known."""
-        if rank:
-            self.get(layer, rank)
-
     def get(self, layer: nn.Module, rank: int) -> tuple[Tensor | None, Tensor | None]:
         """(down [n, r], up [r, m]), contiguous; (None, None) for rank 0. Raises CheckFailed for NaN in the weight."""
         if rank == 0:
             return None, None
         key = self._hash(layer)
-        known = self._known.get(key)
+        known = self._known.get(key) or self._read(key, layer)
         if known is None or len(known[1]) < rank:
-            known = self._known[key] = self._read(key, layer, rank) or self._compute(key, layer, rank)
-        down, up = known
+            known = truncated_svd(layer, rank)
+            if self.folder is not None:
+                save_tensors(self.folder / f"{key[:32]}.safetensors", {"down": known[0], "up": known[1]})
+        down, up = self._known[key] = known
         return down[:, :rank].contiguous(), up[:rank].contiguous()
 
     def _hash(self, layer: nn.Module) -> str:
@@ -281,29 +277,19 @@ class Factors:
             self._hashes[id(layer)] = (layer, weight_hash(layer))
         return self._hashes[id(layer)][1]
 
-    def _compute(self, key: str, layer: nn.Module, rank: int) -> tuple[Tensor, Tensor]:
-        down, up = truncated_svd(layer, rank)
-        if self.folder is not None:
-            save_tensors(self.folder / f"{key[:32]}.safetensors", {"down": down, "up": up})
-        return down, up
-
-    def _read(self, key: str, layer: Any, rank: int) -> tuple[Tensor, Tensor] | None:
+    def _read(self, key: str, layer: Any) -> tuple[Tensor, Tensor] | None:
+        """What the folder has of a weight; a file that cannot be read or does not fit is computed again."""
         path = None if self.folder is None else self.folder / f"{key[:32]}.safetensors"
         if path is None or not path.is_file():
             return None
         try:
-            entries = check_safetensors(path)
-            stored = entries["up"].shape[0]
-            fits = entries["up"].shape == (stored, layer.out_features)
-            fits = fits and entries["down"].shape == (layer.in_features, stored)
-        except (FormatError, KeyError, IndexError):
-            return None  # a cache: what cannot be read is computed again
-        if not fits or stored < rank:
+            tensors = load_tensors(path, layer.weight.device)
+            down, up = tensors["down"], tensors["up"]
+        except (FormatError, KeyError):
             return None
-        tensors = load_tensors(path)
-        like = layer.weight
-        down, up = (tensors[name].to(like.device) for name in ("down", "up"))
-        return (down, up) if down.dtype == up.dtype == factor_dtype(layer) else None
+        fits = down.ndim == up.ndim == 2 and down.dtype == up.dtype == factor_dtype(layer)
+        fits = fits and down.shape == (layer.in_features, len(up)) and up.shape[1:] == (layer.out_features,)
+        return (down, up) if fits else None
 
 
 def factor_dtype(layer: Any) -> torch.dtype:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from edgewright.checks import check, number
 from edgewright.errors import UsageError
 from edgewright.evaluation.language import evaluate_language, model_logits
 from edgewright.io.packed import PackedEmbedding, PackedLinear
@@ -27,7 +28,6 @@ from edgewright.systems.r_sparse.plan import (
     LayerPlan,
     Plan,
     RSparseConfig,
-    calibrate,
     score_scales,
     target_layers,
     uniform_plan,
@@ -35,24 +35,6 @@ from edgewright.systems.r_sparse.plan import (
 
 if TYPE_CHECKING:
     from edgewright.evaluation.language import LanguageMetrics, LogitsFunction
-
-__all__ = [
-    "Calibration",
-    "Factors",
-    "LayerPlan",
-    "RSparseConfig",
-    "RSparseLinear",
-    "achieved_sparsity",
-    "apply_plan",
-    "apply_rsparse",
-    "calibrate",
-    "dense_logits",
-    "evaluate",
-    "model_traffic",
-    "remove_rsparse",
-    "sparse_layers",
-    "sparse_logits",
-]
 
 
 def apply_rsparse(
@@ -64,11 +46,22 @@ def apply_rsparse(
     factors: Factors | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Replace the target layers in place by RSparseLinear and return the model.
+    """Replace the target layers in place by `RSparseLinear`.
 
-    plan: sparsity and rho of each layer; without it every layer has the configuration's. factors: where singular value
-    decompositions are kept. Raises UsageError for a model that is sparse already, a plan that does not fit, and a
-    layer that would read nothing.
+    Args:
+        model: dense, float or packed.
+        config: layers, score and how prompts are read.
+        stats: of `calibrate`, for the thresholds.
+        plan: sparsity and rho of each layer; without it every layer has the configuration's.
+        factors: where singular value decompositions are kept.
+        progress: show a bar.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a model that is sparse already, a plan that does not fit, or a layer that would read nothing.
+        Unsupported: layers that cannot be taken.
     """
     layers = target_layers(model, config)
     if stats.score != config.score:
@@ -84,7 +77,7 @@ def apply_rsparse(
     factors = factors or Factors()
     with ProgressBar("decomposing", len(layers), shown=progress) as bar:
         for name, layer in layers.items():
-            factors.prepare(layer, _budget(name, layer, plan[name]))
+            factors.get(layer, _budget(name, layer, plan[name]))
             bar.advance()
     for name, layer in layers.items():
         sparse = RSparseLinear(
@@ -103,14 +96,21 @@ def apply_rsparse(
 def apply_plan(model: nn.Module, stats: Calibration, plan: Plan, factors: Factors) -> None:
     """Give the sparse layers of a model another sparsity and rho."""
     layers = sparse_layers(model)
-    for name, wanted in plan.items():
+    for name, chosen in plan.items():
         layer = layers[name]
-        rank = _budget(name, layer, wanted)
-        layer.set(stats.threshold(name, wanted.quantile), *factors.get(layer.inner, rank))
+        rank = _budget(name, layer, chosen)
+        layer.set(stats.threshold(name, chosen.quantile), *factors.get(layer.inner, rank))
 
 
 def remove_rsparse(model: nn.Module) -> nn.Module:
-    """Put the dense layers back in place, in their ordinary layout, and return the model."""
+    """Put the dense layers back in place.
+
+    Args:
+        model: sparse, or dense, which is left as it is.
+
+    Returns:
+        The model, its weights in their ordinary layout.
+    """
     for name, layer in sparse_layers(model).items():
         by_output_(layer.inner)
         model.set_submodule(name, layer.inner)
@@ -122,12 +122,19 @@ def sparse_layers(model: nn.Module) -> dict[str, RSparseLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RSparseLinear)}
 
 
-def _budget(name: str, layer: Any, wanted: LayerPlan) -> int:
-    kept, rank = budget(layer.out_features, layer.in_features, wanted.sparsity, wanted.rho)
+def some_sparse_layers(model: nn.Module) -> dict[str, RSparseLinear]:
+    """The same. Raises UsageError where there are none."""
+    if not (layers := sparse_layers(model)):
+        raise UsageError("the model has no R-Sparse layer; call apply_rsparse(model, config, stats) first")
+    return layers
+
+
+def _budget(name: str, layer: Any, chosen: LayerPlan) -> int:
+    kept, rank = budget(layer.out_features, layer.in_features, chosen.sparsity, chosen.rho)
     if rank == 0 and kept * layer.in_features < 1:
         raise UsageError(
-            f"{name} ({layer.in_features} inputs) would read nothing at sparsity {wanted.sparsity:g}, rho "
-            f"{wanted.rho:g}; take a lower sparsity or a larger rho"
+            f"{name} ({layer.in_features} inputs) would read nothing at sparsity {chosen.sparsity:g}, rho "
+            f"{chosen.rho:g}; take a lower sparsity or a larger rho"
         )
     return rank
 
@@ -138,9 +145,7 @@ def _budget(name: str, layer: Any, wanted: LayerPlan) -> int:
 @contextmanager
 def setting(model: nn.Module, **values: Any) -> Iterator[dict[str, RSparseLinear]]:
     """Attributes of all R-Sparse layers (active, counting, dense_tokens, path) changed for a while."""
-    layers = sparse_layers(model)
-    if not layers:
-        raise UsageError("the model has no R-Sparse layer; call apply_rsparse(model, config, stats) first")
+    layers = some_sparse_layers(model)
     before = [{key: getattr(layer, key) for key in values} for layer in layers.values()]
     try:
         for layer in layers.values():
@@ -176,13 +181,23 @@ def dense_logits(model: nn.Module) -> LogitsFunction:
 def evaluate(
     model: nn.Module, blocks: Tensor, *, dense_prefix: float = 0.0, reference: bool = True, progress: bool = False
 ) -> LanguageMetrics:
-    """Perplexity, and KL to the dense model, over token ids [N, T]; every token but the first is sparse.
+    """Perplexity, and KL to the dense model; every token but the first is sparse.
 
-    dense_prefix: share of each block that stays dense at its beginning (the official evaluation has 0.9 of it dense).
-    deviation: the default is the harder test, in which no token is spared.
+    Args:
+        model: sparse.
+        blocks: token ids, int64 [N, T].
+        dense_prefix: share of each block that stays dense at its beginning; the official evaluation has 0.9.
+            deviation: the default is the harder test, in which no token is spared.
+        reference: measure the KL as well, which runs the dense model too.
+        progress: show a bar.
+
+    Returns:
+        The metrics, with their standard errors.
+
+    Raises:
+        UsageError: a dense model, or a prefix outside [0, 1).
     """
-    if not 0.0 <= dense_prefix < 1.0:
-        raise UsageError(f"dense_prefix={dense_prefix} is outside [0, 1); 0 makes every token sparse")
+    check("dense_prefix", dense_prefix, number(0, below=1))
     dense = dense_logits(model) if reference else None
     function = sparse_logits(model, max(1, int(dense_prefix * blocks.shape[1])))
     return evaluate_language({"sparse": function}, blocks, reference=dense, progress=progress)["sparse"]

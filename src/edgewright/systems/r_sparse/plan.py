@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, number, one_of
 from edgewright.errors import CheckFailed, Unsupported, UsageError
 from edgewright.io.hashing import sha256
 from edgewright.io.packed import PackedLinear
@@ -24,7 +25,6 @@ from edgewright.measure.progress import ProgressBar
 from edgewright.systems.r_sparse.layer import LAYER_PATHS, RSparseLinear, column_norms
 from edgewright.training.snapshot import preserved_modes
 
-SCORES = ("weighted", "magnitude")
 TARGETS = r"(q|k|v|o|gate|up|down)_proj"
 BINS = 2048
 SHIFT = 18  # mantissa bits left out of a bin's number
@@ -36,12 +36,21 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class RSparseConfig:
-    """sparsity: share of weight reads left out, in [0, 1). rho in [0, 1]: the part of what is read that goes to kept
-    channels; the rest goes to the low-rank path, so 1 is pure activation sparsity and 0 pure low rank.
+    """What is left out, and of which layers.
 
-    score: "weighted" (|x| times the column norm) or "magnitude" (|x|, the paper's formula). targets: regular expression
-    searched in the layers' names. dense_prefill: prompts of several tokens stay dense, single tokens are sparse.
-    share_mask: layers with the same input use one score, its scale the root of their summed squared norms.
+    Args:
+        sparsity: share of weight reads left out, in [0, 1); half, as in most of the paper's tables.
+        rho: in [0, 1], the part of what is read that goes to kept channels; the rest goes to the low-rank path, so 1 is
+            pure activation sparsity and 0 pure low rank.
+        score: "weighted" (|x| times the column norm, as in the official code) or "magnitude" (|x|, as in
+            the paper).
+        targets: regular expression searched in the last part of the layers' names.
+        dense_prefill: prompts of several tokens stay dense, single tokens are sparse.
+        share_mask: layers with the same input use one score, its scale the root of their summed squared norms.
+        path: of `RSparseLinear`.
+
+    Raises:
+        UsageError: a value outside these.
     """
 
     sparsity: float = 0.5
@@ -54,10 +63,8 @@ class RSparseConfig:
 
     def __post_init__(self) -> None:
         LayerPlan(self.sparsity, self.rho)
-        if self.score not in SCORES:
-            raise UsageError(f"score={self.score!r} is unknown; choose one of {', '.join(SCORES)}")
-        if self.path not in LAYER_PATHS:
-            raise UsageError(f"path={self.path!r} is unknown; choose one of {', '.join(LAYER_PATHS)}")
+        check("score", self.score, one_of("weighted", "magnitude"))
+        check("path", self.path, one_of(*LAYER_PATHS))
         try:
             re.compile(self.targets)
         except re.error as error:
@@ -72,10 +79,8 @@ class LayerPlan:
     rho: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.sparsity < 1.0:
-            raise UsageError(f"sparsity={self.sparsity} is outside [0, 1); 0.5 reads half of the weights")
-        if not 0.0 <= self.rho <= 1.0:
-            raise UsageError(f"rho={self.rho} is outside [0, 1]; 1 keeps channels only, 0.9 gives a tenth to low rank")
+        check("sparsity", self.sparsity, number(0, below=1), "0.5 reads half of the weights")
+        check("rho", self.rho, number(0, 1), "1 keeps channels only, 0.9 gives a tenth to low rank")
 
     @property
     def quantile(self) -> float:
@@ -91,7 +96,7 @@ def target_layers(model: nn.Module, config: RSparseConfig) -> dict[str, Any]:
 
     Raises UsageError for a model that is sparse already or has none, Unsupported for layers that cannot be taken.
     """
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, RSparseLinear):
             raise UsageError(f"{name} is an R-Sparse layer already; call remove_rsparse(model) first")
@@ -100,15 +105,15 @@ def target_layers(model: nn.Module, config: RSparseConfig) -> dict[str, Any]:
         if type(module) in (PackedLinear, nn.Linear):
             if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
                 raise Unsupported(f"{name} is on the meta device, without weights; load the model first")
-            found[name] = module
+            layers[name] = module
         elif isinstance(getattr(module, "weight", None), Tensor):
             raise Unsupported(
                 f"{name} is a {type(module).__name__}; R-Sparse takes nn.Linear and packed layers: call "
                 "convert_(model) after quantisation-aware training, or merge adapters first"
             )
-    if not found:
+    if not layers:
         raise UsageError(f"no linear layer's name matches targets={config.targets!r}; e.g. {TARGETS!r}")
-    return found
+    return layers
 
 
 def uniform_plan(names: Iterable[str], config: RSparseConfig) -> dict[str, LayerPlan]:
@@ -180,9 +185,9 @@ class Calibration:
             return math.inf
         counts = self.histograms[name].double()
         total = counts.cumsum(0)
-        wanted = quantile * total[-1]
-        index = int(torch.searchsorted(total, wanted))
-        inside = float((wanted - (total[index] - counts[index])) / counts[index])
+        rank = quantile * total[-1]
+        index = int(torch.searchsorted(total, rank))
+        inside = float((rank - (total[index] - counts[index])) / counts[index])
         low, high = _edges()[index : index + 2].tolist()
         return float(low + inside * (high - low))
 
@@ -196,10 +201,20 @@ def histogram(scores: Tensor) -> Tensor:
 def calibrate(
     model: nn.Module, batches: Iterable[Tensor], config: RSparseConfig, *, progress: bool = False
 ) -> Calibration:
-    """Scores of all target layers over token ids [B, T], from one dense pass of the model.
+    """Scores of all target layers, from one dense pass of the model.
 
-    Raises UsageError for text of fewer than 64 tokens, CheckFailed for activations that are not finite and for a layer
-    that never ran.
+    Args:
+        model: dense.
+        batches: token ids, int64 [B, T] each; the first of every row is left out.
+        config: layers and score.
+        progress: show a bar.
+
+    Returns:
+        Histograms, from which the threshold of any sparsity can be read.
+
+    Raises:
+        UsageError: fewer than 64 tokens, or no layer that fits.
+        CheckFailed: activations that are not finite, or a layer that never ran.
     """
     layers = target_layers(model, config)
     tally = Tally(score_scales(layers, config))

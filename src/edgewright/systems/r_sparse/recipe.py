@@ -40,7 +40,7 @@ SEARCHED = 0.5  # where rho is searched; other sparsities take the same rho
 @dataclass(frozen=True)
 class RSparse:
     """tokens: length of calibration and held-out blocks; layers 0 keeps the whole model; search_tokens: length of the
-    sequences that genomes are scored on, teal_tokens: of the one that TEAL measures blocks on.
+    sequences that plans are scored on, teal_tokens: of the one that TEAL measures blocks on.
     """
 
     seed: int = 0
@@ -122,7 +122,7 @@ def plan(settings: RSparse) -> Plan:
         steps=(
             f"calibrate on {settings.calibration_blocks} blocks of {settings.tokens} tokens, by both scores",
             f"TEAL's greedy allocation in steps of {settings.teal_step:g}",
-            f"decompose the weights and search rho with {settings.evals} genomes at {SEARCHED:.0%}",
+            f"decompose the weights and search rho with {settings.evals} plans at {SEARCHED:.0%}",
             f"KL and perplexity of {points} models on {settings.held_out_blocks} held-out blocks",
             f"the same at {SEARCHED:.0%} on {settings.quantized_bits}-bit weights",
         ),
@@ -211,8 +211,8 @@ class _Bench:
         for name in self.names:  # once, at the highest rank that any point needs
             layer: Any = self.model.get_submodule(name)
             low = min(*self.settings.sparsities, SEARCHED)
-            self.factors.prepare(layer, budget(layer.out_features, layer.in_features, low, 0.0).rank)
-        found = search_rho(
+            self.factors.get(layer, budget(layer.out_features, layer.in_features, low, 0.0).rank)
+        best = search_rho(
             self.model,
             self.search_text,
             self.configs["weighted"],
@@ -222,9 +222,9 @@ class _Bench:
             resume=self.output / "search.json",
             progress=True,
         )
-        found.plot(self.output / "search.png")
-        rho = {name: layer.rho for name, layer in found.plan.items()}
-        return {"rho": rho, "fitness": found.fitness, "start": found.start}
+        best.plot(self.output / "search.png")
+        rho = {name: layer.rho for name, layer in best.plan.items()}
+        return {"rho": rho, "fitness": best.fitness, "start": best.start}
 
     def sparse(self, subject: str, score: str, plan: Any, packed: Any = None) -> list[dict[str, Any]]:
         """Rows of the model while it is sparse. packed: (another model, its calibration)."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import edgewright
+from edgewright.checks import check, whole
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.run_folder import require_empty
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", default="1/3", help="a part such as 1/3, 'all', or numbers such as 4,9 (default 1/3)"
     )
     convert.add_argument("--calib", metavar="FILE", help="text or .jsonl file (default: Python's own documentation)")
-    convert.add_argument(
-        "--init", default="weighted", help="weighted, calibrated, embedding, mean or zero (default weighted)"
-    )
+    convert.add_argument("--init", default="weighted", help="weighted, calibrated, mean or zero (default weighted)")
     convert.add_argument("--dtype", help="of the tables: fp32, fp16 or bf16 (default: the model's)")
     convert.add_argument("--samples", type=int, default=64, help="calibration sequences (default 64)")
     convert.add_argument("--length", type=int, default=128, help="tokens a sequence (default 128)")
@@ -67,9 +66,8 @@ def _convert(args: argparse.Namespace) -> int:
 
     from edgewright.evaluation.language import add_rows, check_positions, evaluate_language, model_logits
     from edgewright.io.text import split_blocks
-    from edgewright.systems.stem.convert import stemify
+    from edgewright.systems.stem.convert import capacity_report, stemify
     from edgewright.systems.stem.files import save_stem
-    from edgewright.systems.stem.report import capacity_report
 
     model, tokenizer = edgewright.load(args.model)
     check_positions(model, args.length, args.model)
@@ -116,13 +114,15 @@ def _edit(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.exists() or output.suffix != ".safetensors":
         raise UsageError(f"--output {output} exists already, or is no .safetensors file; choose a new one")
-    if args.tokens < 1:
-        raise UsageError(f"--tokens {args.tokens}; give 1 or more")
-    prompts = _prompts(args.test) if args.test else []
+    check("--tokens", args.tokens, whole(1))
 
     import torch
 
-    from edgewright.systems.stem.edit import edit_rows, find_entity, override_tokens
+    from edgewright.io.text import load_texts
+    from edgewright.systems.stem.edit import edit_rows, override_tokens
+
+    texts = load_texts(args.test) if args.test else []
+    prompts = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
 
     model: Any
     tokenizer: Any
@@ -139,7 +139,6 @@ def _edit(args: argparse.Namespace) -> int:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         row: dict[str, Any] = {"prompt": prompt, "before": continued(ids), "contextual": None}
         if args.source in prompt:
-            find_entity(ids[0].tolist(), args.source, tokenizer)  # says what is wrong with the prompt
             with override_tokens(
                 model, ids, source=args.source, target=args.target, tokenizer=tokenizer, mode=args.mode
             ):
@@ -165,9 +164,3 @@ def _edit(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print(f"{changed} of {len(rows)} continuations changed under the persistent edit, which is in {output}")
     return 0
-
-
-def _prompts(path: str) -> list[str]:
-    from edgewright.io.text import load_texts
-
-    return [line.strip() for text in load_texts(path) for line in text.splitlines() if line.strip()]

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.tensors import read_tensors, save_tensors
 from edgewright.io.transformers_names import CACHE_NAMES
-from edgewright.systems.stem.layer import stem_blocks
+from edgewright.systems.stem.layer import StemFeedForward, stem_blocks
+from edgewright.systems.stem.store import EmbeddingStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from edgewright.systems.stem.store import EmbeddingStore
 
 MODES = ("auto", "pad", "copy", "subset", "average")
 FORMAT = "edgewright stem edit 1"
@@ -32,29 +32,22 @@ Rule = tuple[tuple[int, ...], ...]  # for each token of A, the tokens of B whose
 
 
 def length_rule(a: Sequence[int], b: Sequence[int], mode: str = "auto") -> Rule:
-    """Which tokens of B stand for each token of A.
+    """Which tokens of B stand for each token of A; one token or more each.
 
     Equal lengths go one to one. A longer: "pad" repeats B's first token on the left, "copy" repeats B from its start.
     A shorter: "subset" takes B's last tokens (our choice). "average" gives every position the mean of B's rows. "auto"
     is pad or subset, as the lengths ask. Raises UsageError for a mode that these lengths do not have.
     """
-    if mode not in MODES:
-        raise UsageError(f"mode={mode!r}; choose from {', '.join(MODES)}")
-    if not a or not b:
-        raise UsageError("the entity and its replacement need one token or more")
+    check("mode", mode, one_of(*MODES))
     if mode == "average":
         return tuple(tuple(b) for _ in a)
     if mode == "auto":
         mode = "pad" if len(a) >= len(b) else "subset"
-    if len(a) < len(b) and mode != "subset":
+    if (len(a) < len(b)) != (mode == "subset") and len(a) != len(b):
+        size, others = ("longer", "'subset'") if len(a) < len(b) else ("shorter", "'pad', 'copy'")
         raise UsageError(
-            f"mode={mode!r} is for a longer entity; {len(a)} tokens would read the rows of {len(b)}: "
-            "use 'subset' or 'average'"
-        )
-    if len(a) > len(b) and mode == "subset":
-        raise UsageError(
-            f"mode='subset' is for a shorter entity; {len(a)} tokens would read the rows of {len(b)}: "
-            "use 'pad', 'copy' or 'average'"
+            f"mode={mode!r} is for a {size} entity; {len(a)} tokens would read the rows of {len(b)}: "
+            f"use {others} or 'average'"
         )
     if mode == "copy":
         return tuple((b[i % len(b)],) for i in range(len(a)))
@@ -75,22 +68,22 @@ def find_entity(ids: Sequence[int], entity: str, tokenizer: PreTrainedTokenizerB
 
     Raises UsageError where it is not in the prompt as tokens of its own.
     """
-    found: list[tuple[int, int, bool]] = []
+    places: list[tuple[int, int, bool]] = []
     inside = False
     for spaced in (True, False):
-        wanted = entity_tokens(tokenizer, entity, spaced)
-        size = len(wanted)
+        expected = entity_tokens(tokenizer, entity, spaced)
+        size = len(expected)
         for start in range(len(ids) - size + 1):
-            if list(ids[start : start + size]) != wanted:
+            if list(ids[start : start + size]) != expected:
                 continue
             before = tokenizer.decode([ids[start - 1]]) if start else " "
             after = tokenizer.decode([ids[start + size]]) if start + size < len(ids) else " "
             if str(after)[:1].isalnum() or (not spaced and str(before)[-1:].isalnum()):
                 inside = True
-            elif not any(start < s + n and s < start + size for s, n, _ in found):
-                found.append((start, size, spaced))
-    if found:
-        return sorted(found)
+            elif not any(start < s + n and s < start + size for s, n, _ in places):
+                places.append((start, size, spaced))
+    if places:
+        return sorted(places)
     text = tokenizer.decode(list(ids))
     if inside or entity in text:
         raise UsageError(
@@ -155,9 +148,20 @@ def override_tokens(
 ) -> Iterator[list[int]]:
     """Inside, forwards and `generate` of the prompt read `target`'s rows at every place of `source`.
 
-    prompt_ids: [T] or [B, T], exactly as the model gets them; beams and several samples a prompt may follow. mode: see
-    `length_rule`. Yields the positions of the first prompt. Raises UsageError where a prompt does not hold the entity
-    as tokens of its own.
+    Args:
+        model: an edge decoder with STEM layers, offloaded or not.
+        prompt_ids: int64 [T] or [B, T], exactly as the model gets them; beams and several samples a prompt may follow.
+        source: the entity in the prompts.
+        target: the entity whose rows are read.
+        tokenizer: the model's.
+        mode: of entities of different lengths, see `length_rule`; "auto" is the paper's default where A is longer.
+
+    Yields:
+        The positions of the first prompt.
+
+    Raises:
+        UsageError: a prompt does not hold the entity as tokens of its own, the lengths do not have that mode, or rows
+            are overridden already.
     """
     layers = stem_blocks(model)
     prompts = torch.as_tensor(prompt_ids)
@@ -198,8 +202,7 @@ class Edit:
         note: dict[str, str],
     ) -> None:
         self.model, self.store, self.ids, self.after, self.note = model, store, ids, after, note
-        self.before: dict[int, Tensor] = {}
-        self.overlays: dict[int, dict[int, Tensor]] = {}
+        self.before: dict[int, Any] = {}  # rows [n, f], or of each token the overlay's row, None without one
         self.apply()
 
     @torch.no_grad()
@@ -207,7 +210,7 @@ class Edit:
         """Put the new rows in."""
         for layer, rows in self.after.items():
             if self.store is not None:
-                self.overlays[layer] = dict(self.store.overlays[layer])
+                self.before[layer] = [self.store.overlays[layer].get(key) for key in self.ids.tolist()]
                 self.store.overlay(layer, self.ids, rows)
             else:
                 weight = self._weight(layer)
@@ -217,13 +220,12 @@ class Edit:
     @torch.no_grad()
     def undo(self) -> None:
         """Put the old rows back, bit for bit."""
-        for layer in self.after:
+        for layer, old in self.before.items():
             if self.store is None:
-                self._weight(layer)[self.ids] = self.before[layer]
-                continue
-            for i, key in enumerate(self.ids.tolist()):
-                old = self.overlays[layer].get(key)
-                self.store.overlay(layer, self.ids[i : i + 1], None if old is None else old.unsqueeze(0))
+                self._weight(layer)[self.ids] = old
+            else:
+                for i, row in enumerate(old):
+                    self.store.overlay(layer, self.ids[i : i + 1], None if row is None else row.unsqueeze(0))
 
     def _weight(self, layer: int) -> Tensor:
         table = stem_blocks(self.model)[layer].table
@@ -255,10 +257,24 @@ def edit_rows(
 ) -> Edit:
     """Give every token of `source` the rows of `target` in all STEM layers, for all texts.
 
-    Without a store the tables in the model change; with the store of an offloaded model an overlay does, and its files
-    stay as they are. A token that comes twice in `source` gets the mean (our choice). spaced: the form of the names
-    within a text, with the space before them. Warns where the tokens are parts that other words share. Undo edits of
-    the same tokens in the reverse order.
+    A token that comes twice in `source` gets the mean (our choice). Warns where the tokens are parts that other words
+    share. Undo edits of the same tokens in the reverse order.
+
+    Args:
+        model: an edge decoder with STEM layers; without a store its own tables change.
+        source: the entity whose rows change.
+        target: the entity whose rows they become.
+        tokenizer: the model's.
+        mode: of entities of different lengths, see `length_rule`.
+        store: of an offloaded model; an overlay changes, and its files stay as they are.
+        spaced: the form of the names within a text, with the space before them.
+
+    Returns:
+        The edit, applied: `undo` takes it back bit for bit, `save` writes it as a file for `load_edit`.
+
+    Raises:
+        UsageError: a store for a model that has its own tables or none for one that does not, quantised tables, or a
+            mode that the lengths do not have.
     """
     layers = stem_blocks(model)
     offloaded = any(layer.table is None for layer in layers.values())
@@ -278,19 +294,19 @@ def edit_rows(
     ids = torch.tensor(sorted(by_token))
     after = {}
     for layer in layers:
+        needed = sorted({token for tokens in rule for token in tokens})
+        rows = _rows(layers[layer], layer, torch.tensor(needed), store)
         new = []
         for token in ids.tolist():
-            means = [_mean(_rows(model, layer, torch.tensor(sorted(set(t))), store), t) for t in by_token[token]]
-            new.append(torch.stack(means).mean(0) if len(means) > 1 else means[0])
+            means = [_mean(rows[[needed.index(t) for t in tokens]]) for tokens in by_token[token]]
+            new.append(_mean(torch.stack(means)))
         after[layer] = torch.stack(new)
     return Edit(model, store, ids, after, {"source": source, "target": target, "mode": mode})
 
 
-def _mean(rows: Tensor, tokens: tuple[int, ...]) -> Tensor:
-    """Rows are those of the distinct tokens, ascending; a token that comes twice counts twice."""
-    place = {token: i for i, token in enumerate(sorted(set(tokens)))}
-    picked = rows[[place[token] for token in tokens]]
-    return picked[0] if len(tokens) == 1 else picked.mean(0)
+def _mean(rows: Tensor) -> Tensor:
+    """Of rows [n, f]; one row is itself."""
+    return rows[0] if len(rows) == 1 else rows.mean(0)
 
 
 def load_edit(model: nn.Module, path: str | Path, store: EmbeddingStore | None = None) -> Edit:
@@ -315,10 +331,9 @@ def load_edit(model: nn.Module, path: str | Path, store: EmbeddingStore | None =
     return Edit(model, store, ids, after, note)
 
 
-def _rows(model: nn.Module, layer: int, ids: Tensor, store: EmbeddingStore | None = None) -> Tensor:
-    block = stem_blocks(model)[layer]
+def _rows(layer: StemFeedForward, block: int, ids: Tensor, store: EmbeddingStore | None) -> Tensor:
     if store is not None:
-        return store.fetch(layer, ids).clone()
-    lookup = block.lookup or block.table
+        return store.fetch(block, ids)
+    lookup = layer.lookup or layer.table
     assert lookup is not None
-    return lookup(ids.unsqueeze(0))[0].detach().clone()
+    return lookup(ids.unsqueeze(0))[0]

@@ -3,7 +3,7 @@
 With the token t at a position and the normalised state u there,
     y = Wd (SiLU(Wg u) * U[t])
 so that knowledge grows with the table while arithmetic shrinks, and the rows can lie in host memory or on disk
-(`stem_offload`): the token alone says which is needed. t is the input token of the position, never the one to predict.
+(see `store`): the token alone says which is needed. t is the input token of the position, never the one to predict.
 
 Source: "STEM: Scaling Transformers with Embedding Modules", arXiv 2601.10639; initialisation as in the official code.
 """
@@ -21,11 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from edgewright.checks import check_fields, one_of
 from edgewright.errors import UsageError
 from edgewright.models.decoder.config import EdgeDecoderConfig
 
-REPLACE = ("up", "gate", "add")
-INITS = ("xavier", "match")
 CUT = 3.0  # standard deviations at which the normal distribution of the matrices ends
 
 
@@ -33,24 +32,24 @@ CUT = 3.0  # standard deviations at which the normal distribution of the matrice
 class StemConfig:
     """One kind of STEM layer.
 
-    replace: what the table stands for: "up" as published; "gate", which loses the context that a gate must see; "add",
-        which keeps the up-projection and adds the row to it. init: "xavier" (std sqrt(2 / (V + f)), the official code)
-        or "match" (std 1, that of the dense up-projection; our choice for runs under some 5000 steps).
-    allow_first: let the first layer be one. sparse_grad: gradients of the table as sparse tensors, rows seen only.
+    Args:
+        replace: what the table stands for: "up" as published; "gate", which loses the context that a gate must see;
+            "add", which keeps the up-projection and adds the row to it.
+        init: "xavier", std sqrt(2 / (V + f)) as in the official code, or "match", std 1, that of the dense
+            up-projection: our choice for runs under some 5000 steps.
+        allow_first: let the first layer be one; it stays dense in the paper.
+
+    Raises:
+        UsageError: a value outside these.
     """
 
     replace: str = "up"
     init: str = "xavier"
     allow_first: bool = False
-    sparse_grad: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("replace", REPLACE), ("init", INITS)):
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"stem {name}={getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        for name in ("allow_first", "sparse_grad"):
-            if not isinstance(getattr(self, name), bool):
-                raise UsageError(f"stem {name}={getattr(self, name)!r:.80}; choose True or False")
+        rules = {"replace": one_of("up", "gate", "add"), "init": one_of("xavier", "match")}
+        check_fields(self, {**rules, "allow_first": one_of(True, False)})
 
 
 class Override(Protocol):
@@ -60,10 +59,17 @@ class Override(Protocol):
 
 
 class StemFeedForward(nn.Module):
-    """u [B, T, hidden], input_ids int64 [B, T] -> [B, T, hidden].
+    """y = Wd (SiLU(Wg u) * U[t]) with t the input token of the position (arXiv 2601.10639).
 
-    table: the rows, an nn.Embedding (or what quantisation makes of it); None once they live elsewhere. lookup: then
-    gives the rows of ids, [B, T] -> [B, T, intermediate]. override: exchanges rows at some positions, for editing.
+    `table` holds the rows, an nn.Embedding or what quantisation makes of it, None once they live elsewhere; `lookup`
+    then gives the rows of ids, [B, T] -> [B, T, intermediate]. `override` exchanges rows at some positions, for
+    editing.
+
+    Args:
+        hidden: width of the state u.
+        intermediate: width of a row.
+        vocabulary: rows of the table.
+        config: which projection the table stands for, and its initial values.
     """
 
     def __init__(self, hidden: int, intermediate: int, vocabulary: int, config: StemConfig) -> None:
@@ -74,14 +80,17 @@ class StemFeedForward(nn.Module):
         if config.replace != "up":
             self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-        self.table: nn.Module | None = nn.Embedding(vocabulary, intermediate, sparse=config.sparse_grad)
+        self.table: nn.Module | None = nn.Embedding(vocabulary, intermediate)
         self.lookup: Callable[[Tensor], Tensor] | None = None
         self.override: Override | None = None
         # transformers calls `init_weights` only on modules that hold a tensor of their own; this one takes no memory.
         self.register_buffer("own", torch.empty(0), persistent=False)
 
     def init_weights(self, config: Any) -> None:
-        """deviation: the depth factor is sqrt(2 layers), one of the official code's choices (its default is 1)."""
+        """Initial values as in the official code; config: of the decoder, for its number of layers.
+
+        deviation: the depth factor is sqrt(2 layers), one of the official code's choices (its default is 1).
+        """
         for name in ("gate_proj", "up_proj", "down_proj"):
             if (linear := getattr(self, name, None)) is not None:
                 std = linear.in_features**-0.5
@@ -95,12 +104,13 @@ class StemFeedForward(nn.Module):
                 init.normal_(self.table.weight, mean=0.0, std=1.0)
 
     def rows(self, input_ids: Tensor) -> Tensor:
-        """Rows of the tokens, [B, T] -> [B, T, intermediate], edits included."""
+        """Rows of the tokens, int64 [B, T] -> [B, T, intermediate], edits included."""
         lookup = self.lookup or self.table
         assert lookup is not None
         return lookup(input_ids) if self.override is None else self.override(lookup, input_ids)
 
     def forward(self, u: Tensor, input_ids: Tensor | None) -> Tensor:
+        """U [B, T, hidden], input_ids int64 [B, T] -> [B, T, hidden]. Raises UsageError without fitting ids."""
         if input_ids is None:
             raise UsageError("STEM layers look rows up by token: give input_ids, not inputs_embeds")
         if input_ids.shape != u.shape[:-1]:
@@ -117,9 +127,9 @@ class StemFeedForward(nn.Module):
 
 
 def stem_layers(count: int, share: str | float | Sequence[int]) -> list[int]:
-    """Which of `count` layers are STEM layers, evenly spaced; the first never is.
+    """Which of `count` layers are STEM layers.
 
-    share: a part such as "1/3" or 0.5, "all" for all but the first, or the layers themselves. Raises UsageError.
+    share: a part such as "1/3" or 0.5, evenly spaced without the first, "all" but the first, or the layers themselves.
     """
     if not isinstance(share, str | float | int):
         layers = sorted(set(share))
@@ -170,12 +180,12 @@ def stem_blocks(model: nn.Module) -> dict[int, StemFeedForward]:
     """The STEM feed-forwards of an edge decoder by stored block. Raises UsageError where there are none."""
     body = getattr(model, "model", None)
     blocks = enumerate(getattr(body, "layers", ()))
-    found = {i: block.mlp for i, block in blocks if isinstance(getattr(block, "mlp", None), StemFeedForward)}
-    if not found:
+    layers = {i: block.mlp for i, block in blocks if isinstance(getattr(block, "mlp", None), StemFeedForward)}
+    if not layers:
         raise UsageError(
             f"{type(model).__name__} has no STEM layers; make some with stemify or `edgewright stem convert`"
         )
-    return found
+    return layers
 
 
 def table_weights(model: nn.Module) -> Iterator[tuple[int, Tensor]]:

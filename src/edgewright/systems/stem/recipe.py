@@ -25,13 +25,18 @@ from edgewright.models.decoder.next_token import NextToken
 from edgewright.models.decoder.tokenizer import train_tokenizer
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, smoothed
-from edgewright.systems.stem.convert import token_means
-from edgewright.systems.stem.facts import FactBase, edit_facts
+from edgewright.systems.stem.convert import capacity_report, token_means
 from edgewright.systems.stem.layer import StemConfig, stem_blocks, stem_layers, table_weights
-from edgewright.systems.stem.offload import offload_
-from edgewright.systems.stem.report import capacity_report, row_cosine
-from edgewright.systems.stem.smollm2 import SmolLM2, convert_smollm2
-from edgewright.systems.stem.tasks import small_decoder, train
+from edgewright.systems.stem.store import offload_
+from edgewright.systems.stem.studies import (
+    FactBase,
+    SmolLM2,
+    convert_smollm2,
+    edit_facts,
+    row_cosine,
+    small_decoder,
+    train,
+)
 
 KINDS = {"dense": None, "stem 1/3": "up", "gate 1/3": "gate"}
 STARTS = ("weighted", "calibrated", "mean", "zero")

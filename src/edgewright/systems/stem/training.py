@@ -1,8 +1,20 @@
-"""Optimizers for a backbone and its tables: clipped separately, and tables updated only where a token came by.
+"""Optimizers for a backbone and its tables, clipped separately, and tables shared out between processes.
 
 The official code of STEM (arXiv 2601.10639) runs two AdamW, each clipped by a norm of its own. Under AdamW, weight
 decay shrinks a row at every step, also in the thousands between two uses of a rare token; lazy updates leave it be.
 deviation: moments, decay and the count for the bias correction of a lazy row move only in steps that have its token.
+
+Shared out, each process holds some of the columns of every row. Every process of a group gathers the distinct tokens of
+all, looks its columns up, and an exchange gives each process its own rows whole; gradients go the same way back. The
+layout is torchtitan's: a DeviceMesh with dimensions "dp" and "stem", tables as DTensors sharded over "stem", everything
+else the same everywhere.
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "stem"))
+    shard_tables(model, mesh)
+    ...; loss.backward(); sync_gradients(model, mesh); optimizer.step()
+
+deviation: tokens are made distinct before they are gathered, and the division by the number of processes, which the
+official code does in the exchange, is done once, in `training.distributed.sync_gradients`.
 """
 
 from __future__ import annotations
@@ -11,12 +23,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from edgewright.checks import check, number
 from edgewright.errors import UsageError
-from edgewright.systems.stem.layer import table_weights
-from edgewright.systems.stem.rows import RowTable
+from edgewright.systems.stem.layer import stem_blocks, table_weights
+from edgewright.training.distributed import is_split, local, split
 from edgewright.training.optimizer import parameter_groups
 
 
@@ -28,7 +45,21 @@ def stem_groups(
     clip_norm: float | None = 1.0,
     lazy: bool = True,
 ) -> list[dict[str, Any]]:
-    """Groups for `StemAdamW`: the backbone, split as `fit` splits it, and the tables. Each is clipped by itself."""
+    """Groups for `StemAdamW`: the backbone, split as `fit` splits it, and the tables.
+
+    Args:
+        model: an edge decoder with STEM layers.
+        learning_rate: of both parts, as published.
+        weight_decay: of the tables and of the backbone's matrices.
+        clip_norm: of each part by itself, as in the official code; None clips nothing.
+        lazy: rows of tables move only in steps that have their token; False is the published AdamW.
+
+    Returns:
+        Two groups of the backbone, with and without decay, and one of the tables that are trained, if there are any.
+
+    Raises:
+        UsageError: the model has no STEM layers.
+    """
     tables = [weight for _, weight in table_weights(model)]
     held = {id(weight) for weight in tables}
     backbone = [p for p in model.parameters() if id(p) not in held]
@@ -43,10 +74,15 @@ def stem_groups(
 
 
 class StemAdamW(torch.optim.Optimizer):
-    """AdamW over `stem_groups`; use it with `TrainConfig(clip_norm=None)`, since it clips each part itself.
+    """AdamW (arXiv 1711.05101) over `stem_groups`; with `TrainConfig(clip_norm=None)`, since it clips each part itself.
 
-    Groups of the same `part` share one norm. A lazy group takes dense gradients, whose rows of zeros count as unseen,
-    or sparse ones (`StemConfig(sparse_grad=True)`); the same holds for the store's `RowAdamW`.
+    Groups of the same `part` share one norm, which `norms` holds after a step. In a lazy group rows whose gradient is
+    zero throughout count as unseen.
+
+    Args:
+        groups: of `stem_groups`, or dicts with "params" and any of lr, weight_decay, clip_norm, part and lazy.
+        betas: decay of the first and second moments; the defaults are the paper's.
+        eps: added to the root of the second moment.
     """
 
     def __init__(
@@ -58,6 +94,7 @@ class StemAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One update; returns the loss of `closure` where one is given, which computes it and its gradients."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         scales = self._clip()
         for group in self.param_groups:
@@ -75,8 +112,7 @@ class StemAdamW(torch.optim.Optimizer):
             limits[group["part"]] = group["clip_norm"]
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    values = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-                    square = torch.linalg.vector_norm(values.float()).square()
+                    square = torch.linalg.vector_norm(parameter.grad.float()).square()
                     squares[group["part"]] = squares.get(group["part"], 0.0) + square
         self.norms = {part: math.sqrt(float(square)) for part, square in squares.items()}
         return {part: clip_factor(norm, limits[part]) for part, norm in self.norms.items()}
@@ -88,7 +124,6 @@ def clip_factor(norm: float, limit: float | None) -> float:
 
 
 def _dense(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], scale: float) -> None:
-    gradient = gradient.to_dense() if gradient.is_sparse else gradient
     if not state:
         state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": torch.zeros(())}
     state["step"] += 1
@@ -96,22 +131,23 @@ def _dense(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[st
 
 
 def _lazy(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Mapping[str, Any], scale: float) -> None:
-    if not state:  # memory that is never touched is never taken
+    if not state:
         state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "count": torch.zeros(len(p), device=p.device)}
-    if gradient.is_sparse:
-        whole = gradient.coalesce()
-        ids, values = _nonzero(whole.indices()[0], whole.values())
-    else:
-        ids = (gradient != 0).any(1).nonzero().squeeze(1)
-        values = gradient[ids]
-    rows, m, v = p[ids], state["m"][ids], state["v"][ids]
+    ids = (gradient != 0).any(1).nonzero().squeeze(1)
+    p[ids] = _updated(p[ids], gradient[ids] * scale, ids, state, group)
+
+
+def _updated(rows: Tensor, gradient: Tensor, ids: Tensor, state: Mapping[str, Tensor], group: Any) -> Tensor:
+    """Rows [n, width] of distinct ids after their own next step; state: "m", "v" and "count" of the whole table."""
+    m, v = state["m"][ids], state["v"][ids]
     state["count"][ids] += 1
-    adamw(rows, values * scale, m, v, state["count"][ids].unsqueeze(1), group)
-    p[ids], state["m"][ids], state["v"][ids] = rows, m, v
+    adamw(rows, gradient, m, v, state["count"][ids].unsqueeze(1), group)
+    state["m"][ids], state["v"][ids] = m, v
+    return rows
 
 
 def adamw(p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Tensor, group: Mapping[str, Any]) -> None:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) in place; step: the number of this update, one or one a row."""
+    """AdamW in place; step: the number of this update, one or one a row."""
     first, second = group["betas"]
     p.mul_(1 - group["lr"] * group["weight_decay"])
     m.lerp_(gradient, 1 - first)
@@ -120,35 +156,19 @@ def adamw(p: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Tensor, group
     p.sub_(m / denominator * (group["lr"] / (1 - first**step)))
 
 
-class Moments:
-    """First and second moments and counts of the rows of one table that were ever trained; grows with them."""
-
-    def __init__(self, count: int, width: int) -> None:
-        self.slot_of = torch.full((count,), -1, dtype=torch.int64)
-        self.m, self.v = torch.zeros(0, width), torch.zeros(0, width)
-        self.count, self.used = torch.zeros(0), 0
-
-    def slots(self, ids: Tensor) -> Tensor:
-        """Places of distinct ids, made where there are none."""
-        new = ids[self.slot_of[ids] < 0]
-        while self.used + len(new) > len(self.m):
-            more = max(256, len(self.m))
-            self.m, self.v = (torch.cat([x, x.new_zeros(more, x.shape[1])]) for x in (self.m, self.v))
-            self.count = torch.cat([self.count, torch.zeros(more)])
-        self.slot_of[new] = torch.arange(self.used, self.used + len(new))
-        self.used += len(new)
-        return self.slot_of[ids]
-
-    def ids(self) -> Tensor:
-        return (self.slot_of >= 0).nonzero().squeeze(1)
-
-    def state(self, ids: Tensor) -> dict[str, Tensor]:
-        slots = self.slots(ids)
-        return {"m": self.m[slots], "v": self.v[slots], "count": self.count[slots]}
-
-
 class RowAdamW:
-    """The lazy AdamW of a store: gradients gathered by layer and row, applied together, clipped by one norm."""
+    """The lazy AdamW of a store: gradients gathered by layer and row, applied together, clipped by one norm.
+
+    Args:
+        learning_rate: where `EmbeddingStore.step` is given none.
+        weight_decay: of the rows that a step touches.
+        betas: decay of the first and second moments; the defaults are the paper's.
+        eps: added to the root of the second moment.
+        clip_norm: of all gradients of a step together; None clips nothing.
+
+    Raises:
+        UsageError: a negative rate or decay.
+    """
 
     def __init__(
         self,
@@ -159,18 +179,19 @@ class RowAdamW:
         eps: float = 1e-8,
         clip_norm: float | None = 1.0,
     ) -> None:
-        if learning_rate < 0 or weight_decay < 0:
-            raise UsageError(f"learning_rate={learning_rate}, weight_decay={weight_decay}; give numbers from 0 up")
+        check("learning_rate", learning_rate, number(0))
+        check("weight_decay", weight_decay, number(0))
         self.group: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         self.clip_norm = clip_norm
-        self.moments: dict[int, Moments] = {}
+        self.states: dict[int, dict[str, Tensor]] = {}
         self.pending: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def gather(self, layer: int, ids: Tensor, gradient: Tensor) -> None:
+        """Keep the gradient [U, f] of rows of distinct ids for the next `apply`."""
         self.pending.setdefault(layer, []).append((ids, gradient.detach().to("cpu", torch.float32)))
 
     def apply(
-        self, tables: Mapping[int, RowTable], write: Callable[[int, Tensor, Tensor], None], learning_rate: float | None
+        self, tables: Mapping[int, Any], write: Callable[[int, Tensor, Tensor], None], learning_rate: float | None
     ) -> float:
         """Update the rows of `tables` through `write`; the norm before clipping."""
         group = self.group if learning_rate is None else self.group | {"lr": learning_rate}
@@ -179,37 +200,108 @@ class RowAdamW:
         norm = math.sqrt(sum(float(g.square().sum(dtype=torch.float64)) for _, g in gradients.values()))
         scale = clip_factor(norm, self.clip_norm)
         for layer, (ids, gradient) in gradients.items():
-            rows = tables[layer].read(ids).float()  # a copy of its own
-            kept = self.moments.setdefault(layer, Moments(tables[layer].count, tables[layer].format.width))
-            slots = kept.slots(ids)
-            kept.count[slots] += 1
-            m, v = kept.m[slots], kept.v[slots]
-            adamw(rows, gradient * scale, m, v, kept.count[slots].unsqueeze(1), group)
-            kept.m[slots], kept.v[slots] = m, v
-            write(layer, ids, rows)
+            table = tables[layer]
+            state = self.states.setdefault(layer, _row_states(table.count, table.format.width))
+            write(layer, ids, _updated(table.read(ids).float(), gradient * scale, ids, state, group))
         return norm
 
-    def reset(self) -> None:
-        self.moments, self.pending = {}, {}
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Layer -> "ids" of the rows that were ever trained, ascending, with their "m", "v" and "count"."""
+        saved = {}
+        for layer, state in self.states.items():
+            ids = state["count"].nonzero().squeeze(1)
+            saved[str(layer)] = {"ids": ids, **{name: values[ids] for name, values in state.items()}}
+        return saved
 
-    def restore(self, layer: int, state: Mapping[str, Tensor], count: int) -> None:
-        """What `EmbeddingStore.state_dict` kept of a layer with `count` rows."""
-        ids = state["ids"]
-        kept = Moments(count, state["m"].shape[1])
-        self.moments[layer] = kept
-        slots = kept.slots(ids)
-        kept.m[slots], kept.v[slots], kept.count[slots] = state["m"], state["v"], state["count"]
+    def load_state_dict(self, states: Mapping[str, Mapping[str, Tensor]], counts: Mapping[int, int]) -> None:
+        """Put such states back in place of those that are here; counts: rows of each layer's table."""
+        self.states, self.pending = {}, {}
+        for layer, saved in states.items():
+            state = self.states[int(layer)] = _row_states(counts[int(layer)], saved["m"].shape[1])
+            for name, values in state.items():
+                values[saved["ids"]] = saved[name]
 
 
-def _nonzero(ids: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the rows that predicted nothing, such as a text's last token."""
-    seen = (gradient != 0).any(1)
-    return ids[seen], gradient[seen]
+def _row_states(count: int, width: int) -> dict[str, Tensor]:
+    """Zeros from NumPy, which take memory only where they are written; torch's take it at once."""
+    shapes = {"m": (count, width), "v": (count, width), "count": (count,)}
+    return {name: torch.from_numpy(np.zeros(shape, np.float32)) for name, shape in shapes.items()}
 
 
 def _summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(ids ascending, gradient) with the contributions to a row added in the order in which they came."""
+    """(ids ascending, gradient), contributions to a row added in the order in which they came, without rows of zeros,
+    which predicted nothing, such as a text's last token.
+    """
     ids, places = torch.unique(torch.cat([ids for ids, _ in parts]), return_inverse=True)
     total = torch.zeros(len(ids), parts[0][1].shape[1])
     total.index_add_(0, places, torch.cat([gradient for _, gradient in parts]))
-    return _nonzero(ids, total)
+    seen = (total != 0).any(1)
+    return ids[seen], total[seen]
+
+
+class ShardedLookup:
+    """[B, T] tokens of this process -> [B, T, f], from columns that lie in all processes of the group."""
+
+    def __init__(self, table: nn.Module, mesh: DeviceMesh) -> None:
+        self.table, self.group = table, mesh.get_group()
+        self.size, self.rank = mesh.size(), mesh.get_local_rank()
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_to_all_single
+
+        ids, places = torch.unique(input_ids, return_inverse=True)
+        counts = [torch.zeros(1, dtype=torch.int64, device=ids.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(ids)], device=ids.device), group=self.group)
+        numbers = [int(count) for count in counts]
+        padded = F.pad(ids, (0, max(numbers) - len(ids)))
+        gathered = [torch.empty_like(padded) for _ in numbers]
+        dist.all_gather(gathered, padded, group=self.group)
+        everyone = torch.cat([part[:number] for part, number in zip(gathered, numbers, strict=True)])
+        columns = F.embedding(everyone, local(self.table.weight, gradient=True))  # [sum of numbers, f / size]
+        received = columns.new_empty(len(ids) * self.size, columns.shape[1])
+        received = all_to_all_single(received, columns, [len(ids)] * self.size, numbers, group=self.group)
+        rows = received.view(self.size, len(ids), -1).transpose(0, 1).reshape(len(ids), -1)
+        return F.embedding(places, rows)
+
+
+def shard_tables(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Leave this process its columns of every table, in place.
+
+    Args:
+        model: an edge decoder with STEM layers; the first process of each group gives its tables to the others.
+        mesh: with the dimensions "dp" and "stem".
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: a mesh without these dimensions, rows that do not divide among the processes of "stem", or tables
+            that are quantised, offloaded or sharded already.
+    """
+    if mesh.mesh_dim_names is None or not {"dp", "stem"} <= set(mesh.mesh_dim_names):
+        raise UsageError(
+            f"the mesh has dimensions {mesh.mesh_dim_names}; sharded tables need ('dp', 'stem'), for example "
+            "init_device_mesh('cpu', (1, 2), mesh_dim_names=('dp', 'stem'))"
+        )
+    group, layers = mesh["stem"], stem_blocks(model)
+    for block, layer in layers.items():
+        if layer.intermediate % group.size():
+            raise UsageError(
+                f"layer {block}: rows of {layer.intermediate} values do not divide among {group.size()} processes "
+                "of stem"
+            )
+        if type(layer.table) is not nn.Embedding or layer.lookup is not None:
+            raise UsageError(
+                f"the table of layer {block} is quantised, offloaded or sharded already; shard a plain one"
+            )
+    for layer in layers.values():
+        table: Any = layer.table
+        table.weight = nn.Parameter(split(table.weight, group, 1), requires_grad=table.weight.requires_grad)
+        layer.lookup = ShardedLookup(table, group)
+    return model
+
+
+def sharded_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters for an optimizer, tables apart: torch's fused updates do not mix DTensors with plain ones."""
+    parameters = list(model.parameters())
+    return [{"params": [p for p in parameters if is_split(p) == sharded]} for sharded in (False, True)]
