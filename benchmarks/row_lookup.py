@@ -24,7 +24,7 @@ from edgewright.measure.timing import alternate, paired_ratio
 from edgewright.systems.dlrm.bags import JaggedBatch
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, apply_recipe, uniform_recipe
-from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.low_precision_recsys.tables import HalfRows, StoredRows
 from edgewright.systems.low_precision_recsys.units import find_units
 from results import save
 

@@ -232,7 +232,7 @@ def read_dlrm(folder: Path) -> None:
     from edgewright.errors import EdgewrightError
     from edgewright.systems.dlrm.model import DLRM
     from edgewright.systems.dlrm.vocabulary import Vocabulary
-    from edgewright.systems.low_precision_recsys.compress import click_folder
+    from edgewright.systems.low_precision_recsys.export import click_folder
     from edgewright.systems.low_precision_recsys.model import QuantizedModel
 
     failed = None

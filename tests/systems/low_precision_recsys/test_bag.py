@@ -9,9 +9,13 @@ from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
 from edgewright.systems.dlrm.tables import QREmbeddingBag
-from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, bag as module, quantize_rows
-from edgewright.systems.low_precision_recsys.bag import RowwiseQuantEmbedding, RowwiseQuantQRBag
-from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, quantize_rows, tables as module
+from edgewright.systems.low_precision_recsys.tables import (
+    HalfRows,
+    RowwiseQuantEmbedding,
+    RowwiseQuantQRBag,
+    StoredRows,
+)
 
 VALUES = torch.tensor([3, 9, 9, 0, 1, 2, 29, 4])
 OFFSETS = torch.tensor([0, 0, 3, 3, 7, 8])  # bags of 0, 3, 0, 4 and 1

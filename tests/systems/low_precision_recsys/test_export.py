@@ -15,11 +15,19 @@ from edgewright.systems.dlrm.clicks import ClickData, predict
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.serving import requests
 from edgewright.systems.low_precision_recsys import AccuracyGate, apply_recipe, quantize_rows, uniform_recipe
-from edgewright.systems.low_precision_recsys.export import export_quantized, judge_symmetric, with_symmetric_rows
-from edgewright.systems.low_precision_recsys.gathered import Half, gathered, half_bytes, symmetric
-from edgewright.systems.low_precision_recsys.portable import PortableDLRM, portable
+from edgewright.systems.low_precision_recsys.export import (
+    Half,
+    PortableDLRM,
+    export_quantized,
+    gathered,
+    half_bytes,
+    judge_symmetric,
+    portable,
+    symmetric,
+    with_symmetric_rows,
+)
 from edgewright.systems.low_precision_recsys.precision_search import calibrated_recipe
-from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.low_precision_recsys.tables import HalfRows, StoredRows
 
 SLOTS = (1, 3, 1)
 

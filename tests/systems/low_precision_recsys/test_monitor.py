@@ -14,11 +14,10 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.systems.dlrm.clicks import ClickData
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.low_precision_recsys import AccuracyGate, Monitor, QuantRecipe
-from edgewright.systems.low_precision_recsys.calibration import BINS, Histogram, histograms, population_stability
-from edgewright.systems.low_precision_recsys.examples import as_examples
-from edgewright.systems.low_precision_recsys.faults import spoil_table
+from edgewright.systems.low_precision_recsys.gate import as_examples
 from edgewright.systems.low_precision_recsys.precision_search import calibrated_recipe
-from edgewright.systems.low_precision_recsys.units import find_units
+from edgewright.systems.low_precision_recsys.study import spoil_table
+from edgewright.systems.low_precision_recsys.units import BINS, Histogram, find_units, histograms, population_stability
 
 
 def histogram(values: np.ndarray) -> Histogram:

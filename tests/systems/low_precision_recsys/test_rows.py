@@ -8,8 +8,7 @@ import torch
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.systems.low_precision_recsys import quantize_rows
-from edgewright.systems.low_precision_recsys.codebooks import CodebookRows, kmeans_rows
-from edgewright.systems.low_precision_recsys.rows import HalfRows, KeptRows, StoredRows
+from edgewright.systems.low_precision_recsys.tables import CodebookRows, HalfRows, KeptRows, StoredRows, kmeans_rows
 
 
 def table(rows: int = 50, dim: int = 12, seed: int = 0) -> torch.Tensor:
@@ -93,9 +92,9 @@ def test_rows_that_no_code_holds_are_named_or_kept() -> None:
 
 def test_bad_arguments() -> None:
     for bits in (1, 3, 5, 16):
-        with pytest.raises(ValueError, match=f"bits={bits}: tables have 2, 4 or 8 bits"):
+        with pytest.raises(ValueError, match=f"bits={bits}; it must be one of 2, 4, 8"):
             quantize_rows(table(), bits)
-    with pytest.raises(UsageError, match="method='kmeans' at 8 bits"):
+    with pytest.raises(UsageError, match="method='kmeans'; it must be one of minmax, greedy"):
         quantize_rows(table(), 8, "kmeans")
     with pytest.raises(UsageError, match="keep='fp32'"):
         quantize_rows(table(), 4, keep="fp32")

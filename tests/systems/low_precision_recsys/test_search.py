@@ -19,12 +19,10 @@ from edgewright.systems.low_precision_recsys import (
     search,
     uniform_recipe,
 )
-from edgewright.systems.low_precision_recsys.choices import choices_report
-from edgewright.systems.low_precision_recsys.examples import as_examples
-from edgewright.systems.low_precision_recsys.faults import LAYER, spoil_layer, spoil_table
-from edgewright.systems.low_precision_recsys.measurements import Bench
-from edgewright.systems.low_precision_recsys.moves import EPS, hull
-from edgewright.systems.low_precision_recsys.precision_search import raise_units
+from edgewright.systems.low_precision_recsys.gate import as_examples
+from edgewright.systems.low_precision_recsys.model import choices_report
+from edgewright.systems.low_precision_recsys.precision_search import EPS, Bench, hull, raise_units
+from edgewright.systems.low_precision_recsys.study import LAYER, spoil_layer, spoil_table
 
 FEW = {"table": ("fp32", "int8", "int4-minmax"), "linear": ("fp32", "fp16", "int8-dynamic")}
 
@@ -174,7 +172,7 @@ def test_one_report_of_all_choices(model: DLRM, clicks: ClickData) -> None:
 def test_bad_arguments(model: DLRM, clicks: ClickData) -> None:
     with pytest.raises(UsageError, match="no unit 'tables.9'"):
         search(model, clicks, gate(), options={"tables.9": ("fp32",)})
-    with pytest.raises(UsageError, match="'int3' is none of"):
+    with pytest.raises(UsageError, match="'int3'; it must be one of"):
         search(model, clicks, gate(), options={"table": ("fp32", "int3")})
     with pytest.raises(UsageError, match="no unit 'x'"):
         search(model, clicks, gate(), skip=("x",))

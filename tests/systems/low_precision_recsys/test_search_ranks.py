@@ -15,9 +15,8 @@ import torch.distributed as dist
 from edgewright.systems.dlrm.clicks import ClickData
 from edgewright.systems.dlrm.model import DLRM
 from edgewright.systems.low_precision_recsys import AccuracyGate, QuantRecipe, search
-from edgewright.systems.low_precision_recsys.examples import halves
-from edgewright.systems.low_precision_recsys.measurements import Bench
-from edgewright.systems.low_precision_recsys.moves import sensitivities
+from edgewright.systems.low_precision_recsys.gate import halves
+from edgewright.systems.low_precision_recsys.precision_search import Bench, sensitivities
 from tests.processes import run_group, run_script
 
 OPTIONS = {"table": ("fp32", "int8", "int4-minmax"), "linear": ("fp32", "fp16", "int8-dynamic")}

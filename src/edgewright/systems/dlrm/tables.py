@@ -6,6 +6,8 @@ tables are sparse: a step touches the rows that the batch asked for and no other
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,11 +71,27 @@ class QREmbeddingBag(nn.Module):
 
     def vectors(self, ids: Tensor, sparse: bool = False) -> Tensor:
         """The vector of every id: [...] -> [..., d]."""
-        high = F.embedding(torch.div(ids, self.collisions, rounding_mode="floor"), self.quotient, sparse=sparse)
-        low = F.embedding(ids % self.collisions, self.remainder, sparse=sparse)
-        if self.combine == "concat":
-            return torch.cat([high, low], -1)
-        return high * low if self.combine == "mult" else high + low
+        return quotient_vectors(
+            ids,
+            self.collisions,
+            self.combine,
+            lambda rows: F.embedding(rows, self.quotient, sparse=sparse),
+            lambda rows: F.embedding(rows, self.remainder, sparse=sparse),
+        )
+
+
+def quotient_vectors(
+    ids: Tensor,
+    collisions: int,
+    combine: str,
+    quotient: Callable[[Tensor], Tensor],
+    remainder: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The vector of every id [...] from the look-ups of its quotient and its remainder: [..., d]."""
+    high, low = quotient(torch.div(ids, collisions, rounding_mode="floor")), remainder(ids % collisions)
+    if combine == "concat":
+        return torch.cat([high, low], -1)
+    return high * low if combine == "mult" else high + low
 
 
 class ProjectedTable(nn.Module):
