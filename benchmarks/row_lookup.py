@@ -21,7 +21,7 @@ from torch import nn
 from edgewright.io.row_codes import pack_rows, row_bytes
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.systems.dlrm.bags import JaggedBatch
+from edgewright.systems.dlrm.clicks import JaggedBatch
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, apply_recipe, uniform_recipe
 from edgewright.systems.low_precision_recsys.tables import HalfRows, StoredRows

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgewright.errors import UsageError
-from edgewright.systems.dlrm.bags import JaggedBatch
+from edgewright.systems.dlrm.clicks import JaggedBatch
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.optimizers import RowwiseAdagrad
-from edgewright.systems.dlrm.plan import make_plan
-from edgewright.systems.dlrm.sharded import ShardedDLRM, local_rows, mean_loss
+from edgewright.systems.dlrm.sharded import ShardedDLRM, local_rows, make_plan, mean_loss
 from edgewright.training.sharded_parts import read_parts
 from tests.processes import run_group, run_script
 
@@ -153,7 +152,7 @@ def test_tables_are_spread_by_bytes() -> None:
 def test_plans_that_cannot_be_are_refused() -> None:
     with pytest.raises(UsageError, match="2 tables cannot keep 3 processes busy .* plan='row'"):
         make_plan((10, 10), (4, 4), 3, "table")
-    with pytest.raises(UsageError, match="sends table 'a' to 7: a rank from 0 to 1, or 'row'"):
+    with pytest.raises(UsageError, match="plan of table 'a'=7; it must be one of row, 0, 1"):
         make_plan((10, 10), (4, 4), 2, {"a": 7}, ("a", "b"))
     with pytest.raises(UsageError, match="names table 'c'; tables: a, b"):
         make_plan((10, 10), (4, 4), 2, {"c": 0}, ("a", "b"))

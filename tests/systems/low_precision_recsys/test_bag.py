@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
-from edgewright.systems.dlrm.tables import QREmbeddingBag
+from edgewright.systems.dlrm.model import QREmbeddingBag
 from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, quantize_rows, tables as module
 from edgewright.systems.low_precision_recsys.tables import (
     HalfRows,

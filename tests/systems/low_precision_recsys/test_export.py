@@ -83,7 +83,7 @@ def test_narrow_and_quotient_tables() -> None:
         program = PortableDLRM(low.module, [1, 1, 1], gathered)
         ids = torch.tensor([[49, 3, 9], [0, 19, 1]])
         dense = torch.randn(2, 3)
-        from edgewright.systems.dlrm.bags import jagged
+        from edgewright.systems.dlrm.clicks import jagged
 
         with torch.no_grad():
             expected = low(dense, jagged(ids, (1, 1, 1))).sigmoid()

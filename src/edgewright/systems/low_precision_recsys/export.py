@@ -29,12 +29,18 @@ from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.row_codes import PackedRows
 from edgewright.io.run_folder import claim_folder
 from edgewright.quantization.config import ActivationConfig
+from edgewright.systems.dlrm.click_log import Vocabulary, read_chunks
 from edgewright.systems.dlrm.clicks import ClickData
-from edgewright.systems.dlrm.criteo import read_chunks
-from edgewright.systems.dlrm.model import CONFIG, DLRM, MODEL_TYPE
-from edgewright.systems.dlrm.serving import FORMATS, DLRMProgram, example_inputs
-from edgewright.systems.dlrm.tables import EmbeddingTable, ProjectedTable, QREmbeddingBag, quotient_vectors
-from edgewright.systems.dlrm.vocabulary import Vocabulary
+from edgewright.systems.dlrm.model import (
+    CONFIG,
+    DLRM,
+    MODEL_TYPE,
+    EmbeddingTable,
+    ProjectedTable,
+    QREmbeddingBag,
+    quotient_vectors,
+)
+from edgewright.systems.dlrm.serving import DLRMProgram, checked_format, checked_slots, example_inputs
 from edgewright.systems.low_precision_recsys.gate import AccuracyGate, Examples, Judgement, as_examples, logits
 from edgewright.systems.low_precision_recsys.model import QuantizedModel, apply_recipe, choices_report, uniform_recipe
 from edgewright.systems.low_precision_recsys.precision_search import search
@@ -368,8 +374,7 @@ def export_quantized(
         Unsupported: what no runtime has: bags in mode "max", rows kept in float16, 16-bit accumulation.
     """
     path = Path(path)
-    if FORMATS.get(format) != path.suffix:
-        raise UsageError(f"{path} with format {format!r}: give 'onnx' and a name in .onnx, or 'executorch' and .pte")
+    checked_format(path, format)
     dlrm = isinstance(model.module, DLRM)
     if not dlrm and inputs is None:
         raise UsageError("this model is no DLRM: give example arguments, e.g. export('onnx', path, inputs=(ids,))")
@@ -386,9 +391,8 @@ def export_quantized(
     example: tuple[Tensor, ...]
     original = reference
     if isinstance(model.module, DLRM):
-        widths = [max_bag] * len(model.module.tables) if slots is None else list(slots)
-        if len(widths) != len(model.module.tables) or min(widths) < 1:
-            raise UsageError(f"slots={tuple(widths)}: one number of at least 1 for each table")
+        tables = len(model.module.tables)
+        widths = checked_slots([max_bag] * tables if slots is None else slots, tables)
         program: nn.Module = PortableDLRM(model.module, widths, vectors).eval()
         example = example_inputs(model.module, widths)
         names: tuple[str, ...] | None = ("dense", "ids", "weights")

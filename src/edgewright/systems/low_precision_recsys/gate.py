@@ -22,8 +22,7 @@ from edgewright.checks import check, check_fields, number, one_of, whole
 from edgewright.errors import UsageError
 from edgewright.io.hashing import sha256
 from edgewright.io.json_file import json_value
-from edgewright.systems.dlrm.bags import JaggedBatch
-from edgewright.systems.dlrm.clicks import ClickData
+from edgewright.systems.dlrm.clicks import ClickData, JaggedBatch
 from edgewright.systems.dlrm.metrics import auc, base_entropy, log_loss
 
 BATCH = 4096

@@ -38,7 +38,7 @@ from edgewright.measure.plot import plot
 from edgewright.measure.report import Report
 from edgewright.quantization.static.sqnr import sqnr
 from edgewright.systems.dlrm.clicks import ClickData
-from edgewright.systems.dlrm.tables import QREmbeddingBag
+from edgewright.systems.dlrm.model import QREmbeddingBag
 from edgewright.systems.low_precision_recsys.gate import AccuracyGate, Examples, Judgement, as_examples
 from edgewright.systems.low_precision_recsys.model import QuantizedModel, QuantRecipe
 from edgewright.systems.low_precision_recsys.precision_search import Bench, describe, raise_units

@@ -17,7 +17,7 @@ from torch import nn
 from edgewright.measure.report import Report
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.movielens import CROSSES, TABLES, Split, movielens_100k
-from edgewright.systems.dlrm.training import ClickTraining, train_clicks
+from edgewright.systems.dlrm.optimizers import ClickTraining, train_clicks
 from edgewright.systems.low_precision_recsys.gate import AccuracyGate, click_slices
 from edgewright.systems.low_precision_recsys.model import apply_recipe, choices_report, uniform_recipe
 from edgewright.systems.low_precision_recsys.monitor import STATES, Monitor, compare_numerics

@@ -29,8 +29,8 @@ from edgewright.errors import FormatError, Unsupported, UsageError
 from edgewright.io.bits import pack_codes, unpack_codes
 from edgewright.io.row_codes import PackedRows, unpackable_rows
 from edgewright.io.row_ranges import quantize_rows as quantize_plain_rows
-from edgewright.systems.dlrm.bags import check_ids
-from edgewright.systems.dlrm.tables import QREmbeddingBag, quotient_vectors
+from edgewright.systems.dlrm.clicks import check_ids
+from edgewright.systems.dlrm.model import QREmbeddingBag, quotient_vectors
 
 CENTRES = 16
 STEPS = 25  # of k-means; it ends earlier where nothing moves

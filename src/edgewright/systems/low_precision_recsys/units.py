@@ -31,7 +31,7 @@ from edgewright.checks import check, one_of, whole
 from edgewright.errors import Unsupported, UsageError
 from edgewright.io.hashing import tensors_hash
 from edgewright.io.row_codes import row_bytes
-from edgewright.systems.dlrm.tables import QREmbeddingBag
+from edgewright.systems.dlrm.model import QREmbeddingBag
 from edgewright.systems.low_precision_recsys.tables import (
     CENTRES,
     HalfRows,
