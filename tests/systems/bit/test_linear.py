@@ -229,7 +229,7 @@ def test_folders_that_lie_are_refused(tmp_path):
 def test_an_onnx_file_holds_bits_and_runs_in_onnx_runtime(tmp_path):
     import onnx
 
-    from edgewright.systems.bit.onnx import export_binary_onnx
+    from edgewright.systems.bit.linear import export_binary_onnx
 
     packed = pack_binary_(student(hidden_size=64, intermediate_size=128, num_hidden_layers=1))
     result = export_binary_onnx(packed, tmp_path / "bit.onnx", example_inputs=BATCH)
