@@ -65,7 +65,7 @@ def test_the_model_leaves_as_a_file(log: Path, tmp_path: Path, capsys: pytest.Ca
     ("change", "message"),
     [
         (["--categorical", "shop,colour"], "has no column 'colour'"),
-        (["--bottom", "wide"], "--bottom 'wide': widths of layers, e.g. --bottom 512,256"),
+        (["--bottom", "wide"], "--bottom='wide'; it must be widths of layers, e.g. 512,256"),
         (["--to", "gguf"], "--to='gguf'; it must be one of onnx, executorch"),
         (["--rows", "1"], "--rows=1.0; it must be a number at least 2"),
         (["--epochs", "0"], "--epochs 0.0"),

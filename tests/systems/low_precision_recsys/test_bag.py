@@ -11,7 +11,7 @@ from edgewright.errors import Unsupported, UsageError
 from edgewright.systems.dlrm.model import QREmbeddingBag
 from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, quantize_rows, tables as module
 from edgewright.systems.low_precision_recsys.tables import (
-    HalfRows,
+    Float16Rows,
     RowwiseQuantEmbedding,
     RowwiseQuantQRBag,
     StoredRows,
@@ -65,7 +65,7 @@ def test_padding_is_left_out_and_exactly_zero(mode: str, bits: int) -> None:
     with torch.no_grad():
         full.weight[9] = 3.0  # whatever stands there, a bag leaves it out
     if bits == 16:
-        low = RowwiseQuantEmbeddingBag.like(full, StoredRows(HalfRows(module.bag_weight(full).half())))
+        low = RowwiseQuantEmbeddingBag.like(full, StoredRows(Float16Rows(module.bag_weight(full).half())))
     else:
         low = RowwiseQuantEmbeddingBag.from_float(full, bits, "greedy", 25, 0.6)
     assert not low.stored.weight[9].any()

@@ -93,15 +93,15 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
         raise FormatError(f"{folder}: its settings do not fit its model: {error}") from error
     expected = model.state_dict()
     stored = load_tensors(folder / WEIGHTS)
-    for name, tensor in expected.items():
-        value = stored.get(name)
-        if value is None or value.shape != tensor.shape or value.dtype != tensor.dtype:
-            what = "nothing" if value is None else f"{value.dtype} {list(value.shape)}"
-            raise FormatError(f"{folder}: {name} should be {tensor.dtype} {list(tensor.shape)}, there is {what}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+    for name in sorted({*expected, *stored}):
+        should, there = (
+            "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            for tensor in (expected.get(name), stored.get(name))
+        )
+        if should != there:
+            raise FormatError(f"{folder}: {name[:80]} should be {should}, there is {there}")
+        if stored[name].is_floating_point() and not torch.isfinite(stored[name]).all():
             raise FormatError(f"{folder}: {name} holds NaN or infinity")
-    if extra := sorted(set(stored) - set(expected)):
-        raise FormatError(f"{folder} has the tensor {extra[0][:80]!r}, which its model has no place for")
     model.load_state_dict(stored)
     return model.eval()
 
@@ -132,10 +132,9 @@ def _skeleton(folder: Path, settings: dict[str, Any], entries: dict[str, Safeten
     try:
         model_config = AutoConfig.for_model(**kept)
         with torch.device("meta"):
-            check_size(folder / "config.json", factory(model_config), entries, packed=PACKED)
-        return factory(model_config)
-    except FormatError:
-        raise
+            planned = factory(model_config)
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
         reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
+    check_size(folder / "config.json", planned, entries, packed=PACKED)
+    return factory(model_config)

@@ -130,16 +130,15 @@ def read_layout(
     texts = tuple(categorical) if categorical is not None else _by_letter(names, "C")
     if missing := [name for name in (found, *numbers, *texts) if name not in names]:
         raise UsageError(f"{path.name} has no column {missing[0]!r}; its columns are {_some(names)}")
-    if not texts:
-        raise UsageError(
-            f"{path.name} has no columns C1, C2, ... with categories; its columns are {_some(names)}: name some, e.g. "
-            "--categorical user,item"
-        )
-    if not numbers:
-        raise UsageError(
-            f"{path.name} has no columns I1, I2, ... with numbers; its columns are {_some(names)}: name some, e.g. "
-            "--dense price,age"
-        )
+    for columns, letter, kind, option in (
+        (texts, "C", "categories", "--categorical user,item"),
+        (numbers, "I", "numbers", "--dense price,age"),
+    ):
+        if not columns:
+            raise UsageError(
+                f"{path.name} has no columns {letter}1, {letter}2, ... with {kind}; its columns are {_some(names)}: "
+                f"name some, e.g. {option}"
+            )
     twice = [name for name, group in itertools.groupby(sorted((found, *numbers, *texts))) if len(list(group)) > 1]
     if twice:
         raise UsageError(f"column {twice[0]!r} is named twice; the label, numbers and categories are different columns")
@@ -161,10 +160,6 @@ def read_chunks(path: str | Path, layout: Layout, limit: int | None = None) -> I
 
 
 def _chunk(name: str, first: int, rows: list[Sequence[Any]], layout: Layout) -> Chunk:
-    width = len(layout.names)
-    for place, cells in enumerate(rows, first):
-        if len(cells) != width:
-            raise FormatError(f"{name}, row {place}: {len(cells)} columns instead of {width}")
     columns = list(zip(*rows, strict=True))
     labels = _labels(name, first, columns[0], layout.label)
     count = len(layout.dense)
@@ -203,11 +198,11 @@ def _numbers(name: str, first: int, cells: Sequence[str], column: str) -> np.nda
         try:
             value = float(cell)
         except ValueError:
-            raise FormatError(
-                f"{name}, row {first + place}: column {column} is {cell[:40]!r}; a number is needed, or nothing"
-            ) from None
+            value = math.inf
         if math.isinf(value):
-            raise FormatError(f"{name}, row {first + place}: column {column} is infinite")
+            raise FormatError(
+                f"{name}, row {first + place}: column {column} is {cell[:40]!r}; a finite number is needed, or nothing"
+            )
         values[place] = value if value > 0 else 0.0  # NaN is a missing one
     return np.log1p(values).astype(np.float32)
 
@@ -232,10 +227,7 @@ def _text_rows(path: Path, layout: Layout) -> Iterator[Sequence[str]]:
     with _opened(path) as (file, delimiter):
         quoting: Any = csv.QUOTE_MINIMAL if layout.header else csv.QUOTE_NONE
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
-        if not layout.header:
-            yield from (row for row in reader if row)
-            return
-        names = [name.strip() for name in next(reader)]
+        names = [name.strip() for name in next(reader)] if layout.header else list(layout.names)
         places = [names.index(name) for name in layout.names]
         for place, row in enumerate((row for row in reader if row), 1):
             if len(row) != len(names):
@@ -347,22 +339,21 @@ class Vocabulary:
         folder = Path(folder)
         if not (folder / FILE).is_file():
             raise UsageError(f"{folder} has no {FILE}; edgewright train dlrm writes one beside the model")
+        fields = read_object(folder / FILE)
+        if fields.get("format") != FORMAT:
+            raise FormatError(f"{folder / FILE} has format {fields.get('format')}; this version reads {FORMAT}")
+        arrays = load_tensors(folder / ROWS)
         try:
-            fields = read_object(folder / FILE)
-            if fields["format"] != FORMAT:
-                raise FormatError(f"{folder / FILE} has format {fields['format']}; this version reads {FORMAT}")
             held = fields["layout"]
             layout = Layout(held["label"], tuple(held["dense"]), tuple(held["categorical"]), held["header"])
-            arrays = load_tensors(folder / ROWS)
             remap = tuple(arrays[f"{k:03d}"].numpy() for k in range(len(layout.categorical)))
-            size = int(fields["hash_rows"])
-            if any(rows.shape != (size,) or rows.dtype != np.int32 or rows.min() < 0 for rows in remap):
-                raise FormatError(f"{folder / ROWS} does not hold {len(remap)} vocabularies of {size} buckets")
-            return cls(layout, size, int(fields["min_count"]), remap)
-        except FormatError:
-            raise
+            size, least = int(fields["hash_rows"]), int(fields["min_count"])
+            fits = all(rows.shape == (size,) and rows.dtype == np.int32 and rows.min() >= 0 for rows in remap)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{folder} does not hold a vocabulary: {error}") from error
+        if not fits:
+            raise FormatError(f"{folder / ROWS} does not hold {len(remap)} vocabularies of {size} buckets")
+        return cls(layout, size, least, remap)
 
 
 def buckets(chunk: Chunk, hash_rows: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of
 from edgewright.errors import UsageError
 from edgewright.training.batches import BlockBatches
 
@@ -57,13 +58,12 @@ class JaggedBatch:
 
     def check(self, tables: int, names: Sequence[str] | None = None) -> JaggedBatch:
         """Raise UsageError naming the table where types, lengths or offsets cannot be; returns itself."""
-        if len(self.values) != tables or len(self.offsets) != tables:
+        weighted = tables if self.weights is None else len(self.weights)
+        if {len(self.values), len(self.offsets), weighted} != {tables}:
             raise UsageError(
-                f"the batch has bags for {len(self.values)} tables (offsets for {len(self.offsets)}), the model has "
-                f"{tables}: give one tensor of values and one of offsets for every table"
+                f"the batch has bags for {len(self.values)} tables (offsets for {len(self.offsets)}, weights for "
+                f"{weighted}), the model has {tables}: give one tensor of values and one of offsets for every table"
             )
-        if self.weights is not None and len(self.weights) != tables:
-            raise UsageError(f"the batch has weights for {len(self.weights)} tables, the model has {tables}")
         size = self.size
         for k, (values, offsets) in enumerate(zip(self.values, self.offsets, strict=True)):
             name = names[k] if names else str(k)
@@ -186,9 +186,8 @@ class ClickData:
 
     def tables(self, names: Sequence[str]) -> ClickData:
         """The same samples with some of the tables."""
-        unknown = [name for name in names if name not in self.schema.tables]
-        if unknown:
-            raise UsageError(f"no table is called {unknown[0]!r}; tables: {', '.join(self.schema.tables)}")
+        for name in names:
+            check("table", name, one_of(*self.schema.tables))
         places = [self.schema.tables.index(name) for name in names]
         columns = [c for name in names for c in range(*self.schema.columns(name).indices(self.ids.shape[1]))]
         schema = Schema(

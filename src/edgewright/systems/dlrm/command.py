@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from edgewright.checks import check, number, one_of, optional
+from edgewright.checks import Allowed, check, number, one_of, optional
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.run_folder import claim_folder, working_in
@@ -148,10 +148,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _widths(option: str, text: str) -> tuple[int, ...]:
-    try:
-        widths = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        widths = (0,)
-    if any(width < 1 for width in widths):
-        raise UsageError(f"{option} {text!r}: widths of layers, e.g. {option} 512,256")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    widths = tuple(int(part) if part.isascii() and part.isdecimal() else 0 for part in parts)
+    check(option, text, Allowed("widths of layers, e.g. 512,256", lambda _: all(widths)))
     return widths

@@ -314,10 +314,7 @@ class DLRM(nn.Module):
             UsageError: sizes that differ, a NaN in `dense` (with its row), or bags that cannot be.
             OutOfRangeId: an id without a row (an IndexError too), with on_oob="error".
         """
-        self.check_dense(dense)
-        bags.check(len(self.tables), self.config.names)
-        if bags.size != len(dense):
-            raise UsageError(f"{len(dense)} rows of dense features and bags of {bags.size} samples; give as many")
+        self.check_inputs(dense, bags)
         return self.join(self.bottom(dense), self.lookup(bags))
 
     def lookup(self, bags: JaggedBatch) -> list[Tensor]:
@@ -379,14 +376,15 @@ class DLRM(nn.Module):
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
         return torch.cat([vectors[:, 0], products.index_select(1, self.pairs)], 1)
 
-    def check_dense(self, dense: Tensor) -> None:
-        """Hold dense features against the model.
+    def check_inputs(self, dense: Tensor, bags: JaggedBatch) -> None:
+        """Hold dense features and bags against the model.
 
         Args:
             dense: [B, num_dense].
+            bags: of B samples.
 
         Raises:
-            UsageError: another shape or dtype, or a value that is not finite, by row and column.
+            UsageError: another shape or dtype, a value that is not finite, by row and column, or bags that cannot be.
         """
         if dense.ndim != 2 or dense.shape[1] != self.config.num_dense or not dense.is_floating_point():
             raise UsageError(
@@ -399,6 +397,9 @@ class DLRM(nn.Module):
                 f"dense feature {column} of row {row} is {float(dense[row, column])}; fill missing values first, e.g. "
                 "dense.nan_to_num(0.0)"
             )
+        bags.check(len(self.config.table_sizes), self.config.names)
+        if bags.size != len(dense):
+            raise UsageError(f"{len(dense)} rows of dense features and bags of {bags.size} samples; give as many")
 
     def sparse_parameters(self) -> Iterator[nn.Parameter]:
         """Rows of tables: their gradients are sparse."""

@@ -129,10 +129,11 @@ def _events(path: Path, features: _Features) -> Iterator[tuple[str, str, float, 
     for line, row in enumerate(_table(path), 2):
         try:
             event = row["user_id"], row["item_id"], float(row["rating"]), float(row["timestamp"])
-        except ValueError as error:
-            raise FormatError(f"{path.name}, line {line}: {error}") from error
-        if event[0] not in features.users or event[1] not in features.items:
-            raise FormatError(f"{path.name}, line {line}: user {event[0]} or item {event[1]} is not in its table")
+            features.users[event[0]], features.items[event[1]]  # both are in their tables
+        except (KeyError, ValueError) as error:
+            raise FormatError(
+                f"{path.name}, line {line}: {error}; a rating is of a user and an item of the tables, in numbers"
+            ) from error
         yield event
 
 

@@ -132,8 +132,7 @@ def requests(model: DLRM, dense: Tensor, bags: JaggedBatch, slots: Sequence[int]
         UsageError: values that the model does not take, or a bag longer than its slots.
         OutOfRangeId: an id without a row.
     """
-    model.check_dense(dense)
-    bags.check(len(slots), model.config.names)
+    model.check_inputs(dense, bags)
     rows = tuple(model.row_ids(k, v, bags.offsets[k]) for k, v in enumerate(bags.values))
     ids, weights = padded(JaggedBatch(rows, bags.offsets, bags.weights), slots)
     return [dense.numpy(), ids.numpy(), weights.numpy()]

@@ -110,8 +110,7 @@ def make_plan(
     wanted: dict[int, int | str] = {}
     if not isinstance(plan, str):
         for name, where in plan.items():
-            if name not in names:
-                raise UsageError(f"the plan names table {name!r}; tables: {', '.join(names)}")
+            check("table of the plan", name, one_of(*names))
             check(f"plan of table {name!r}", where, one_of("row", *range(world)))
             wanted[names.index(name)] = where
     else:
@@ -263,8 +262,8 @@ class AllToAllSpec:
         self.work = self.source = None
 
 
-class Depart(torch.autograd.Function):
-    """Start the exchange of sums [n] -> [m]; in the backward pass, wait for the gradients that `Arrive` sent.
+class AllToAllStart(torch.autograd.Function):
+    """Start the exchange of sums [n] -> [m]; in the backward pass, wait for the gradients that `AllToAllWait` sent.
 
     Each process averages its loss over its own samples and a table gathers gradients from all of them, so that they are
     divided by the number of processes here: W processes then equal one on the whole batch.
@@ -282,7 +281,7 @@ class Depart(torch.autograd.Function):
         return spec.buffer * spec.scale, None  # `upstream` only carried the order of events
 
 
-class Arrive(torch.autograd.Function):
+class AllToAllWait(torch.autograd.Function):
     """Wait for the exchange; in the backward pass, start that of the gradients."""
 
     @staticmethod
@@ -362,10 +361,7 @@ class ShardedDLRM(nn.Module):
             UsageError: as `DLRM.forward`.
         """
         model = self.model
-        model.check_dense(dense)
-        bags.check(len(model.config.table_sizes), model.config.names)
-        if bags.size != len(dense):
-            raise UsageError(f"{len(dense)} rows of dense features and bags of {bags.size} samples; give as many")
+        model.check_inputs(dense, bags)
         rows = tuple(model.row_ids(k, v, bags.offsets[k]) for k, v in enumerate(bags.values))
         ours, samples = exchange_ids(JaggedBatch(rows, bags.offsets, bags.weights), self.plan, self.rank, self.group)
         sums = [
@@ -385,9 +381,9 @@ class ShardedDLRM(nn.Module):
         )
         if not packed.requires_grad:  # a process without tables takes part in the backward pass as well
             packed = packed.detach().requires_grad_(torch.is_grad_enabled())
-        landed = Depart.apply(packed.flatten(), spec)
+        landed = AllToAllStart.apply(packed.flatten(), spec)
         z0 = model.bottom(dense)
-        landed = Arrive.apply(landed, spec)
+        landed = AllToAllWait.apply(landed, spec)
         return model.join(z0, self._unpack(landed, size, widths))
 
     def _unpack(self, landed: Tensor, size: int, widths: list[int]) -> list[Tensor]:

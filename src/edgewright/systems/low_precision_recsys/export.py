@@ -46,7 +46,7 @@ from edgewright.systems.low_precision_recsys.model import QuantizedModel, apply_
 from edgewright.systems.low_precision_recsys.precision_search import search
 from edgewright.systems.low_precision_recsys.tables import (
     CodebookRows,
-    HalfRows,
+    Float16Rows,
     RowwiseQuantEmbedding,
     RowwiseQuantEmbeddingBag,
     RowwiseQuantQRBag,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 CANDIDATES = 20  # steps that a symmetric row is tried with
 
 
-class Gathered(nn.Module):
+class PackedGather(nn.Module):
     """The vector of every id, from packed rows: int64 [...] -> float32 [..., dim]."""
 
     packed: Tensor
@@ -75,7 +75,7 @@ class Gathered(nn.Module):
         self.width = rows.packed.shape[1] - (8 if wide else 4)
         self.register_buffer("packed", rows.packed[:, : self.width].contiguous() if wide else rows.packed)
         self.register_buffer("ends", rows.scale_bias() if wide else None)
-        self.decode = None if wide else Half()
+        self.decode = None if wide else Float16Decode()
 
     def forward(self, ids: Tensor) -> Tensor:
         data = self.packed[ids].float()
@@ -88,7 +88,7 @@ class Gathered(nn.Module):
         return unpacked(data, self.bits, self.dim) * scale + bias
 
 
-class BookGathered(nn.Module):
+class CodebookGather(nn.Module):
     """The same from codebooks."""
 
     codes: Tensor
@@ -96,7 +96,7 @@ class BookGathered(nn.Module):
 
     def __init__(self, rows: CodebookRows) -> None:
         super().__init__()
-        self.block, self.dim, self.decode = rows.block, rows.dim, Half()
+        self.block, self.dim, self.decode = rows.block, rows.dim, Float16Decode()
         self.register_buffer("codes", rows.packed)
         self.register_buffer("books", half_bytes(rows.books))
 
@@ -106,21 +106,21 @@ class BookGathered(nn.Module):
         return books.gather(-1, codes)
 
 
-class HalfGathered(nn.Module):
+class Float16Gather(nn.Module):
     """The same from rows in float16."""
 
     rows: Tensor
 
-    def __init__(self, rows: HalfRows) -> None:
+    def __init__(self, rows: Float16Rows) -> None:
         super().__init__()
-        self.decode = Half()
+        self.decode = Float16Decode()
         self.register_buffer("rows", half_bytes(rows.packed))
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.decode(self.rows[ids].float())
 
 
-class Half(nn.Module):
+class Float16Decode(nn.Module):
     """float16 from its bytes, by arithmetic that is exact in float32 (finite values): [..., 2 k] -> [..., k].
 
     Exporters that take float32 only, and runtimes without float16, then hold rows in two bytes a value all the same.
@@ -164,11 +164,11 @@ def gathered(stored: StoredRows) -> nn.Module:
     """The rows as they are. Raises Unsupported for tables with rows kept in float16."""
     rows = stored.rows
     if isinstance(rows, PackedRows):
-        return Gathered(rows)
+        return PackedGather(rows)
     if isinstance(rows, CodebookRows):
-        return BookGathered(rows)
-    if isinstance(rows, HalfRows):
-        return HalfGathered(rows)
+        return CodebookGather(rows)
+    if isinstance(rows, Float16Rows):
+        return Float16Gather(rows)
     raise Unsupported("a table with rows kept in float16 beside its codes cannot be written for a runtime")
 
 

@@ -41,9 +41,9 @@ from edgewright.systems.dlrm.clicks import ClickData
 from edgewright.systems.dlrm.model import QREmbeddingBag
 from edgewright.systems.low_precision_recsys.gate import AccuracyGate, Examples, Judgement, as_examples
 from edgewright.systems.low_precision_recsys.model import QuantizedModel, QuantRecipe
-from edgewright.systems.low_precision_recsys.precision_search import Bench, describe, raise_units
+from edgewright.systems.low_precision_recsys.precision_search import EvaluationCache, describe, raise_units
 from edgewright.systems.low_precision_recsys.tables import (
-    HalfRows,
+    Float16Rows,
     RowwiseQuantEmbedding,
     RowwiseQuantEmbeddingBag,
     RowwiseQuantQRBag,
@@ -197,7 +197,7 @@ def _saturation(original: nn.Module, module: nn.Module, inputs: list[Tensor]) ->
 
 def _cut(stored: StoredRows, weight: Tensor) -> int:
     """How many values lie more than half a step beyond the least or greatest value of their stored row."""
-    if isinstance(stored.rows, HalfRows):
+    if isinstance(stored.rows, Float16Rows):
         return int(stored.packed.isinf().sum())
     low, high = stored.weight.aminmax(dim=1, keepdim=True)
     slack = (high - low) / (2 * (2**stored.bits - 1)) + 1e-6 * weight.abs().amax(1, keepdim=True)
@@ -291,30 +291,30 @@ class Monitor:
         calibration = list(examples.batches[: self.batches])
         choices = self.recipe.units
         ranges = {name: choice.range for name, choice in choices.items() if choice.range is not None}
-        bench = Bench(model, examples, self.gate, calibration, None, self.recipe.bias_correction, ranges)
+        cache = EvaluationCache(model, examples, self.gate, calibration, None, self.recipe.bias_correction, ranges)
         drift = {
-            name: population_stability(choice.shares, bench.histograms[name].shares(choice.edges))
+            name: population_stability(choice.shares, cache.histograms[name].shares(choice.edges))
             for name, choice in choices.items()
-            if choice.edges and name in bench.histograms
+            if choice.edges and name in cache.histograms
         }
         state, raised, assignment = "OK", list[str](), dict(self.recipe.assignment)
         stale = any(drift.get(name, 0.0) > self.psi_warn for name in ranges)
-        if stale or not bench.passes(assignment):
+        if stale or not cache.passes(assignment):
             if ranges:
                 state = "RECALIBRATED"
-                reused = {key: part for key, part in bench.built.items() if not key[1].startswith("int8-static")}
+                reused = {key: part for key, part in cache.built.items() if not key[1].startswith("int8-static")}
                 correct = self.recipe.bias_correction
-                bench = Bench(model, examples, self.gate, calibration, None, correct, built=reused)
-            if not bench.passes(assignment):
+                cache = EvaluationCache(model, examples, self.gate, calibration, None, correct, built=reused)
+            if not cache.passes(assignment):
                 options = {name: ladder(choice.kind, choice.option) for name, choice in choices.items()}
-                assignment, raised = raise_units(bench, assignment, options, bench.passes)
-                state = "FALLBACK" if bench.passes(assignment) else "BLOCKED"
+                assignment, raised = raise_units(cache, assignment, options, cache.passes)
+                state = "FALLBACK" if cache.passes(assignment) else "BLOCKED"
         if state in ("RECALIBRATED", "FALLBACK"):
             kept = self.recipe
-            found = describe(bench, assignment, metrics=kept.metrics, data=kept.data, about=kept.about)
+            found = describe(cache, assignment, metrics=kept.metrics, data=kept.data, about=kept.about)
             self.recipe = replace(found, bias_correction=kept.bias_correction)
             self.recipe.save(self.store / RECIPE)
-        return self._record(bench, state, bench.measure(assignment), drift, raised, assignment, period)
+        return self._record(cache, state, cache.measure(assignment), drift, raised, assignment, period)
 
     def history(self) -> list[Check]:
         """All checks so far. Raises FormatError for a file that is none."""
@@ -330,7 +330,7 @@ class Monitor:
 
     def _record(
         self,
-        bench: Bench,
+        cache: EvaluationCache,
         state: str,
         found: Judgement,
         drift: Mapping[str, float],
@@ -354,7 +354,7 @@ class Monitor:
             psi_unit=worst,
             warning=psi > self.psi_warn,
             raised=tuple(raised),
-            share=bench.nbytes(assignment) / bench.nbytes({}),
+            share=cache.nbytes(assignment) / cache.nbytes({}),
         )
         text = io.StringIO()
         writer = csv.DictWriter(text, [field.name for field in fields(Check)], lineterminator="\n")

@@ -63,7 +63,7 @@ Assignment = Mapping[str, str]  # unit -> option; a unit that is missing stays f
 TIMED = 7  # runs of a unit whose median is its time
 
 
-class Bench:
+class EvaluationCache:
     """A model, what it is judged on, and every measurement that was taken.
 
     calibration: batches of the model's arguments, for fixed ranges and corrected biases. log: folder of the
@@ -94,8 +94,8 @@ class Bench:
         self._about: list[Any] | None = None
 
     @classmethod
-    def unjudged(cls, model: nn.Module, calibration: Sequence[tuple[Any, ...]]) -> Bench:
-        """A bench that builds and calibrates and has nothing to judge by."""
+    def unjudged(cls, model: nn.Module, calibration: Sequence[tuple[Any, ...]]) -> EvaluationCache:
+        """A cache that builds and calibrates and has nothing to judge by."""
         return cls(model, Examples(calibration, torch.zeros(1)), AccuracyGate(), calibration)
 
     @property
@@ -240,19 +240,23 @@ class Move:
 
 
 def moves(
-    bench: Bench, options: Options, skip: Sequence[str], weights: Mapping[str, float], say: Callable[[str], None]
+    cache: EvaluationCache,
+    options: Options,
+    skip: Sequence[str],
+    weights: Mapping[str, float],
+    say: Callable[[str], None],
 ) -> list[Move]:
     """All moves in the order in which they are worth taking; a unit's own moves follow one another."""
-    losses = sensitivities(bench, options, say)
+    losses = sensitivities(cache, options, say)
     whole = {
-        "bytes": float(bench.nbytes({})),
-        "latency": sum(bench.milliseconds(u, REFERENCE) for u in bench.units) if weights["latency"] else 1.0,
+        "bytes": float(cache.nbytes({})),
+        "latency": sum(cache.milliseconds(u, REFERENCE) for u in cache.units) if weights["latency"] else 1.0,
     }
 
     def cost(unit: str, option: str) -> float:
-        total = weights["bytes"] * bench.units[unit].nbytes(option) / whole["bytes"]
+        total = weights["bytes"] * cache.units[unit].nbytes(option) / whole["bytes"]
         if weights["latency"]:
-            total += weights["latency"] * bench.milliseconds(unit, option) / whole["latency"]
+            total += weights["latency"] * cache.milliseconds(unit, option) / whole["latency"]
         return total
 
     careful: list[Move] = []
@@ -270,21 +274,21 @@ def moves(
 
 
 def sensitivities(
-    bench: Bench, options: Options, say: Callable[[str], None] = lambda text: None
+    cache: EvaluationCache, options: Options, say: Callable[[str], None] = lambda text: None
 ) -> dict[tuple[str, str], float]:
     """(unit, option) -> loss of that unit alone at that option; infinite where its weights do not allow the option."""
     alone = [(unit, option) for unit, allowed in options.items() for option in allowed if option != REFERENCE]
     broken = set()
     for unit, option in alone:
         try:
-            bench.modules(unit, option)
+            cache.modules(unit, option)
         except UsageError as error:
             broken.add((unit, option))
             say(f"{unit} cannot be {option}: {error}")
-    bench.spread([{unit: option} for unit, option in alone if (unit, option) not in broken])
+    cache.spread([{unit: option} for unit, option in alone if (unit, option) not in broken])
     found = {(unit, REFERENCE): 0.0 for unit in options}
     for unit, option in alone:
-        found[unit, option] = math.inf if (unit, option) in broken else bench.measure({unit: option}).delta
+        found[unit, option] = math.inf if (unit, option) in broken else cache.measure({unit: option}).delta
     return found
 
 
@@ -364,15 +368,15 @@ def search(
     else:
         searched, last = as_examples(search_data), as_examples(confirm)
     batches = calibration_batches(searched if calibration is None else calibration)
-    bench = Bench(model, searched, gate, batches, log, bias_correction)
-    judge = Bench(model, last, gate, batches, log, bias_correction, built=bench.built)
-    allowed = _options(bench, options)
-    order = [] if gate.budget == 0 else moves(bench, allowed, _skipped(bench, skip), weights, tell)
+    cache = EvaluationCache(model, searched, gate, batches, log, bias_correction)
+    judge = EvaluationCache(model, last, gate, batches, log, bias_correction, built=cache.built)
+    allowed = _options(cache, options)
+    order = [] if gate.budget == 0 else moves(cache, allowed, _skipped(cache, skip), weights, tell)
     chosen = _affordable(order, gate.budget)
-    chosen = _fitted(bench, chosen, tell)
-    chosen = _extended(bench, chosen, order, len(bench.units) if tries is None else tries, tell)
-    assignment, note = _confirmed(bench, judge, _assignment(chosen), allowed, tell)
-    found, last_word = bench.measure(assignment), judge.measure(assignment)
+    chosen = _fitted(cache, chosen, tell)
+    chosen = _extended(cache, chosen, order, len(cache.units) if tries is None else tries, tell)
+    assignment, note = _confirmed(cache, judge, _assignment(chosen), allowed, tell)
+    found, last_word = cache.measure(assignment), judge.measure(assignment)
     notes = [note] if note else []
     about = {
         "gate": {"metric": gate.metric, "budget": gate.budget, "ci": gate.ci, "resamples": gate.resamples},
@@ -383,12 +387,12 @@ def search(
     metrics = {
         "search": found.to_dict(),
         "confirm": last_word.to_dict(),
-        "bytes": bench.nbytes(assignment),
-        "bytes_reference": bench.nbytes({}),
+        "bytes": cache.nbytes(assignment),
+        "bytes_reference": cache.nbytes({}),
         "predicted": sum(move.loss for move in chosen),
     }
     data = {"search": searched.digest(), "confirm": last.digest()}
-    return describe(bench, assignment, metrics=metrics, data=data, about=about)
+    return describe(cache, assignment, metrics=metrics, data=data, about=about)
 
 
 def calibrated_recipe(model: nn.Module, options: Mapping[str, str], calibration: Any) -> QuantRecipe:
@@ -397,32 +401,32 @@ def calibrated_recipe(model: nn.Module, options: Mapping[str, str], calibration:
     calibration: batches (or clicks) that ranges and stored distributions of inputs are taken from.
     """
     batches = calibration_batches(calibration, batches=1 << 30)
-    bench = Bench.unjudged(model, batches)
+    cache = EvaluationCache.unjudged(model, batches)
     given = dict(options)
     kinds = {kind: given.pop(kind, REFERENCE) for kind in ("table", "linear")}
-    chosen = {name: given.pop(name, kinds[unit.kind]) for name, unit in bench.units.items()}
-    bench.changed(given)  # names what no unit is called
-    return describe(bench, chosen, about={"versions": library_versions()})
+    chosen = {name: given.pop(name, kinds[unit.kind]) for name, unit in cache.units.items()}
+    cache.changed(given)  # names what no unit is called
+    return describe(cache, chosen, about={"versions": library_versions()})
 
 
-def describe(bench: Bench, assignment: Mapping[str, str], **fields: Any) -> QuantRecipe:
+def describe(cache: EvaluationCache, assignment: Mapping[str, str], **fields: Any) -> QuantRecipe:
     """A recipe with the digests of what was built, the ranges of static layers and the inputs' distributions."""
-    parts = {name: bench.modules(name, option) for name, option in bench.changed(assignment).items()}
-    plain = recipe_of(bench.model, bench.units, assignment, parts, bias_correction=bench.bias_correction, **fields)
+    parts = {name: cache.modules(name, option) for name, option in cache.changed(assignment).items()}
+    plain = recipe_of(cache.model, cache.units, assignment, parts, bias_correction=cache.bias_correction, **fields)
     units = {}
     for name, choice in plain.units.items():
-        if name in bench.histograms:
-            seen = bench.histograms[name]
+        if name in cache.histograms:
+            seen = cache.histograms[name]
             edges = seen.edges()
             choice = replace(choice, edges=tuple(edges), shares=tuple(seen.shares(edges)))
         if choice.option.startswith("int8-static"):
-            choice = replace(choice, range=bench.range_of(name))
+            choice = replace(choice, range=cache.range_of(name))
         units[name] = choice
     return replace(plain, units=units)
 
 
 def raise_units(
-    bench: Bench, assignment: Mapping[str, str], options: Options, passes: Callable[[Mapping[str, str]], bool]
+    cache: EvaluationCache, assignment: Mapping[str, str], options: Options, passes: Callable[[Mapping[str, str]], bool]
 ) -> tuple[dict[str, str], list[str]]:
     """Fallback: while it does not pass, the unit whose raising by one option helps most is raised, none twice.
 
@@ -437,8 +441,8 @@ def raise_units(
                 higher[unit] = {**current, unit: allowed[allowed.index(option) - 1]}
         if not higher:
             break
-        bench.spread(list(higher.values()))
-        joint = {unit: bench.measure(trial) for unit, trial in higher.items()}
+        cache.spread(list(higher.values()))
+        joint = {unit: cache.measure(trial) for unit, trial in higher.items()}
         unit = min(joint, key=lambda name: (joint[name].delta, joint[name].upper))
         current = higher[unit]
         raised.append(unit)
@@ -446,9 +450,13 @@ def raise_units(
 
 
 def _confirmed(
-    bench: Bench, judge: Bench, assignment: dict[str, str], options: Options, say: Callable[[str], None]
+    cache: EvaluationCache,
+    judge: EvaluationCache,
+    assignment: dict[str, str],
+    options: Options,
+    say: Callable[[str], None],
 ) -> tuple[dict[str, str], str]:
-    found, raised = raise_units(bench, assignment, options, judge.passes)
+    found, raised = raise_units(cache, assignment, options, judge.passes)
     if raised:
         say(f"not confirmed at first: raised {', '.join(raised)}")
     if judge.passes(found):
@@ -468,20 +476,20 @@ def _affordable(order: Sequence[Move], budget: float) -> list[Move]:
     return chosen
 
 
-def _fitted(bench: Bench, chosen: list[Move], say: Callable[[str], None]) -> list[Move]:
+def _fitted(cache: EvaluationCache, chosen: list[Move], say: Callable[[str], None]) -> list[Move]:
     """All of the list where the joint model passes, else the longest start that bisection finds to pass."""
-    if not chosen or bench.passes(_assignment(chosen)):
+    if not chosen or cache.passes(_assignment(chosen)):
         return chosen
     low, high = 0, len(chosen)  # the start of length low passes, that of length high does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if bench.passes(_assignment(chosen[:middle])) else (low, middle)
+        low, high = (middle, high) if cache.passes(_assignment(chosen[:middle])) else (low, middle)
     say(f"the predicted losses did not add up: {low} of {len(chosen)} moves kept")
     return chosen[:low]
 
 
 def _extended(
-    bench: Bench, chosen: list[Move], order: Sequence[Move], tries: int, say: Callable[[str], None]
+    cache: EvaluationCache, chosen: list[Move], order: Sequence[Move], tries: int, say: Callable[[str], None]
 ) -> list[Move]:
     taken, stopped = set(chosen), set[str]()
     for move in order:
@@ -490,7 +498,7 @@ def _extended(
         if tries <= 0:
             break
         tries -= 1
-        if bench.passes(_assignment([*chosen, move])):
+        if cache.passes(_assignment([*chosen, move])):
             chosen = [*chosen, move]
             say(f"{move.unit} also fits at {move.option}")
         else:
@@ -511,20 +519,20 @@ def _objective(objective: str | Mapping[str, float]) -> dict[str, float]:
     return {name: float(found.get(name, 0.0)) for name in OBJECTIVES}
 
 
-def _skipped(bench: Bench, skip: Sequence[str] | None) -> tuple[str, ...]:
-    linear = [name for name, unit in bench.units.items() if unit.kind == "linear"]
+def _skipped(cache: EvaluationCache, skip: Sequence[str] | None) -> tuple[str, ...]:
+    linear = [name for name, unit in cache.units.items() if unit.kind == "linear"]
     if skip is None:
         return tuple(dict.fromkeys((linear[0], linear[-1]))) if linear else ()
-    bench.changed(dict.fromkeys(skip, CAREFUL))
+    cache.changed(dict.fromkeys(skip, CAREFUL))
     return tuple(skip)
 
 
-def _options(bench: Bench, options: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+def _options(cache: EvaluationCache, options: Mapping[str, Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
     given = dict(options or {})
     kinds = {"table": given.pop("table", TABLE_OPTIONS), "linear": given.pop("linear", LINEAR_OPTIONS)}
-    bench.changed({name: REFERENCE for name in given})
+    cache.changed({name: REFERENCE for name in given})
     found = {}
-    for name, unit in bench.units.items():
+    for name, unit in cache.units.items():
         allowed = tuple(given.get(name, kinds[unit.kind]))
         for option in allowed:
             unit.check(option)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LAYER = "bottom.2"  # behind bottom.0 and a ReLU
 
 
-def spoil_layer(model: DLRM, factor: float) -> DLRM:
+def inject_layer_outlier(model: DLRM, factor: float) -> DLRM:
     """The same function, with one input channel of a layer `factor` times larger and what feeds it smaller."""
     made = copy.deepcopy(model)
     before: Any = made.get_submodule("bottom.0")
@@ -47,7 +47,7 @@ def spoil_layer(model: DLRM, factor: float) -> DLRM:
     return made
 
 
-def spoil_table(model: DLRM, table: int, factor: float) -> DLRM:
+def inject_table_outlier(model: DLRM, table: int, factor: float) -> DLRM:
     """One value of every row `factor` times the row's largest, in a dimension that no other vector uses any more."""
     made = copy.deepcopy(model)
     with torch.no_grad():
@@ -155,13 +155,13 @@ class PrecisionStudy:
         return _rows(report)
 
     def planted(self, part: str) -> Rows:
-        """Rank of the spoilt unit where all is int8, and the bits that a search leaves it, beside the sound model's."""
+        """Rank of the faulty unit where all is int8, and the bits that a search leaves it, beside the sound model's."""
         model, name = self.model(self.settings.seed), LAYER if part == "linear layer" else f"tables.{TABLE}"
-        spoilt = spoil_table(model, TABLE, self.settings.plant)
+        faulty = inject_table_outlier(model, TABLE, self.settings.plant)
         if part == "linear layer":
-            spoilt = spoil_layer(model, self.settings.plant)
+            faulty = inject_layer_outlier(model, self.settings.plant)
         report = Report("planted")
-        for state, judged in (("as trained", model), ("planted", spoilt)):
+        for state, judged in (("as trained", model), ("planted", faulty)):
             copy = apply_recipe(judged, uniform_recipe(judged, "int8", "int8-dynamic"))
             ranking = [m.name for m in compare_numerics(judged, copy, self.data.test).modules]
             option = self.searched(judged, self.settings.budgets[0]).units[name].option
@@ -187,7 +187,7 @@ class PrecisionStudy:
                 data = replace(data, dense=settings.shift * data.dense)
             learn, judge = data.split(0.5)
             model = self.trained(learn, judge, settings.seed, model)
-            judged = spoil_table(model, TABLE, settings.plant) if place == 3 else model
+            judged = inject_table_outlier(model, TABLE, settings.plant) if place == 3 else model
             verdict = monitor.check(judged, judge, period)
             report.add("state", STATES.index(verdict.state), subject=period)
             report.add("delta_ne", 100 * verdict.delta, subject=period, n=len(judge), unit="%")

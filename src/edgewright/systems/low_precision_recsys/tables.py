@@ -1,6 +1,6 @@
 """Low-precision tables: rows as codes, codebooks or float16, and the lookups that stand for float modules.
 
-All forms of rows answer the same: `dequantize(rows)` gives float32 values, `nbytes` what they cost. `KeptRows` adds
+All forms of rows answer the same: `dequantize(rows)` gives float32 values, `nbytes` what they cost. `MixedRows` adds
 float16 rows to any form, for rows that codes cannot hold. `StoredRows` is the module that holds a form as buffers.
 
 Codebooks: Guan et al. (arXiv 1911.02079, sections 3.3 and 3.4) replace a row's even levels by 16 centres of k-means in
@@ -139,7 +139,7 @@ METHODS = ("minmax", "greedy", "kmeans")
 
 
 @dataclass(frozen=True)
-class HalfRows:
+class Float16Rows:
     """Rows as float16. packed: float16 [n, dim]."""
 
     packed: Tensor
@@ -162,7 +162,7 @@ class HalfRows:
 
 
 @dataclass(frozen=True)
-class KeptRows:
+class MixedRows:
     """`base` but for some rows: `ids` (int32 [k], rising) have the values of `kept` (float16 [k, dim])."""
 
     base: PackedRows | CodebookRows
@@ -197,7 +197,7 @@ class KeptRows:
         return torch.where(found.unsqueeze(1), self.kept[place].float(), values)
 
 
-Rows = PackedRows | CodebookRows | HalfRows | KeptRows
+Rows = PackedRows | CodebookRows | Float16Rows | MixedRows
 
 
 def quantize_rows(
@@ -209,7 +209,7 @@ def quantize_rows(
     *,
     block: int = 1,
     keep: str | None = None,
-) -> PackedRows | CodebookRows | KeptRows:
+) -> PackedRows | CodebookRows | MixedRows:
     """A table at 2, 4 or 8 bits, value = scale x code + bias with the row's least value as bias.
 
     Args:
@@ -241,7 +241,7 @@ def quantize_rows(
             kept = ids.to(torch.int32), weight[ids].half()
             weight = weight.masked_fill(bad.unsqueeze(1), 0.0)
     base = kmeans_rows(weight, block) if method == "kmeans" else quantize_plain_rows(weight, bits, method, nbins, ratio)
-    return KeptRows(base, *kept) if kept else base
+    return MixedRows(base, *kept) if kept else base
 
 
 def _too_narrow(weight: Tensor, bits: int) -> Tensor:
@@ -265,11 +265,11 @@ class StoredRows(nn.Module):
 
     def __init__(self, rows: Rows) -> None:
         super().__init__()
-        base = rows.base if isinstance(rows, KeptRows) else rows
-        self.bits = 16 if isinstance(base, HalfRows) else base.bits
+        base = rows.base if isinstance(rows, MixedRows) else rows
+        self.bits = 16 if isinstance(base, Float16Rows) else base.bits
         self.dim = base.dim
         self.block = base.block if isinstance(base, CodebookRows) else 0
-        kept = rows if isinstance(rows, KeptRows) else None
+        kept = rows if isinstance(rows, MixedRows) else None
         self.register_buffer("packed", base.packed)
         self.register_buffer("books", base.books if isinstance(base, CodebookRows) else None)
         self.register_buffer("kept_ids", kept.ids if kept else None)
@@ -282,14 +282,14 @@ class StoredRows(nn.Module):
         if self.bits == 16:
             if self.packed.dtype != torch.float16 or self.packed.ndim != 2 or self.packed.shape[1] != self.dim:
                 raise FormatError(f"rows in float16 are [n, {self.dim}], got {list(self.packed.shape)}")
-            return HalfRows(self.packed)
+            return Float16Rows(self.packed)
         if self.books is not None:
             base = CodebookRows(self.packed, self.books, self.block, self.dim)
         else:
             base = PackedRows(self.packed, self.bits, self.dim)
         if self.kept_ids is None or self.kept_rows is None:
             return base
-        return KeptRows(base, self.kept_ids, self.kept_rows)
+        return MixedRows(base, self.kept_ids, self.kept_rows)
 
     @property
     def count(self) -> int:

@@ -34,7 +34,7 @@ from edgewright.io.row_codes import row_bytes
 from edgewright.systems.dlrm.model import QREmbeddingBag
 from edgewright.systems.low_precision_recsys.tables import (
     CENTRES,
-    HalfRows,
+    Float16Rows,
     RowwiseQuantEmbedding,
     RowwiseQuantEmbeddingBag,
     RowwiseQuantQRBag,
@@ -384,7 +384,7 @@ def unit_digest(model: nn.Module, unit: Unit) -> str:
 def _table_maker(owner: nn.Module, option: str, quick: bool) -> Callable[[nn.Module], nn.Module]:
     def store(weight: Tensor) -> StoredRows:
         if option == "fp16":
-            return StoredRows(HalfRows(weight.detach().half()))
+            return StoredRows(Float16Rows(weight.detach().half()))
         bits, method, nbins, ratio, block = _TABLE_FORMS[option]
         method = "minmax" if quick and method == "greedy" else method
         return StoredRows(quantize_rows(weight.detach().float(), bits, method, nbins, ratio, block=block))
