@@ -13,11 +13,10 @@ from edgewright.errors import Unsupported, UsageError
 from edgewright.runtime.program import open_program
 from edgewright.systems.dlrm.clicks import ClickData, predict
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
-from edgewright.systems.dlrm.serving import requests
+from edgewright.systems.dlrm.serving import DLRMProgram, requests
 from edgewright.systems.low_precision_recsys import AccuracyGate, apply_recipe, quantize_rows, uniform_recipe
 from edgewright.systems.low_precision_recsys.export import (
     Float16Decode,
-    PortableDLRM,
     export_quantized,
     gathered,
     half_bytes,
@@ -70,7 +69,7 @@ def test_portable_models_compute_the_same(model: DLRM, clicks: ClickData, linear
     low = apply_recipe(model, uniform_recipe(model, "int4-greedy", linear), clicks)
     arrays = [torch.from_numpy(a) for a in requests(low.module, few.dense, few.bags(), SLOTS)]
     with torch.no_grad():
-        found = PortableDLRM(low.module, list(SLOTS), gathered)(*arrays)
+        found = DLRMProgram(portable(low.module, gathered), SLOTS)(*arrays)
     # sums in another order, which may move a rounded input by one code
     torch.testing.assert_close(found, predict(low, few).sigmoid(), rtol=0, atol=2e-3)
 
@@ -80,7 +79,7 @@ def test_narrow_and_quotient_tables() -> None:
     model = DLRM(config).eval()
     for table in ("int8", "fp32"):
         low = apply_recipe(model, uniform_recipe(model, table, "fp16"))
-        program = PortableDLRM(low.module, [1, 1, 1], gathered)
+        program = DLRMProgram(portable(low.module, gathered), [1, 1, 1])
         ids = torch.tensor([[49, 3, 9], [0, 19, 1]])
         dense = torch.randn(2, 3)
         from edgewright.systems.dlrm.clicks import jagged

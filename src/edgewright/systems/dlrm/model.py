@@ -144,16 +144,16 @@ def row_parameters(table: Table) -> list[nn.Parameter]:
     return [(table.table if isinstance(table, ProjectedTable) else table).weight]  # type: ignore[list-item]
 
 
-def table_vectors(table: Table, ids: Tensor, weights: Tensor) -> Tensor:
+def table_vectors(table: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
     """The sum of padded bags in operators that every runtime has: ids [B, m], weights [B, m] -> [B, d].
 
+    table: one of the above, or any module with `vectors(ids)`.
     ExecuTorch's portable runtime has no kernel for EmbeddingBag: a lookup, a mask and a sum compute the same.
     """
-    if isinstance(table, QREmbeddingBag):
-        return (table.vectors(ids) * weights.unsqueeze(-1)).sum(1)
-    rows = F.embedding(ids, row_parameters(table)[0])
-    sums = (rows * weights.unsqueeze(-1)).sum(1)
-    return table.project(sums) if isinstance(table, ProjectedTable) else sums
+    if isinstance(table, ProjectedTable):
+        return table.project(table_vectors(table.table, ids, weights))
+    vectors = F.embedding(ids, table.weight) if isinstance(table, EmbeddingTable) else table.vectors(ids)  # type: ignore[operator, union-attr]
+    return (vectors * weights.unsqueeze(-1)).sum(1)
 
 
 INTERACTIONS = ("dot", "cat")

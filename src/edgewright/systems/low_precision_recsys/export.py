@@ -35,9 +35,6 @@ from edgewright.systems.dlrm.model import (
     CONFIG,
     DLRM,
     MODEL_TYPE,
-    EmbeddingTable,
-    ProjectedTable,
-    QREmbeddingBag,
     quotient_vectors,
 )
 from edgewright.systems.dlrm.serving import DLRMProgram, checked_format, checked_slots, example_inputs
@@ -225,7 +222,7 @@ class PortableQR(nn.Module):
         self.collisions, self.combine = bag.collisions, bag.combine
         self.quotient, self.remainder = quotient, remainder
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def vectors(self, ids: Tensor) -> Tensor:
         return quotient_vectors(ids, self.collisions, self.combine, self.quotient, self.remainder)
 
 
@@ -262,29 +259,6 @@ class StaticLinear(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
-class PortableDLRM(nn.Module):
-    """A low-precision DLRM over padded ids, as `serving.DLRMProgram` is the float one."""
-
-    def __init__(self, model: DLRM, slots: list[int], vectors: Vectors) -> None:
-        super().__init__()
-        self.sizes, self.slots = model.config.table_sizes, slots
-        tables = [t.table if isinstance(t, ProjectedTable) else t for t in model.tables]
-        self.tables = nn.ModuleList(_table(table, vectors) for table in tables)
-        self.lifts = [t.lift.detach() if isinstance(t, ProjectedTable) else None for t in model.tables]
-        shell = copy.copy(model)  # everything but the tables
-        shell._modules = {name: m for name, m in model._modules.items() if name != "tables"}
-        self.networks = portable(shell, vectors)
-
-    def forward(self, dense: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """Dense [B, n], ids [B, S], weights [B, S] -> probabilities [B]."""
-        parts = zip(self.tables, ids.split(self.slots, 1), weights.split(self.slots, 1), strict=True)
-        sums = []
-        for (table, chosen, counted), rows, lift in zip(parts, self.sizes, self.lifts, strict=True):
-            total = (table(chosen.clamp(0, rows - 1)) * counted.unsqueeze(-1)).sum(1)
-            sums.append(total if lift is None else F.linear(total, lift))
-        return self.networks.join(self.networks.bottom(dense), sums).sigmoid()  # type: ignore[operator]
-
-
 def portable(model: nn.Module, vectors: Vectors = gathered) -> nn.Module:
     """A copy of a low-precision model with every module of ours in portable operators. Raises Unsupported."""
     memo: dict[int, Any] = {}
@@ -302,21 +276,6 @@ def portable(model: nn.Module, vectors: Vectors = gathered) -> nn.Module:
         elif isinstance(module, RowsLinear):
             memo[id(module)] = _plain(module.stored.weight, module.bias)
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
-
-
-def _table(table: nn.Module, vectors: Vectors) -> nn.Module:
-    if isinstance(table, RowwiseQuantEmbeddingBag):
-        return vectors(table.stored)
-    if isinstance(table, RowwiseQuantQRBag):
-        return PortableQR(table, vectors(table.quotient), vectors(table.remainder))
-    if isinstance(table, EmbeddingTable):
-        return nn.Embedding.from_pretrained(table.weight.detach())
-    assert isinstance(table, QREmbeddingBag)
-    return PortableQR(
-        table,  # type: ignore[arg-type]
-        nn.Embedding.from_pretrained(table.quotient.detach()),
-        nn.Embedding.from_pretrained(table.remainder.detach()),
-    )
 
 
 def _int8(layer: Int8Linear) -> nn.Module:
@@ -393,7 +352,7 @@ def export_quantized(
     if isinstance(model.module, DLRM):
         tables = len(model.module.tables)
         widths = checked_slots([max_bag] * tables if slots is None else slots, tables)
-        program: nn.Module = PortableDLRM(model.module, widths, vectors).eval()
+        program: nn.Module = DLRMProgram(portable(model.module, vectors), widths).eval()  # type: ignore[arg-type]
         example = example_inputs(model.module, widths)
         names: tuple[str, ...] | None = ("dense", "ids", "weights")
         original = DLRMProgram(reference, widths).eval() if isinstance(reference, DLRM) else None
