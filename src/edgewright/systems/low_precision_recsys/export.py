@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from edgewright.systems.dlrm.clicks import ClickData
 
 
-CANDIDATES = 20  # steps that a symmetric row is tried with
+CANDIDATES = 20  # scales that a symmetric row is tried with
 
 
 class PackedGather(nn.Module):
@@ -170,9 +170,9 @@ def gathered(stored: StoredRows) -> nn.Module:
 
 
 def symmetric(stored: StoredRows) -> nn.Module:
-    """The rows for ExecuTorch's embedding kernels, which know no bias: value = step x code, a step a row.
+    """The rows for ExecuTorch's embedding kernels, which know no bias: value = scale x code, a scale a row.
 
-    Of 20 steps the one with the least squared error; float16 rows and codebooks of 4 bits are written as they are.
+    Of 20 scales the one with the least squared error; float16 rows and codebooks of 4 bits are written as they are.
     """
     rows = stored.rows
     if not isinstance(rows, PackedRows) or (rows.dim * rows.bits) % 8:
@@ -184,11 +184,11 @@ def symmetric(stored: StoredRows) -> nn.Module:
     least = torch.full_like(best, float("inf"))
     codes = torch.zeros_like(values)
     for place in range(CANDIDATES):
-        step = torch.where(reach > 0, reach / high * (1 - place / (2 * CANDIDATES)), torch.ones_like(reach))
-        tried = (values / step).round_().clamp_(low, high)
-        error = (tried * step - values).square_().sum(1, keepdim=True)
+        scale = torch.where(reach > 0, reach / high * (1 - place / (2 * CANDIDATES)), torch.ones_like(reach))
+        tried = (values / scale).round_().clamp_(low, high)
+        error = (tried * scale - values).square_().sum(1, keepdim=True)
         better = error < least
-        best, least = torch.where(better, step, best), torch.where(better, error, least)
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
         codes = torch.where(better, tried, codes)
     return PackedEmbedding(PackedTensor(codes.to(torch.int8), best, f"int{rows.bits}"))
 
@@ -232,8 +232,8 @@ class RoundedRows(nn.Module):
     config = ActivationConfig(bits=8, granularity="token", symmetric=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        step, zero = row_range(x)
-        return (input_codes(x, step, zero) - zero) * step
+        scale, zero = row_range(x)
+        return (input_codes(x, scale, zero) - zero) * scale
 
 
 class StaticLinear(nn.Module):

@@ -53,7 +53,7 @@ RECIPE, WEIGHTS, SHARED = "recipe.json", "model.safetensors", "shared.json"
 class Choice:
     """What one unit becomes.
 
-    weights: digest of the float weights that the search saw; values: of the low-precision ones. range: step and zero
+    weights: digest of the float weights that the search saw; values: of the low-precision ones. range: scale and zero
     point of the input, for static layers. edges and shares: the input's distribution, for the drift of linear units.
     """
 

@@ -196,7 +196,7 @@ def _saturation(original: nn.Module, module: nn.Module, inputs: list[Tensor]) ->
 
 
 def _cut(stored: StoredRows, weight: Tensor) -> int:
-    """How many values lie more than half a step beyond the least or greatest value of their stored row."""
+    """How many values lie more than half a level beyond the least or greatest value of their stored row."""
     if isinstance(stored.rows, Float16Rows):
         return int(stored.packed.isinf().sum())
     low, high = stored.weight.aminmax(dim=1, keepdim=True)

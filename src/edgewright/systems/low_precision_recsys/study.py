@@ -60,10 +60,10 @@ def inject_table_outlier(model: DLRM, table: int, factor: float) -> DLRM:
                 low, high = weight.aminmax(dim=1, keepdim=True)
                 # ends such that 0 is one of 15 (and of 255) even steps: what is 0 here must stay 0 at 8 bits, or the
                 # products with the large values would put the blame on this table
-                step = (high - low) / 15
-                places = torch.where(step > 0, -low / step, 0.0).round()
-                ends = torch.where(weight == high, (15 - places) * step, weight)
-                weight.copy_(torch.where(weight == low, -places * step, ends))
+                scale = (high - low) / 15
+                places = torch.where(scale > 0, -low / scale, 0.0).round()
+                ends = torch.where(weight == high, (15 - places) * scale, weight)
+                weight.copy_(torch.where(weight == low, -places * scale, ends))
         last: Any = [m for m in made.bottom if isinstance(m, nn.Linear)][-1]
         last.weight[-1] = 0.0
         last.bias[-1] = 0.0

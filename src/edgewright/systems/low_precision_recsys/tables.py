@@ -85,7 +85,7 @@ class CodebookRows:
 def kmeans_rows(weight: Tensor, block: int = 1, steps: int = STEPS) -> CodebookRows:
     """W [n, d] with a book for every `block` consecutive rows (1: for every row).
 
-    Lloyd's algorithm from 16 even steps between the least and the greatest value, so that the result is never farther
+    Lloyd's algorithm from 16 even levels between the least and the greatest value, so that the result is never farther
     from W than min-max at 4 bits (but for float16). Where a block has a row of zeros, the centre next to 0 becomes 0:
     padding stays exactly 0. Raises UsageError naming the first row that float16 cannot hold.
     """

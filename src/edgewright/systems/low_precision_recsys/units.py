@@ -53,7 +53,7 @@ _EXACT = 512  # products of 255 x 128 whose sum float32 holds exactly
 def weight_codes(weight: Tensor, clip: str = "max", nbins: int = 200, ratio: float = 0.5) -> tuple[Tensor, Tensor]:
     """(codes int8 [out, in], scale float32 [out]) of W [out, in]: symmetric, one scale an output channel.
 
-    clip: "max", or "l2": the range is cut step by step, as the greedy search of tables does at both ends, and the
+    clip: "max", or "l2": the range is cut part by part, as the greedy search of tables does at both ends, and the
     scale with the least squared error is taken. A channel of zeros has scale 1. Raises UsageError for NaN or infinity.
     """
     check("clip", clip, one_of("max", "l2"))
@@ -64,8 +64,8 @@ def weight_codes(weight: Tensor, clip: str = "max", nbins: int = 200, ratio: flo
     best = _scale(reach)
     if clip == "l2":
         least = _error(weight, best)
-        for step in range(1, int(nbins * ratio) + 1):
-            scale = _scale(reach * (1 - step / nbins))
+        for part in range(1, int(nbins * ratio) + 1):
+            scale = _scale(reach * (1 - part / nbins))
             error = _error(weight, scale)
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
@@ -73,21 +73,21 @@ def weight_codes(weight: Tensor, clip: str = "max", nbins: int = 200, ratio: flo
 
 
 def row_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(s_x, z_x) of every row of x [..., in], float32 [..., 1]: from min(x, 0) to max(x, 0) in 255 steps."""
+    """(s_x, z_x) of every row of x [..., in], float32 [..., 1]: from min(x, 0) to max(x, 0) in 255 intervals."""
     low, high = x.amin(-1, keepdim=True).clamp_max(0.0), x.amax(-1, keepdim=True).clamp_min(0.0)
     return range_parameters(low, high)
 
 
 def range_parameters(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Step and zero point of uint8 codes for a range that holds 0; step 1 where the range is empty."""
-    step = (high - low) / LEVELS
-    step = torch.where(step > 0, step, torch.ones_like(step))
-    return step, (-low / step).round().clamp(0, LEVELS)
+    """Scale and zero point of uint8 codes for a range that holds 0; scale 1 where the range is empty."""
+    scale = (high - low) / LEVELS
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, (-low / scale).round().clamp(0, LEVELS)
 
 
-def input_codes(x: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+def input_codes(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """uint8 codes of x, as float32 whole numbers from 0 to 255."""
-    return (x / step).round_().add_(zero).clamp_(0, LEVELS)
+    return (x / scale).round_().add_(zero).clamp_(0, LEVELS)
 
 
 def integer_product(codes: Tensor, weights: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Int8Linear(nn.Module):
     codes: Tensor
     scale: Tensor
     bias: Tensor | None
-    step: Tensor | None
+    step: Tensor | None  # the scale of the input, as saved files name it
     zero: Tensor | None
 
     def __init__(
@@ -151,21 +151,21 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features).float()
-        step, zero = self.activation(flat)
-        codes = input_codes(flat, step, zero)
+        x_scale, zero = self.activation(flat)
+        codes = input_codes(flat, x_scale, zero)
         if self.accumulate == 16:
             product = self._sixteen(codes, zero)
         else:
             product = integer_product(codes.sub_(zero), self.codes).float()
-        y = product * self.scale * step
+        y = product * self.scale * x_scale
         y = y if self.bias is None else y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def saturation(self, x: Tensor) -> float:
         """Share of the values of x that lie outside the range they are read with."""
         flat = x.reshape(-1, self.in_features).float()
-        step, zero = self.activation(flat)
-        exact = (flat / step).round() + zero
+        x_scale, zero = self.activation(flat)
+        exact = (flat / x_scale).round() + zero
         return float(((exact < 0) | (exact > LEVELS)).float().mean())
 
     def _sixteen(self, codes: Tensor, zero: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class Int8Linear(nn.Module):
         return (sums - (zero.to(torch.int32) * main.sum(1, dtype=torch.int32))).float() + exact
 
     def extra_repr(self) -> str:
-        kind = "dynamic" if self.step is None else f"static step {float(self.step):.4g}"
+        kind = "dynamic" if self.step is None else f"static scale {float(self.step):.4g}"
         return f"{self.in_features} -> {self.out_features}, {kind}, {self.accumulate}-bit sums"
 
 
@@ -268,7 +268,7 @@ _INT8_FORMS = ("int8-dynamic", "int8-static", "int8-dynamic-l2", "int8-static-l2
 ALL_TABLE_OPTIONS = ("fp32", "fp16", *_TABLE_FORMS)
 ALL_LINEAR_OPTIONS = ("fp32", "fp16", "bf16", *_INT8_FORMS)
 
-Range = tuple[float, int]  # step and zero point of an input with a fixed range
+Range = tuple[float, int]  # scale and zero point of an input with a fixed range
 _Embedding = (nn.Embedding, nn.EmbeddingBag, QREmbeddingBag)
 
 
@@ -466,18 +466,18 @@ class Histogram:
         highs = high * kept if high > 0 else torch.zeros(1, dtype=torch.float64)
         best = (float("inf"), low, high)
         for candidate in lows.tolist():
-            step, zero = range_parameters(torch.full_like(highs, candidate), highs)
-            codes = ((values / step[:, None]).round_() + zero[:, None]).clamp_(0, LEVELS)
-            errors = ((codes - zero[:, None]) * step[:, None] - values).square_() @ shares
+            scale, zero = range_parameters(torch.full_like(highs, candidate), highs)
+            codes = ((values / scale[:, None]).round_() + zero[:, None]).clamp_(0, LEVELS)
+            errors = ((codes - zero[:, None]) * scale[:, None] - values).square_() @ shares
             place = int(errors.argmin())
             best = min(best, (float(errors[place]), candidate, float(highs[place])))
         return best[1], best[2]
 
     def parameters(self) -> Range:
-        """(step, zero point) of the range, as an int8 layer takes them."""
+        """(scale, zero point) of the range, as an int8 layer takes them."""
         low, high = self.range()
-        step, zero = range_parameters(torch.tensor(low), torch.tensor(high))
-        return float(step), int(zero)
+        scale, zero = range_parameters(torch.tensor(low), torch.tensor(high))
+        return float(scale), int(zero)
 
     def edges(self, bins: int = PSI_BINS) -> list[float]:
         """Inner edges of bins with near equal shares; fewer where one value takes several of them."""
