@@ -125,6 +125,7 @@ class BitConfig:
         return ElasticConfig(levels, not unsigned, shift and self.shift, self.check, self.learn_scale)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as `save_binary` writes them."""
         return asdict(self)
 
 

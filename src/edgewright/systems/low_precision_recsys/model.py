@@ -276,6 +276,12 @@ class QuantizedModel(nn.Module):
         self.module, self.recipe = module, recipe
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the float model would give, at low precision.
+
+        Args:
+            inputs: its positional arguments.
+            named: its named ones.
+        """
         return self.module(*inputs, **named)
 
     @property

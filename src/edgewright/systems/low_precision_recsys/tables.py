@@ -377,7 +377,15 @@ class RowwiseQuantEmbeddingBag(nn.Module):
 
     @classmethod
     def like(cls, bag: nn.EmbeddingBag, stored: StoredRows) -> RowwiseQuantEmbeddingBag:
-        """Rows that answer as `bag` does. Raises Unsupported for bags that rescale their rows."""
+        """Rows that answer as a float bag does.
+
+        Args:
+            bag: whose mode, offsets and padding are taken.
+            stored: the rows.
+
+        Raises:
+            Unsupported: the bag rescales its rows (max_norm).
+        """
         if bag.max_norm is not None:
             raise Unsupported("an EmbeddingBag with max_norm changes its rows while it looks them up; set it to None")
         return cls(stored, bag.mode, bag.include_last_offset, bag.padding_idx)
