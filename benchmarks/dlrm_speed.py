@@ -135,7 +135,7 @@ def add_exchange(report: Report) -> None:
 def _process(rank: int, port: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    sharded = ShardedDLRM(make_model(ROWS // 8), plan="table", timed=True)
+    sharded = ShardedDLRM(make_model(ROWS // 8), plan="table")
     clock = sharded.clock
     assert clock is not None
     tables = RowwiseAdagrad(list(sharded.sparse_parameters()))

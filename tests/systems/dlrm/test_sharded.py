@@ -79,7 +79,7 @@ def _process(world: int, folder: Path, task: str, rank: int) -> None:
     dist.init_process_group("gloo")
     if task == "train":
         for name, plan in PLANS.items():
-            sharded = ShardedDLRM(make_model(seed=rank), plan=plan, timed=True)  # rank 0's weights count
+            sharded = ShardedDLRM(make_model(seed=rank), plan=plan)  # rank 0's weights count
             optimizer = train(sharded, rank, world)
             assert sharded.clock.flying >= sharded.clock.waiting > 0
             sharded.save(folder / name, optimizer)

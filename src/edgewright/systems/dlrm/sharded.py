@@ -211,21 +211,15 @@ def exchange_ids(
     weights = _exchange(torch.cat([*weights_out, torch.empty(0)]), id_splits, incoming, group) if weighted else None
 
     # [source][shard][samples of the source] -> for each shard one batch over all sources
-    parts: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [[] for _ in range(mine)]
-    at_length = at_value = 0
-    for count in samples:
-        for shard_index in range(mine):
-            own = lengths[at_length : at_length + count]
-            total = int(own.sum())
-            chosen = slice(at_value, at_value + total)
-            parts[shard_index].append((own, values[chosen], None if weights is None else weights[chosen]))
-            at_length, at_value = at_length + count, at_value + total
+    lengths_in = lengths.split([count for count in samples for _ in range(mine)])
+    totals = [int(part.sum()) for part in lengths_in]
+    values_in, weights_in = values.split(totals), None if weights is None else weights.split(totals)
     result = []
-    for pieces in parts:
-        counts = torch.cat([piece[0] for piece in pieces])
+    for place in range(mine):
+        counts = torch.cat(lengths_in[place::mine])
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        joined = None if weights is None else (torch.cat([p[2] for p in pieces if p[2] is not None]),)
-        result.append(JaggedBatch((torch.cat([piece[1] for piece in pieces]),), (offsets,), joined))
+        joined = None if weights_in is None else (torch.cat(weights_in[place::mine]),)
+        result.append(JaggedBatch((torch.cat(values_in[place::mine]),), (offsets,), joined))
     return result, samples
 
 
@@ -237,7 +231,7 @@ class AllToAllSpec:
     receive: list[int]
     group: Any
     scale: float
-    clock: CommTimer | None = None
+    clock: CommTimer
     work: Any = None
     buffer: Tensor | None = None
     source: Tensor | None = None  # alive until the work is done
@@ -246,8 +240,7 @@ class AllToAllSpec:
         """Begin to exchange; the result is filled when `finish` returns."""
         self.source = outgoing.contiguous()
         self.buffer = self.source.new_empty(sum(receive))
-        if self.clock is not None:
-            self.clock.began = time.perf_counter()
+        self.clock.began = time.perf_counter()
         self.work = dist.all_to_all_single(self.buffer, self.source, receive, send, group=self.group, async_op=True)
         return self.buffer
 
@@ -255,10 +248,9 @@ class AllToAllSpec:
         """Wait for the exchange that is under way."""
         before = time.perf_counter()
         self.work.wait()
-        if self.clock is not None:
-            now = time.perf_counter()
-            self.clock.waiting += now - before
-            self.clock.flying += now - self.clock.began
+        now = time.perf_counter()
+        self.clock.waiting += now - before
+        self.clock.flying += now - self.clock.began
         self.work = self.source = None
 
 
@@ -311,7 +303,6 @@ class ShardedDLRM(nn.Module):
         group: process group, by default all processes.
         plan: "auto" (whole tables by bytes, those above an even share by rows), "table", "row", or a mapping from table
             name to a rank or to "row".
-        timed: keep a `clock` of the exchanges of sums.
 
     Raises:
         UsageError: there is no process group, or the plan cannot be.
@@ -322,7 +313,6 @@ class ShardedDLRM(nn.Module):
         model: DLRM,
         group: Any = None,
         plan: str | Mapping[str, int | str] = "auto",
-        timed: bool = False,
     ) -> None:
         super().__init__()
         if not dist.is_initialized():
@@ -336,7 +326,7 @@ class ShardedDLRM(nn.Module):
         self.plan: ShardingPlan = make_plan(
             model.config.table_sizes, widths, self.world, plan, model.config.names, whole
         )
-        self.clock = CommTimer() if timed else None
+        self.clock = CommTimer()  # of the exchanges of sums
         with torch.no_grad():
             for parameter in model.parameters():
                 dist.broadcast(parameter, src=self._root(), group=group)
