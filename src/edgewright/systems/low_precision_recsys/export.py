@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from edgewright.checks import check, one_of
 from edgewright.errors import FormatError, Unsupported, UsageError
-from edgewright.export.executorch.exporter import export_executorch
-from edgewright.export.onnx.exporter import export_onnx
+from edgewright.export.executorch.exporter import ExecuTorchExport, export_executorch
+from edgewright.export.onnx.exporter import OnnxExport, export_onnx
 from edgewright.io.json_file import read_object
 from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.io.row_codes import PackedRows
@@ -310,7 +310,7 @@ def export_quantized(
     gate: AccuracyGate | None = None,
     reference: nn.Module | None = None,
     data: ClickData | Examples | None = None,
-) -> Any:
+) -> OnnxExport | ExecuTorchExport:
     """Write the file; it is run and compared before it gets its name.
 
     Args:
@@ -360,7 +360,7 @@ def export_quantized(
         program, example, names = portable(model.module, vectors), tuple(inputs or ()), None
     if format == "onnx":
         rounds = any(isinstance(m, Int8Linear) for m in model.module.modules())
-        done: Any = export_onnx(
+        done: OnnxExport | ExecuTorchExport = export_onnx(
             program,
             path,
             example_inputs=example,
