@@ -24,11 +24,10 @@ from edgewright.measure.report import Report
 from edgewright.measure.timing import Measurement, alternate, paired_ratio
 from edgewright.runtime.program import open_program
 from edgewright.systems.dlrm.clicks import ClickData, ClickLoss
-from edgewright.systems.dlrm.model import DLRM, DLRMConfig
+from edgewright.systems.dlrm.model import DLRM, DLRMConfig, zipf_ids
 from edgewright.systems.dlrm.optimizers import RowwiseAdagrad, dlrm_optimizer
 from edgewright.systems.dlrm.serving import export_dlrm, requests
 from edgewright.systems.dlrm.sharded import ShardedDLRM, mean_loss
-from edgewright.systems.dlrm.synthetic import zipf_ids
 from results import save
 
 ROWS, TABLES, DIM, DENSE, BATCH = 200_000, 8, 64, 13, 2048  # 410 MB of tables, far larger than the cache
@@ -62,7 +61,7 @@ def compute_cases() -> dict[str, Callable[[], object]]:
     for each in dense_model.tables:
         each.sparse = False  # type: ignore[union-attr]
     dense = dlrm_optimizer(dense_model)
-    from edgewright.systems.dlrm.bags import jagged
+    from edgewright.systems.dlrm.clicks import jagged
 
     bags = jagged(data.ids, slots)
     singles = [(batch["dense"][i : i + 1], jagged(data.ids[i : i + 1], slots)) for i in range(64)]
@@ -136,12 +135,12 @@ def add_exchange(report: Report) -> None:
 def _process(rank: int, port: int, file: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    sharded = ShardedDLRM(make_model(ROWS // 8), plan="table", timed=True)
+    sharded = ShardedDLRM(make_model(ROWS // 8), plan="table")
     clock = sharded.clock
     assert clock is not None
     tables = RowwiseAdagrad(list(sharded.sparse_parameters()))
     networks = torch.optim.Adam(list(sharded.dense_parameters()))
-    from edgewright.systems.dlrm.bags import jagged
+    from edgewright.systems.dlrm.clicks import jagged
 
     batch = make_batch(ROWS // 8, seed=rank)
     bags = jagged(batch["ids"], (1,) * TABLES)
@@ -165,7 +164,7 @@ def _process(rank: int, port: int, file: str) -> None:
 
 
 def add_files(report: Report) -> None:
-    from edgewright.systems.dlrm.bags import jagged
+    from edgewright.systems.dlrm.clicks import jagged
 
     model = make_model(10_000).eval()
     batch = make_batch(10_000)

@@ -21,10 +21,10 @@ from torch import nn
 from edgewright.io.row_codes import pack_rows, row_bytes
 from edgewright.measure.report import Report
 from edgewright.measure.timing import alternate, paired_ratio
-from edgewright.systems.dlrm.bags import JaggedBatch
+from edgewright.systems.dlrm.clicks import JaggedBatch
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, apply_recipe, uniform_recipe
-from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.low_precision_recsys.tables import Float16Rows, StoredRows
 from edgewright.systems.low_precision_recsys.units import find_units
 from results import save
 
@@ -43,7 +43,9 @@ def tables(rows: int) -> dict[str, nn.Module]:
         stored = StoredRows(pack_rows(weight, bits))
         found[f"int{bits}, fused"] = RowwiseQuantEmbeddingBag(stored, include_last_offset=True)
         found[f"int{bits}, plain torch"] = RowwiseQuantEmbeddingBag(stored, include_last_offset=True, fused=False)
-    found["fp16, plain torch"] = RowwiseQuantEmbeddingBag(StoredRows(HalfRows(weight.half())), include_last_offset=True)
+    found["fp16, plain torch"] = RowwiseQuantEmbeddingBag(
+        StoredRows(Float16Rows(weight.half())), include_last_offset=True
+    )
     return found
 
 

@@ -212,9 +212,8 @@ LINES = ["label,I1,I2,C1,C2", *(f"{i % 2},{i},{i * 0.5},a{i % 5},b{i % 3}" for i
 
 
 def build_dlrm(folder: Path) -> None:
-    from edgewright.systems.dlrm.criteo import read_layout
+    from edgewright.systems.dlrm.click_log import prepare_clicks, read_layout
     from edgewright.systems.dlrm.model import DLRM, DLRMConfig
-    from edgewright.systems.dlrm.vocabulary import prepare_clicks
     from edgewright.systems.low_precision_recsys.model import apply_recipe, uniform_recipe
 
     (folder / "log.csv").write_text("\n".join(LINES))
@@ -230,9 +229,9 @@ def build_dlrm(folder: Path) -> None:
 
 def read_dlrm(folder: Path) -> None:
     from edgewright.errors import EdgewrightError
+    from edgewright.systems.dlrm.click_log import Vocabulary
     from edgewright.systems.dlrm.model import DLRM
-    from edgewright.systems.dlrm.vocabulary import Vocabulary
-    from edgewright.systems.low_precision_recsys.compress import click_folder
+    from edgewright.systems.low_precision_recsys.export import click_folder
     from edgewright.systems.low_precision_recsys.model import QuantizedModel
 
     failed = None
@@ -256,7 +255,7 @@ def _log(name: str) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
         (folder / name).write_bytes(gzip.compress(text, mtime=0) if name.endswith(".gz") else text)
 
     def read(folder: Path) -> None:
-        from edgewright.systems.dlrm.criteo import read_chunks, read_layout
+        from edgewright.systems.dlrm.click_log import read_chunks, read_layout
 
         for _ in read_chunks(folder / name, read_layout(folder / name)):
             pass
@@ -274,7 +273,7 @@ def build_parquet(folder: Path) -> None:
 
 
 def read_parquet(folder: Path) -> None:
-    from edgewright.systems.dlrm.criteo import read_chunks, read_layout
+    from edgewright.systems.dlrm.click_log import read_chunks, read_layout
 
     for _ in read_chunks(folder / "log.parquet", read_layout(folder / "log.parquet")):
         pass

@@ -15,7 +15,7 @@ import pytest
 from edgewright.errors import UsageError
 from edgewright.io.decode import open_text, read_text
 from edgewright.io.text import TextFiles, load_texts
-from edgewright.systems.dlrm.criteo import read_chunks, read_layout
+from edgewright.systems.dlrm.click_log import read_chunks, read_layout
 
 TEXT = "naïve 東京 🙂\r\nline, two\n"
 

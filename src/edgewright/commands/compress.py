@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model in VISION_MODELS:
         return _run_vision(args)
     if (Path(args.model) / "config.json").is_file() or (Path(args.model) / "model" / "config.json").is_file():
-        from edgewright.systems.low_precision_recsys.compress import click_folder
+        from edgewright.systems.low_precision_recsys.export import click_folder
 
         if (folder := click_folder(args.model)) is not None:
             return _run_clicks(args, folder)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_clicks(args: argparse.Namespace, folder: Path) -> int:
-    from edgewright.systems.low_precision_recsys.compress import BUDGET, compress_clicks
+    from edgewright.systems.low_precision_recsys.export import BUDGET, compress_clicks
 
     if args.data is None:
         raise UsageError(f"{args.model} is a click model: --data names a log in its layout that it was not trained on")

@@ -58,7 +58,7 @@ def test_folding_spreads_ranges_and_one_step_a_channel_mends_it(tmp_path) -> Non
     plot_sqnr(rows, tmp_path / "sqnr.png")
     assert plot_channel_ranges(spread_net(), x, tmp_path / "ranges.png") == "0"
     assert all((tmp_path / name).stat().st_size > 0 for name in ("rows.csv", "sqnr.png", "ranges.png"))
-    with pytest.raises(UsageError, match="no layer is called 'x'; layers: 0, 2"):
+    with pytest.raises(UsageError, match="layer='x'; it must be one of 0, 2"):
         plot_channel_ranges(spread_net(), x, tmp_path / "ranges.png", "x")
 
 
@@ -74,5 +74,5 @@ def test_features_lose_more_at_fewer_bits() -> None:
 
 
 def test_unknown_schemes_are_refused() -> None:
-    with pytest.raises(UsageError, match="unknown scheme 'row_sym'"):
+    with pytest.raises(UsageError, match="scheme='row_sym'; it must be one of"):
         scheme_named("row_sym", 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from edgewright.systems.bit.measures import agreement, ranks
+from edgewright.systems.bit.distillation import agreement, ranks
 
 
 def unit(seed: int, rows: int = 12) -> torch.Tensor:

@@ -141,10 +141,9 @@ class _Full:
 
 def dlrm(world: int, folder: Path, task: str, rank: int) -> None:
     """A DLRM whose tables are split by whole tables when it saves, by rows when one process more restores."""
-    from edgewright.systems.dlrm.bags import jagged
-    from edgewright.systems.dlrm.checkpoints import row_shards
+    from edgewright.systems.dlrm.clicks import jagged
     from edgewright.systems.dlrm.model import DLRM, DLRMConfig
-    from edgewright.systems.dlrm.sharded import ShardedDLRM, mean_loss
+    from edgewright.systems.dlrm.sharded import ShardedDLRM, mean_loss, row_shards
 
     dist.init_process_group("gloo")
     saving = task == "dlrm"

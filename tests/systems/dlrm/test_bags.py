@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edgewright.errors import UsageError
-from edgewright.systems.dlrm.bags import JaggedBatch, OutOfRangeId, check_ids, jagged, padded
+from edgewright.systems.dlrm.clicks import JaggedBatch, OutOfRangeId, check_ids, jagged, padded
 
 
 def batch(offsets: list[int], values: list[int] | None = None) -> JaggedBatch:

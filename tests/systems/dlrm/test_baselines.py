@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from edgewright.errors import UsageError
-from edgewright.systems.dlrm.baselines import FactorizationMachine, Popularity, fit_logistic_regression
 from edgewright.systems.dlrm.clicks import ClickData, predict
-from edgewright.systems.dlrm.metrics import evaluate
-from edgewright.systems.dlrm.synthetic import synthetic_ctr
+from edgewright.systems.dlrm.metrics import FactorizationMachine, Popularity, evaluate, fit_logistic_regression
+from edgewright.systems.dlrm.model import synthetic_ctr
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def test_logistic_regression_finds_the_optimum_of_scikit_learn(clicks: ClickData
     expected = torch.from_numpy(other.decision_function(design)).float()
     # both stop near the same optimum, not at it
     torch.testing.assert_close(predict(model, clicks), expected, rtol=0, atol=5e-3)
-    with pytest.raises(UsageError, match="penalty=0 must be positive"):
+    with pytest.raises(UsageError, match="penalty=0; it must be a number above 0"):
         fit_logistic_regression(clicks, penalty=0)
 
 

@@ -11,8 +11,8 @@ import torch
 
 import edgewright.distillation.best
 from edgewright import cli
+from edgewright.systems.dlrm.click_log import Vocabulary
 from edgewright.systems.dlrm.model import DLRM
-from edgewright.systems.dlrm.vocabulary import Vocabulary
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def test_the_model_leaves_as_a_file(log: Path, tmp_path: Path, capsys: pytest.Ca
     ("change", "message"),
     [
         (["--categorical", "shop,colour"], "has no column 'colour'"),
-        (["--bottom", "wide"], "--bottom 'wide': widths of layers, e.g. --bottom 512,256"),
-        (["--to", "gguf"], "--to gguf: there are onnx, executorch"),
-        (["--rows", "1"], "--rows 1: at least 2"),
+        (["--bottom", "wide"], "--bottom='wide'; it must be widths of layers, e.g. 512,256"),
+        (["--to", "gguf"], "--to='gguf'; it must be one of onnx, executorch"),
+        (["--rows", "1"], "--rows=1.0; it must be a number at least 2"),
         (["--epochs", "0"], "--epochs 0.0"),
         (["--data", "none.csv"], "there is no file none.csv"),
     ],

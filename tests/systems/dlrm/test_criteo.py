@@ -15,9 +15,16 @@ import pytest
 import torch
 
 from edgewright.errors import FormatError, MissingPackage, UsageError
-from edgewright.systems.dlrm.criteo import Layout, read_chunks, read_layout
-from edgewright.systems.dlrm.hashing import hash_texts
-from edgewright.systems.dlrm.vocabulary import MISSING, RARE, Vocabulary, prepare_clicks
+from edgewright.systems.dlrm.click_log import (
+    MISSING,
+    RARE,
+    Layout,
+    Vocabulary,
+    hash_texts,
+    prepare_clicks,
+    read_chunks,
+    read_layout,
+)
 
 
 def criteo_lines(rows: int) -> list[str]:
@@ -96,8 +103,8 @@ def test_missing_columns_are_named(tmp_path: Path, text: str, given: dict[str, A
         ("nan,1,a", "row 3: column label is 'nan'; a label is 0 or 1"),
         (",1,a", "row 3: column label is ''"),
         ("2,1,a", "row 3: column label is '2'"),
-        ("1,tall,a", "row 3: column I1 is 'tall'; a number is needed, or nothing"),
-        ("1,inf,a", "row 3: column I1 is infinite"),
+        ("1,tall,a", "row 3: column I1 is 'tall'; a finite number is needed, or nothing"),
+        ("1,inf,a", "row 3: column I1 is 'inf'; a finite number"),
         ("1,1", "row 3: 2 columns instead of 3"),
         ("1,1," + "a" * 70_000, "row 3: column C1 holds 70000 characters"),
     ],
@@ -189,7 +196,7 @@ def test_a_damaged_vocabulary_is_refused(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     path = table(tmp_path, "label,I1,C1\n0,1,a\n")
-    with pytest.raises(UsageError, match="hash_rows=1, "):
+    with pytest.raises(UsageError, match="hash_rows=1; "):
         prepare_clicks(path, read_layout(path), tmp_path / "data", hash_rows=1)
     with pytest.raises(UsageError, match="has 1 rows: too few"):
         prepare_clicks(path, read_layout(path), tmp_path / "data")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from edgewright.errors import FormatError, UsageError
-from edgewright.systems.dlrm.bags import JaggedBatch
+from edgewright.systems.dlrm.clicks import JaggedBatch
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig, pair_indices
 
 CONFIG = DLRMConfig(3, (10, 7, 20), dim=4, bottom=(6, 4), top=(5, 1))
@@ -163,7 +163,7 @@ def test_dense_features_are_checked() -> None:
         ({"table_sizes": (10, 0, 20)}, "table_sizes=.*each of a row"),
         ({"interaction": "sum"}, "interaction='sum'.*one of dot, cat"),
         ({"table_dims": (4, 5, 4)}, "table_dims=.*from 1 to dim=4"),
-        ({"num_dense": 0}, "num_dense=0: it must be at least 1"),
+        ({"num_dense": 0}, "num_dense=0; it must be a whole number from 1"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:

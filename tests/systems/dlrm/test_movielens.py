@@ -10,7 +10,7 @@ import torch
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.bundled import bundled_data
-from edgewright.systems.dlrm.hashing import cross, hash_ids, hash_texts
+from edgewright.systems.dlrm.click_log import cross, hash_ids, hash_texts
 from edgewright.systems.dlrm.movielens import Split, movielens_100k
 
 

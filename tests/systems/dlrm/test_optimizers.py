@@ -10,9 +10,14 @@ import torch
 from torch import nn
 
 from edgewright.errors import UsageError
-from edgewright.systems.dlrm.optimizers import RowwiseAdagrad, dlrm_optimizer, dlrm_schedule
-from edgewright.systems.dlrm.synthetic import synthetic_ctr
-from edgewright.systems.dlrm.training import ClickTraining, train_clicks
+from edgewright.systems.dlrm.model import synthetic_ctr
+from edgewright.systems.dlrm.optimizers import (
+    ClickTraining,
+    RowwiseAdagrad,
+    dlrm_optimizer,
+    dlrm_schedule,
+    train_clicks,
+)
 
 
 def sparse_gradient(step: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from edgewright.errors import UsageError
 from edgewright.runtime.program import open_program
-from edgewright.systems.dlrm.bags import JaggedBatch
+from edgewright.systems.dlrm.clicks import JaggedBatch
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.serving import DLRMProgram, example_inputs, export_dlrm, requests
 

@@ -8,10 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgewright.errors import Unsupported, UsageError
-from edgewright.systems.dlrm.tables import QREmbeddingBag
-from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, bag as module, quantize_rows
-from edgewright.systems.low_precision_recsys.bag import RowwiseQuantEmbedding, RowwiseQuantQRBag
-from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.dlrm.model import QREmbeddingBag
+from edgewright.systems.low_precision_recsys import RowwiseQuantEmbeddingBag, quantize_rows, tables as module
+from edgewright.systems.low_precision_recsys.tables import (
+    Float16Rows,
+    RowwiseQuantEmbedding,
+    RowwiseQuantQRBag,
+    StoredRows,
+)
 
 VALUES = torch.tensor([3, 9, 9, 0, 1, 2, 29, 4])
 OFFSETS = torch.tensor([0, 0, 3, 3, 7, 8])  # bags of 0, 3, 0, 4 and 1
@@ -61,7 +65,7 @@ def test_padding_is_left_out_and_exactly_zero(mode: str, bits: int) -> None:
     with torch.no_grad():
         full.weight[9] = 3.0  # whatever stands there, a bag leaves it out
     if bits == 16:
-        low = RowwiseQuantEmbeddingBag.like(full, StoredRows(HalfRows(module.bag_weight(full).half())))
+        low = RowwiseQuantEmbeddingBag.like(full, StoredRows(Float16Rows(module.bag_weight(full).half())))
     else:
         low = RowwiseQuantEmbeddingBag.from_float(full, bits, "greedy", 25, 0.6)
     assert not low.stored.weight[9].any()

@@ -11,7 +11,7 @@ import pytest
 
 from edgewright.cli import main
 from edgewright.systems.low_precision_recsys import QuantizedModel
-from edgewright.systems.low_precision_recsys.compress import click_folder
+from edgewright.systems.low_precision_recsys.export import click_folder
 
 
 def write_log(path: Path, rows: int, seed: int) -> None:
@@ -45,6 +45,6 @@ def test_a_trained_folder_becomes_a_low_precision_model(tmp_path: Path, capsys: 
     for wrong, sentence in (
         (["compress", str(trained)], "--data names a log"),
         ([*call, "--budget", "4m"], "--budget 4m: of a click model"),
-        ([*call, "--to", "gguf"], "--to gguf: a click model is written as"),
+        ([*call, "--to", "gguf"], "--to of a click model='gguf'; it must be one of onnx"),
     ):
         assert main(wrong) == 2 and sentence in capsys.readouterr().err

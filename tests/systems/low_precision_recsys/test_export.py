@@ -13,13 +13,20 @@ from edgewright.errors import Unsupported, UsageError
 from edgewright.runtime.program import open_program
 from edgewright.systems.dlrm.clicks import ClickData, predict
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
-from edgewright.systems.dlrm.serving import requests
+from edgewright.systems.dlrm.serving import DLRMProgram, requests
 from edgewright.systems.low_precision_recsys import AccuracyGate, apply_recipe, quantize_rows, uniform_recipe
-from edgewright.systems.low_precision_recsys.export import export_quantized, judge_symmetric, with_symmetric_rows
-from edgewright.systems.low_precision_recsys.gathered import Half, gathered, half_bytes, symmetric
-from edgewright.systems.low_precision_recsys.portable import PortableDLRM, portable
+from edgewright.systems.low_precision_recsys.export import (
+    Float16Decode,
+    export_quantized,
+    gathered,
+    half_bytes,
+    judge_symmetric,
+    portable,
+    symmetric,
+    with_symmetric_rows,
+)
 from edgewright.systems.low_precision_recsys.precision_search import calibrated_recipe
-from edgewright.systems.low_precision_recsys.rows import HalfRows, StoredRows
+from edgewright.systems.low_precision_recsys.tables import Float16Rows, StoredRows
 
 SLOTS = (1, 3, 1)
 
@@ -27,7 +34,7 @@ SLOTS = (1, 3, 1)
 def test_halves_from_bytes_exactly() -> None:
     every = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.float16)
     every = every[every.isfinite()]
-    assert torch.equal(Half()(half_bytes(every).float()), every.float())
+    assert torch.equal(Float16Decode()(half_bytes(every).float()), every.float())
 
 
 @pytest.mark.parametrize("dim", [7, 8])
@@ -36,7 +43,7 @@ def test_gathered_rows_are_the_rows_bit_for_bit(dim: int) -> None:
     ids = torch.tensor([[0, 39], [7, 7]])
     forms = [quantize_rows(weight, bits, "minmax") for bits in (2, 4, 8)]
     forms += [quantize_rows(weight, 4, "kmeans"), quantize_rows(weight, 4, "kmeans", block=16)]
-    for rows in (*forms, HalfRows(weight.half())):
+    for rows in (*forms, Float16Rows(weight.half())):
         stored = StoredRows(rows)
         assert torch.equal(gathered(stored)(ids), stored.vectors(ids))
     weight[0, 0] = torch.inf
@@ -62,7 +69,7 @@ def test_portable_models_compute_the_same(model: DLRM, clicks: ClickData, linear
     low = apply_recipe(model, uniform_recipe(model, "int4-greedy", linear), clicks)
     arrays = [torch.from_numpy(a) for a in requests(low.module, few.dense, few.bags(), SLOTS)]
     with torch.no_grad():
-        found = PortableDLRM(low.module, list(SLOTS), gathered)(*arrays)
+        found = DLRMProgram(portable(low.module, gathered), SLOTS)(*arrays)
     # sums in another order, which may move a rounded input by one code
     torch.testing.assert_close(found, predict(low, few).sigmoid(), rtol=0, atol=2e-3)
 
@@ -72,10 +79,10 @@ def test_narrow_and_quotient_tables() -> None:
     model = DLRM(config).eval()
     for table in ("int8", "fp32"):
         low = apply_recipe(model, uniform_recipe(model, table, "fp16"))
-        program = PortableDLRM(low.module, [1, 1, 1], gathered)
+        program = DLRMProgram(portable(low.module, gathered), [1, 1, 1])
         ids = torch.tensor([[49, 3, 9], [0, 19, 1]])
         dense = torch.randn(2, 3)
-        from edgewright.systems.dlrm.bags import jagged
+        from edgewright.systems.dlrm.clicks import jagged
 
         with torch.no_grad():
             expected = low(dense, jagged(ids, (1, 1, 1))).sigmoid()
@@ -94,14 +101,19 @@ def test_an_onnx_file_answers_as_the_model(model: DLRM, clicks: ClickData, tmp_p
     assert np.mean(np.abs(found - predict(low, few).sigmoid().numpy()) > 1e-4) <= 0.03
 
 
-def test_an_executorch_file_with_symmetric_rows(model: DLRM, clicks: ClickData, tmp_path: Path) -> None:
+def test_an_executorch_file_with_symmetric_rows(clicks: ClickData, tmp_path: Path) -> None:
+    data = clicks.tables(
+        ("user", "tags")
+    )  # one table of single ids, one of bags; one layer a network: lowering is slow
+    model = DLRM(DLRMConfig(6, data.schema.sizes, 8, (8,), (1,), table_names=data.schema.tables)).eval()
     low = apply_recipe(model, uniform_recipe(model, "int8", "int8-dynamic"))
     gate = AccuracyGate(budget=1.0, resamples=50)
-    done = export_quantized(low, tmp_path / "m.pte", "executorch", slots=SLOTS, gate=gate, reference=model, data=clicks)
+    slots = data.schema.slots
+    done = export_quantized(low, tmp_path / "m.pte", "executorch", slots=slots, gate=gate, reference=model, data=data)
     assert "symmetric" in done.notes[-1]
-    few = clicks.rows(slice(0, 100))
+    few = data.rows(slice(0, 100))
     with open_program(tmp_path / "m.pte", check=False) as program:
-        (found,) = program.run(requests(low.module, few.dense, few.bags(), SLOTS))
+        (found,) = program.run(requests(low.module, few.dense, few.bags(), slots))
     expected = predict(with_symmetric_rows(low.module), few).sigmoid().numpy()
     # rounded inputs may move by one code
     assert np.mean(np.abs(found - expected) > 1e-4) <= 0.05

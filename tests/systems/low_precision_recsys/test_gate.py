@@ -10,7 +10,7 @@ import torch
 from edgewright.errors import UsageError
 from edgewright.systems.dlrm.metrics import log_loss, normalized_entropy
 from edgewright.systems.low_precision_recsys import AccuracyGate, Examples, Judgement, click_slices
-from edgewright.systems.low_precision_recsys.examples import as_examples, calibration_batches, halves, logits
+from edgewright.systems.low_precision_recsys.gate import as_examples, calibration_batches, halves, logits
 
 
 def examples(n: int = 2000, users: int = 100, seed: int = 0) -> tuple[Examples, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from edgewright.errors import UsageError
-from edgewright.systems.low_precision_recsys.linear import (
+from edgewright.systems.low_precision_recsys.units import (
     HalfLinear,
     Int8Linear,
     accumulate_16,
@@ -60,9 +60,9 @@ def test_rows_that_are_zero_and_shapes() -> None:
     low = Int8Linear(*weight_codes(weight), bias)
     assert torch.equal(low(x)[3], bias) and torch.equal(low(x)[:, 2], bias[2].expand(17))
     assert low(x.reshape(1, 17, 40)).shape == (1, 17, 9) and low(x[:0]).shape == (0, 9)
-    assert low.nbytes == 40 * 9 + 4 * 9 + 4 * 9 and low.saturation(x) == 0.0
+    assert low.saturation(x) == 0.0
     fixed = Int8Linear(*weight_codes(weight), None, (0.001, 0))
-    assert fixed.nbytes == 40 * 9 + 4 * 9 + 8 and 0.5 < fixed.saturation(x) <= 1.0
+    assert 0.5 < fixed.saturation(x) <= 1.0
 
 
 def test_the_clip_of_least_error_never_loses() -> None:
@@ -99,7 +99,7 @@ def test_half_weights_compute_in_float32() -> None:
     weight, bias, x = layer()
     for kind in (torch.float16, torch.bfloat16):
         low = HalfLinear(weight, bias, kind)
-        assert torch.equal(low(x), F.linear(x, weight.to(kind).float(), bias)) and low.nbytes == 2 * 360 + 36
+        assert torch.equal(low(x), F.linear(x, weight.to(kind).float(), bias))
 
 
 def test_bad_arguments() -> None:

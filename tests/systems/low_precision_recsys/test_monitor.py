@@ -14,11 +14,10 @@ from edgewright.errors import FormatError, UsageError
 from edgewright.systems.dlrm.clicks import ClickData
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.low_precision_recsys import AccuracyGate, Monitor, QuantRecipe
-from edgewright.systems.low_precision_recsys.calibration import BINS, Histogram, histograms, population_stability
-from edgewright.systems.low_precision_recsys.examples import as_examples
-from edgewright.systems.low_precision_recsys.faults import spoil_table
+from edgewright.systems.low_precision_recsys.gate import as_examples
 from edgewright.systems.low_precision_recsys.precision_search import calibrated_recipe
-from edgewright.systems.low_precision_recsys.units import find_units
+from edgewright.systems.low_precision_recsys.study import inject_table_outlier
+from edgewright.systems.low_precision_recsys.units import BINS, Histogram, find_units, histograms, population_stability
 
 
 def histogram(values: np.ndarray) -> Histogram:
@@ -97,15 +96,15 @@ def test_the_states(model: DLRM, clicks: ClickData, tmp_path: Path) -> None:
     assert monitor.check(refreshed, shifted).state == "OK"  # the new ranges are kept
 
     again = Monitor(recipe, gate, tmp_path / "mon")  # goes on from its folder
-    spoilt = spoil_table(refreshed, 2, 300.0)
-    third = again.check(spoilt, shifted, "week 4")
+    faulty = inject_table_outlier(refreshed, 2, 300.0)
+    third = again.check(faulty, shifted, "week 4")
     assert third.state == "FALLBACK" and "tables.2" in third.raised and third.upper <= 0.002
     assert again.recipe.units["tables.2"].option == "fp16"
     assert QuantRecipe.load(tmp_path / "mon" / "recipe.json") == again.recipe
 
     coarse = calibrated_recipe(model, {"table": "int2-greedy"}, clicks)
     strict = Monitor(coarse, AccuracyGate(budget=1e-6, resamples=100), tmp_path / "strict")
-    last = strict.check(spoilt, shifted)  # 4 bits, one option up, are not enough
+    last = strict.check(faulty, shifted)  # 4 bits, one option up, are not enough
     assert last.state == "BLOCKED" and strict.recipe is coarse and len(last.raised) == 3
     history = again.history()
     assert [c.state for c in history] == ["OK", "RECALIBRATED", "OK", "FALLBACK"]

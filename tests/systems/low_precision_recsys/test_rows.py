@@ -8,8 +8,7 @@ import torch
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.systems.low_precision_recsys import quantize_rows
-from edgewright.systems.low_precision_recsys.codebooks import CodebookRows, kmeans_rows
-from edgewright.systems.low_precision_recsys.rows import HalfRows, KeptRows, StoredRows
+from edgewright.systems.low_precision_recsys.tables import CodebookRows, Float16Rows, MixedRows, StoredRows, kmeans_rows
 
 
 def table(rows: int = 50, dim: int = 12, seed: int = 0) -> torch.Tensor:
@@ -77,7 +76,7 @@ def test_rows_that_no_code_holds_are_named_or_kept() -> None:
         with pytest.raises(ValueError, match="row 3 has NaN"):
             quantize_rows(weight, bits)
         kept = quantize_rows(weight, bits, "minmax", keep="fp16")
-        assert isinstance(kept, KeptRows) and kept.ids.tolist() == [3, 7]
+        assert isinstance(kept, MixedRows) and kept.ids.tolist() == [3, 7]
         assert torch.equal(kept.dequantize()[[3, 7]].nan_to_num(5.0), weight[[3, 7]].half().float().nan_to_num(5.0))
         good = torch.tensor([0, 1, 49])
         assert torch.equal(kept.dequantize(good), quantize_rows(weight[good], bits, "minmax").dequantize())
@@ -93,9 +92,9 @@ def test_rows_that_no_code_holds_are_named_or_kept() -> None:
 
 def test_bad_arguments() -> None:
     for bits in (1, 3, 5, 16):
-        with pytest.raises(ValueError, match=f"bits={bits}: tables have 2, 4 or 8 bits"):
+        with pytest.raises(ValueError, match=f"bits={bits}; it must be one of 2, 4, 8"):
             quantize_rows(table(), bits)
-    with pytest.raises(UsageError, match="method='kmeans' at 8 bits"):
+    with pytest.raises(UsageError, match="method='kmeans'; it must be one of minmax, greedy"):
         quantize_rows(table(), 8, "kmeans")
     with pytest.raises(UsageError, match="keep='fp32'"):
         quantize_rows(table(), 4, keep="fp32")
@@ -103,4 +102,4 @@ def test_bad_arguments() -> None:
         kmeans_rows(table(), 0)
     with pytest.raises(FormatError, match=r"books float16 \[2, 16\]"):
         CodebookRows(torch.zeros(9, 4, dtype=torch.uint8), torch.zeros(1, 16).half(), 8, 8)
-    assert HalfRows(table().half()).nbytes == 2 * 50 * 12
+    assert Float16Rows(table().half()).nbytes == 2 * 50 * 12

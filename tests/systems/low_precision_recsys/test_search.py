@@ -19,12 +19,10 @@ from edgewright.systems.low_precision_recsys import (
     search,
     uniform_recipe,
 )
-from edgewright.systems.low_precision_recsys.choices import choices_report
-from edgewright.systems.low_precision_recsys.examples import as_examples
-from edgewright.systems.low_precision_recsys.faults import LAYER, spoil_layer, spoil_table
-from edgewright.systems.low_precision_recsys.measurements import Bench
-from edgewright.systems.low_precision_recsys.moves import EPS, hull
-from edgewright.systems.low_precision_recsys.precision_search import raise_units
+from edgewright.systems.low_precision_recsys.gate import as_examples
+from edgewright.systems.low_precision_recsys.model import choices_report
+from edgewright.systems.low_precision_recsys.precision_search import EPS, EvaluationCache, hull, raise_units
+from edgewright.systems.low_precision_recsys.study import LAYER, inject_layer_outlier, inject_table_outlier
 
 FEW = {"table": ("fp32", "int8", "int4-minmax"), "linear": ("fp32", "fp16", "int8-dynamic")}
 
@@ -108,7 +106,7 @@ def test_latency_is_an_objective(model: DLRM, clicks: ClickData, tmp_path: Path)
 
 
 def test_fallback_raises_each_unit_once_the_largest_contribution_first(model: DLRM, clicks: ClickData) -> None:
-    bench = Bench(model, as_examples(clicks), gate(), [])
+    bench = EvaluationCache(model, as_examples(clicks), gate(), [])
     options = {name: ("fp32", "int8", "int2-minmax") for name in ("tables.0", "tables.1", "tables.2")}
     worst = {name: "int2-minmax" for name in options}
     found, raised = raise_units(bench, worst, options, lambda assignment: False)
@@ -132,16 +130,18 @@ def test_a_result_that_is_not_confirmed_goes_back(model: DLRM, clicks: ClickData
 
 @pytest.mark.parametrize("fault", ["layer", "table"])
 def test_planted_faults_are_found_and_kept_precise(model: DLRM, clicks: ClickData, fault: str) -> None:
-    spoilt, name = (
-        (spoil_layer(model, 100.0), LAYER) if fault == "layer" else (spoil_table(model, 2, 100.0), "tables.2")
+    faulty, name = (
+        (inject_layer_outlier(model, 100.0), LAYER)
+        if fault == "layer"
+        else (inject_table_outlier(model, 2, 100.0), "tables.2")
     )
     if fault == "layer":  # the float model does not notice
-        torch.testing.assert_close(spoilt.bottom(clicks.dense), model.bottom(clicks.dense), rtol=1e-4, atol=1e-4)
-    low = apply_recipe(spoilt, uniform_recipe(spoilt, "int8", "int8-dynamic"))
-    compared = compare_numerics(spoilt, low, clicks)
+        torch.testing.assert_close(faulty.bottom(clicks.dense), model.bottom(clicks.dense), rtol=1e-4, atol=1e-4)
+    low = apply_recipe(faulty, uniform_recipe(faulty, "int8", "int8-dynamic"))
+    compared = compare_numerics(faulty, low, clicks)
     assert compared.modules[0].name == name and compared.modules[0].output < compared.modules[1].output
     assert compared.table().splitlines()[1].startswith(name)
-    chosen = search(spoilt, clicks, gate(0.003), options=FEW).assignment
+    chosen = search(faulty, clicks, gate(0.003), options=FEW).assignment
     sound = search(model, clicks, gate(0.003), options=FEW).assignment
     order = FEW["linear" if fault == "layer" else "table"]
     assert order.index(chosen[name]) < order.index(sound[name])
@@ -174,7 +174,7 @@ def test_one_report_of_all_choices(model: DLRM, clicks: ClickData) -> None:
 def test_bad_arguments(model: DLRM, clicks: ClickData) -> None:
     with pytest.raises(UsageError, match="no unit 'tables.9'"):
         search(model, clicks, gate(), options={"tables.9": ("fp32",)})
-    with pytest.raises(UsageError, match="'int3' is none of"):
+    with pytest.raises(UsageError, match="'int3'; it must be one of"):
         search(model, clicks, gate(), options={"table": ("fp32", "int3")})
     with pytest.raises(UsageError, match="no unit 'x'"):
         search(model, clicks, gate(), skip=("x",))

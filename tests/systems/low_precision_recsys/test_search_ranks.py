@@ -15,9 +15,8 @@ import torch.distributed as dist
 from edgewright.systems.dlrm.clicks import ClickData
 from edgewright.systems.dlrm.model import DLRM
 from edgewright.systems.low_precision_recsys import AccuracyGate, QuantRecipe, search
-from edgewright.systems.low_precision_recsys.examples import halves
-from edgewright.systems.low_precision_recsys.measurements import Bench
-from edgewright.systems.low_precision_recsys.moves import sensitivities
+from edgewright.systems.low_precision_recsys.gate import halves
+from edgewright.systems.low_precision_recsys.precision_search import EvaluationCache, sensitivities
 from tests.processes import run_group, run_script
 
 OPTIONS = {"table": ("fp32", "int8", "int4-minmax"), "linear": ("fp32", "fp16", "int8-dynamic")}
@@ -38,7 +37,7 @@ def _process(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo")
     model = make_model()
     clicks = make_clicks(model, 3000, 1)  # the fixtures of the same names
-    bench = Bench(model, halves(clicks)[0], GATE, [], folder / "shared")
+    bench = EvaluationCache(model, halves(clicks)[0], GATE, [], folder / "shared")
     options = {name: OPTIONS[unit.kind] for name, unit in bench.units.items()}
     sensitivities(bench, options)
     (folder / f"{rank}.json").write_text(json.dumps(taken["n"]))

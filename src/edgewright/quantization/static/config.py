@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from edgewright.checks import check_fields, one_of
 from edgewright.errors import UsageError
 from edgewright.quantization.affine import AffineScheme
 from edgewright.quantization.static.batchnorm import STATISTICS, ConvBNQuant2d
@@ -21,10 +22,19 @@ GRANULARITIES = ("channel", "layer")
 class StaticConfig:
     """What to quantise and how.
 
-    weight_bits, activation_bits: 2 to 8, None leaves them float. input_bits: of the model's own input. granularity:
-    one step per output "channel" or per "layer". symmetric: of weights; integer kernels want True. bn: how batch norm
-    is folded in training ("correct", "quantised" or "naive", see batchnorm.py). relu6_fixed: the range
-    behind ReLU6 is (0, 6), not watched. skip: patterns of layer names that stay float.
+    Args:
+        weight_bits: 2 to 8, None leaves weights float.
+        granularity: one scale per output "channel" or per "layer" (arXiv 1806.08342, section 3.1).
+        symmetric: weights have no zero point; integer kernels want True.
+        activation_bits: 2 to 8, None leaves activations float.
+        input_bits: of the model's own input.
+        bn: how batch norm is folded in training: "correct", "quantised" or "naive", see `batchnorm`.
+        relu6_fixed: the range behind ReLU6 is (0, 6), not watched.
+        observer: of the ranges that are watched.
+        skip: patterns of layer names that stay float.
+
+    Raises:
+        UsageError: a field breaks its rule.
     """
 
     weight_bits: int | None = 8
@@ -38,10 +48,7 @@ class StaticConfig:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.granularity not in GRANULARITIES:
-            raise UsageError(f"granularity={self.granularity!r} is unknown; choose 'channel' or 'layer'")
-        if self.bn not in STATISTICS:
-            raise UsageError(f"bn={self.bn!r} is unknown; choose one of {', '.join(STATISTICS)}")
+        check_fields(self, {"granularity": one_of(*GRANULARITIES), "bn": one_of(*STATISTICS)})
         self.weight_scheme, self.activation_scheme, self.input_scheme  # noqa: B018  (their bits are checked now)
 
     @property
@@ -60,6 +67,11 @@ class StaticConfig:
         return None if self.activation_bits is None else AffineScheme(self.input_bits)
 
     def skips(self, name: str) -> bool:
+        """Whether a layer stays float.
+
+        Args:
+            name: of the layer.
+        """
         return any(fnmatch.fnmatch(name, pattern) for pattern in self.skip)
 
 

@@ -30,7 +30,19 @@ from edgewright.quantization.static.observers import ActivationQuantizer, FixedA
 
 
 def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) -> int:
-    """Write the result of `convert_static` and return the bytes of the file. `config` is what it was prepared with."""
+    """Write a converted network.
+
+    Args:
+        converted: of `convert_static`.
+        path: of the safetensors file.
+        config: what it was prepared with.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        UsageError: the model has no integer weights.
+    """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     activations: dict[str, Any] = {}
@@ -57,9 +69,15 @@ def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) ->
 
 
 def load_static(model: nn.Module, example: Any, path: str | Path) -> nn.Module:
-    """The converted network of a file from `save_static`, built from a float model of the same architecture.
+    """Load a converted network into the architecture of a float model.
 
-    The weights of `model` do not matter. Raises FormatError when the file is broken or of another architecture.
+    Args:
+        model: float, of the same architecture; its weights do not matter.
+        example: an input batch, as for `quantize_static`.
+        path: what `save_static` wrote.
+
+    Raises:
+        FormatError: the file is broken or of another architecture.
     """
     tensors, texts = read_tensors(path)
     try:

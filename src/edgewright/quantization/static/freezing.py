@@ -10,6 +10,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check, number, whole
 from edgewright.errors import UsageError
 
 
@@ -42,7 +43,18 @@ class FreezeClock(nn.Module):
 
 
 def freeze_(model: nn.Module, frozen: bool = True) -> nn.Module:
-    """Freeze (or release) batch-norm statistics and activation ranges of the whole model, in place."""
+    """Freeze (or release) batch-norm statistics and activation ranges of the whole model, in place.
+
+    Args:
+        model: of `quantize_static`.
+        frozen: False releases them, and takes back `freeze_after_`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: the model has no such statistics.
+    """
     for clock in _clocks(model):
         clock.frozen.fill_(frozen)
         if not frozen:
@@ -51,12 +63,21 @@ def freeze_(model: nn.Module, frozen: bool = True) -> nn.Module:
 
 
 def freeze_after_(model: nn.Module, steps: int, at: float = 2 / 3) -> nn.Module:
-    """Freeze by itself after `at` of the coming `steps` training forwards (a share up to 1, or a number of steps).
+    """Freeze statistics by themselves during the coming training.
 
-    With gradient accumulation a step is a micro step. A number beyond `steps` never comes and is warned about.
+    Args:
+        model: of `quantize_static`.
+        steps: training forwards to come; with gradient accumulation these are micro steps.
+        at: a share of them up to 1, or a number of steps. A number beyond `steps` never comes and is warned about.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: an argument breaks its rule, or the model has no such statistics.
     """
-    if not at >= 0 or steps < 1:
-        raise UsageError(f"at={at}, steps={steps}: a share from 0 to 1 or a number of steps, of at least 1 step in all")
+    check("at", at, number(0))
+    check("steps", steps, whole(1))
     after = round(at * steps) if at <= 1 else int(at)
     if after > steps:
         warnings.warn(f"statistics would freeze at step {after}, but the run has {steps}: they never do", stacklevel=2)

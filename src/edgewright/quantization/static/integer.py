@@ -77,7 +77,15 @@ class Match(NamedTuple):
 
 
 class IntegerExecutor:
-    """Runs the result of `convert_static`. Raises Unsupported naming the first operation without an integer form."""
+    """Runs a converted network in integers only: int8 codes in, int32 sums, int8 codes out.
+
+    Args:
+        converted: of `convert_static`, traced, with quantised activations.
+
+    Raises:
+        UsageError: another model.
+        Unsupported: when it runs, naming the first operation without an integer form.
+    """
 
     def __init__(self, converted: nn.Module) -> None:
         if not isinstance(converted, fx.GraphModule) or not any(
@@ -88,21 +96,46 @@ class IntegerExecutor:
         self.input = self._input_quantizer()
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        """int32 codes of float images, as the first quantiser makes them."""
+        """Codes of float images, as the first quantiser makes them.
+
+        Args:
+            x: float [N, C, H, W].
+
+        Returns:
+            int32 [N, C, H, W].
+        """
         entry = self.input
         codes = torch.round(x * (1.0 / torch.tensor(entry.step))) + entry.zero
         return codes.clamp(entry.lowest, entry.highest).to(torch.int32)
 
     def reference(self, codes: Tensor) -> Codes:
-        """Codes of the output for codes of the input [N, C, H, W] (any integer type)."""
+        """Codes of the output for codes of the input.
+
+        Args:
+            codes: [N, C, H, W], any integer type.
+
+        Returns:
+            int32 codes with their scale and zero point; `.values()` are the float32 values.
+        """
         return self._run(codes, None)[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Float values of the output for float images."""
+        """Float values of the output for float images.
+
+        Args:
+            x: float [N, C, H, W].
+        """
         return self.reference(self.quantize_input(x)).values()
 
     def compare(self, x: Tensor) -> dict[str, Match]:
-        """Each quantised activation against fake quantisation, every operation given the same codes to start from."""
+        """Each quantised activation against fake quantisation, every operation given the same codes to start from.
+
+        Args:
+            x: float [N, C, H, W].
+
+        Returns:
+            Name of an activation -> share of equal codes, largest difference in codes, number of values.
+        """
         recorder = _Recorder(self.model)
         with torch.no_grad():
             recorder.run(x)

@@ -34,12 +34,20 @@ from edgewright.quantization.static.prepare import prepare
 
 
 def quantize_static(model: nn.Module, example: Any, config: StaticConfig | None = None) -> nn.Module:
-    """A copy of `model` with folded batch norms and fake quantisers, not yet calibrated; the model stays untouched.
+    """A copy with folded batch norms and fake quantisers, not yet calibrated; the model stays untouched.
 
-    example: one input batch (a tensor, or a tuple of the model's arguments), with which the copy is compared in float
-    before it is returned. A model that torch.fx cannot trace is prepared by the names of its modules: then only layers
-    and their inputs are quantised. What was done is in `static_report(result)`. A model that went through here already
-    comes back as it is, with a warning. Raises UsageError for a model without convolution or linear layer.
+    A model that torch.fx cannot trace is prepared by the names of its modules: then only layers and their inputs are
+    quantised. What was done is in `static_report(result)`. A model that went through here already comes back as it is,
+    with a warning.
+
+    Args:
+        model: float, with convolutions or linear layers.
+        example: one input batch (a tensor, or a tuple of the model's arguments), with which the copy is compared in
+            float before it is returned.
+        config: what to quantise and how; by default 8 bits, one scale per output channel.
+
+    Raises:
+        UsageError: a model without such layers, or whose batch norms do not follow their layers.
     """
     config = config or StaticConfig()
     if any(isinstance(module, ConvBNQuant2d | StaticLayer) for module in model.modules()):
@@ -50,7 +58,14 @@ def quantize_static(model: nn.Module, example: Any, config: StaticConfig | None 
 
 
 def static_report(model: nn.Module) -> StaticReport:
-    """What happened to each part. Raises UsageError for a model that did not come from `quantize_static`."""
+    """What happened to each part.
+
+    Args:
+        model: of `quantize_static`.
+
+    Raises:
+        UsageError: it did not come from there.
+    """
     report = getattr(model, "meta", {}).get("static_report")
     if report is None:
         raise UsageError("the model has no report; it did not come from quantize_static")
@@ -58,11 +73,21 @@ def static_report(model: nn.Module) -> StaticReport:
 
 
 def calibrate_(model: nn.Module, batches: Iterable[Any], max_batches: int = 100) -> nn.Module:
-    """Set the ranges of all activations from up to `max_batches` batches through the float model, in place.
+    """Set the ranges of all activations from batches through the float model, in place; modes are put back afterwards.
 
-    A batch is a tensor of inputs, or a tuple or list whose first entry is one. Modes are put back afterwards. Raises
-    UsageError (a ValueError) when there is no batch, FormatError when an activation holds NaN; warns by name where an
-    activation was always zero.
+    Warns by name where an activation was always zero.
+
+    Args:
+        model: of `quantize_static`.
+        batches: tensors of inputs, or tuples or lists whose first entry is one.
+        max_batches: how many are taken; about 100 are good.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: there is no batch.
+        FormatError: an activation holds NaN or infinity.
     """
     quantizers = activation_quantizers(model)
     device = next(model.parameters()).device
@@ -90,9 +115,16 @@ def calibrate_(model: nn.Module, batches: Iterable[Any], max_batches: int = 100)
 
 
 def convert_static(model: nn.Module) -> nn.Module:
-    """A copy with constants only: weights on their grids, fixed steps and zero points, batch norms gone; eval mode.
+    """A copy with constants only: weights on their grids, fixed scales and zero points, batch norms gone; eval mode.
 
     It computes what the prepared model computes in eval mode (and, once frozen, in training), bit for bit.
+
+    Args:
+        model: of `quantize_static`, calibrated.
+
+    Raises:
+        UsageError: there is no layer to convert, or an activation has no range.
+        FormatError: a folded weight holds NaN or infinity.
     """
     converted = copy.deepcopy(model).eval()
     layers = [(name, m) for name, m in converted.named_modules() if isinstance(m, ConvBNQuant2d)]

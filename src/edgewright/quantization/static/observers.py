@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from edgewright.checks import check_fields, number, one_of
 from edgewright.errors import FormatError, UsageError
 from edgewright.quantization.affine import AffineScheme, fake_quantize
 from edgewright.quantization.static.freezing import FreezeClock
@@ -23,8 +24,16 @@ PERCENTILE_SAMPLES = 1 << 20  # values of a batch that a percentile is taken fro
 
 @dataclass(frozen=True)
 class ObserverConfig:
-    """mode: "ema" (moving average of batch extremes), "minmax" (widest seen) or "percentile" (average of the batches'
-    quantiles, which leaves out the share 1 - percentile at each end). decay: of the moving average.
+    """How the range of an activation is watched.
+
+    Args:
+        mode: "ema" (moving average of batch extremes), "minmax" (widest seen) or "percentile" (average of the batches'
+            quantiles, which leaves out the share 1 - percentile at each end).
+        decay: of the moving average, corrected for its start.
+        percentile: above 0.5.
+
+    Raises:
+        UsageError: a field breaks its rule.
     """
 
     mode: str = "ema"
@@ -32,13 +41,8 @@ class ObserverConfig:
     percentile: float = 0.9999
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UsageError(f"observer mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
-        if not 0 < self.decay < 1 or not 0.5 < self.percentile <= 1:
-            raise UsageError(
-                f"decay={self.decay}, percentile={self.percentile}: decay lies between 0 and 1, percentile above 0.5 "
-                "and up to 1; for example decay=0.999, percentile=0.9999"
-            )
+        rules = {"mode": one_of(*MODES), "decay": number(above=0, below=1), "percentile": number(above=0.5, most=1)}
+        check_fields(self, rules)
 
 
 class RangeObserver(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from edgewright.checks import check, one_of
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_file
 from edgewright.measure.plot import plot
@@ -56,8 +57,7 @@ class WeightRow:
 
 def scheme_named(name: str, bits: int) -> AffineScheme:
     """The weight quantiser of one of SCHEMES."""
-    if name not in SCHEMES:
-        raise UsageError(f"unknown scheme {name!r}; the schemes are {', '.join(SCHEMES)}")
+    check("scheme", name, one_of(*SCHEMES))
     granularity, symmetry = name.split("_")
     symmetric = symmetry == "sym"
     return AffineScheme(bits, symmetric, narrow=symmetric, per_channel=granularity == "channel")
@@ -79,9 +79,16 @@ def sqnr_report(
     schemes: Sequence[str] = SCHEMES,
     bits: Sequence[int] = (8, 6, 4),
 ) -> list[WeightRow]:
-    """A row for every layer, scheme and width of a float model; batch norms are folded first.
+    """Signal to quantisation noise of the weights of a float model; batch norms are folded first.
 
-    example: an input batch, as for `quantize_static`.
+    Args:
+        model: float, or of `quantize_static`.
+        example: an input batch, as for `quantize_static`.
+        schemes: of "layer_sym", "layer_asym", "channel_sym", "channel_asym".
+        bits: widths.
+
+    Returns:
+        A row for every layer, width and scheme, figures in dB.
     """
     rows = []
     for layer in _layers(model, example):
@@ -113,9 +120,19 @@ def sqnr_report(
 
 @torch.no_grad()
 def feature_sqnr(prepared: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
-    """SQNR in dB of each activation of a calibrated, prepared model against itself in float, over all `batches`.
+    """SQNR in dB of each activation of a prepared model against itself in float.
 
     The noise of an activation is what all layers before it and its own quantiser add.
+
+    Args:
+        prepared: of `quantize_static`, traced and calibrated.
+        batches: of inputs; signal and noise are summed over all.
+
+    Returns:
+        Name of an activation -> dB.
+
+    Raises:
+        UsageError: a model that was not traced, or no batch with a signal.
     """
     if not isinstance(prepared, fx.GraphModule):
         raise UsageError("feature_sqnr needs a traced model from quantize_static")
@@ -187,10 +204,8 @@ def plot_channel_ranges(model: nn.Module, example: Any, path: str | Path, layer:
         deep = [candidate for candidate in layers if _kind(candidate) == "depthwise"] or layers
         chosen = max(deep, key=lambda candidate: _spread(_spans(candidate.folded()[0])))
     else:
-        found = [candidate for candidate in layers if candidate.name == layer]
-        if not found:
-            raise UsageError(f"no layer is called {layer!r}; layers: {', '.join(c.name for c in layers)}")
-        chosen = found[0]
+        check("layer", layer, one_of(*(candidate.name for candidate in layers)))
+        chosen = next(candidate for candidate in layers if candidate.name == layer)
     before, after = _spans(chosen.weight), _spans(chosen.folded()[0])
     order = after.argsort()
     step = float(after.max()) / 127

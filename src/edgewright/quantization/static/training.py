@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edgewright.checks import check_fields, whole
 from edgewright.distillation.logits import distillation_loss
-from edgewright.errors import UsageError
 from edgewright.quantization.static.freezing import freeze_after_
 from edgewright.training.batches import BlockBatches
 from edgewright.training.config import TrainConfig
@@ -23,10 +23,21 @@ from edgewright.training.loop import TrainResult, fit
 
 @dataclass(frozen=True)
 class StaticTraining:
-    """learning_rate: of AdamW, constant. freeze_at: share of the steps with moving statistics.
+    """Settings of a short training under quantisation.
 
     deviation: the paper trains millions of images with SGD at 1e-5; a short run needs the scale-free steps of Adam, and
     on few pictures the statistics of a batch are no measure of the network's, so they stay as trained (0).
+
+    Args:
+        steps: updates.
+        batch: images of an update.
+        learning_rate: of AdamW, constant.
+        freeze_at: share of the steps with moving statistics.
+        checkpoint_every: steps between two checkpoints; 0 writes none before the end.
+        seed: of the order.
+
+    Raises:
+        UsageError: a field breaks its rule.
     """
 
     steps: int = 100
@@ -37,8 +48,7 @@ class StaticTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise UsageError(f"steps={self.steps}, batch={self.batch}: both must be at least 1")
+        check_fields(self, {"steps": whole(1), "batch": whole(1)})
 
 
 def train_static(
@@ -50,10 +60,19 @@ def train_static(
     normalise: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> TrainResult:
-    """Train a calibrated, prepared network in place on the teacher's logits for `images`.
+    """Train a calibrated, prepared network in place on the teacher's logits for some images, without labels.
 
-    images: [N, ...], as the network takes them, or as `normalise` does (uint8 takes a quarter of the memory). The
-    teacher runs once over them, in evaluation mode. With an `output` folder the run resumes there.
+    Args:
+        prepared: of `quantize_static`, calibrated.
+        teacher: the float network; it runs once over the images, in evaluation mode.
+        images: [N, ...], as the network takes them, or as `normalise` does (uint8 takes a quarter of the memory).
+        config: steps, batch, rate; by default 100 steps of 16.
+        output: folder in which the run resumes.
+        normalise: images -> what the network takes.
+        progress: show a bar.
+
+    Returns:
+        What `fit` returns.
     """
     config = config or StaticTraining()
     prepare = normalise or (lambda batch: batch)

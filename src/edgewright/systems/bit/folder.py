@@ -40,9 +40,20 @@ PACKED = 64  # weights in one stored word at most
 def save_binary(
     model: nn.Module, config: BitConfig, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Path:
-    """Write a model that went through `binarize_encoder_(model, config)` and `pack_binary_` as a folder; its path.
+    """Write a packed model as a folder: config.json, model.safetensors.
 
-    Raises UsageError for a model without packed layers, OutputError when the folder cannot be written.
+    Args:
+        model: that went through `binarize_encoder_(model, config)` and `pack_binary_`.
+        config: what it was binarised by.
+        folder: that does not exist, or is empty.
+        tokenizer: written beside the model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the model has no packed layer.
+        OutputError: the folder cannot be written.
     """
     if not any(isinstance(module, BinaryLinear | BinaryEmbedding) for module in model.modules()):
         raise UsageError("the model has no packed binary layer; call pack_binary_(model) before save_binary")
@@ -58,9 +69,15 @@ def save_binary(
 
 
 def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
-    """The packed model that `save_binary` wrote, in eval mode. path: how binary layers multiply, see `binary_linear`.
+    """Load the packed model that `save_binary` wrote, in eval mode.
 
-    Raises UsageError for a folder that cannot be read, FormatError for one that contradicts itself.
+    Args:
+        folder: of the model.
+        path: how layers with binary inputs multiply, see `kernels.popcount.binary_linear`.
+
+    Raises:
+        UsageError: the folder cannot be read.
+        FormatError: its files contradict each other.
     """
     folder = Path(folder)
     settings, config = _description(folder)
@@ -74,17 +91,17 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
         pack_binary_(model, path)
     except UsageError as error:
         raise FormatError(f"{folder}: its settings do not fit its model: {error}") from error
-    wanted = model.state_dict()
+    expected = model.state_dict()
     stored = load_tensors(folder / WEIGHTS)
-    for name, tensor in wanted.items():
-        found = stored.get(name)
-        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise FormatError(f"{folder}: {name} should be {tensor.dtype} {list(tensor.shape)}, there is {what}")
-        if found.is_floating_point() and not torch.isfinite(found).all():
+    for name in sorted({*expected, *stored}):
+        should, there = (
+            "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            for tensor in (expected.get(name), stored.get(name))
+        )
+        if should != there:
+            raise FormatError(f"{folder}: {name[:80]} should be {should}, there is {there}")
+        if stored[name].is_floating_point() and not torch.isfinite(stored[name]).all():
             raise FormatError(f"{folder}: {name} holds NaN or infinity")
-    if extra := sorted(set(stored) - set(wanted)):
-        raise FormatError(f"{folder} has the tensor {extra[0][:80]!r}, which its model has no place for")
     model.load_state_dict(stored)
     return model.eval()
 
@@ -115,10 +132,9 @@ def _skeleton(folder: Path, settings: dict[str, Any], entries: dict[str, Safeten
     try:
         model_config = AutoConfig.for_model(**kept)
         with torch.device("meta"):
-            check_size(folder / "config.json", factory(model_config), entries, packed=PACKED)
-        return factory(model_config)
-    except FormatError:
-        raise
+            planned = factory(model_config)
     except Exception as error:  # a configuration from outside makes model classes raise whatever they like
         reason = in_one_line(error)
         raise FormatError(f"{folder}: its config.json does not describe a {name}: {reason}") from error
+    check_size(folder / "config.json", planned, entries, packed=PACKED)
+    return factory(model_config)

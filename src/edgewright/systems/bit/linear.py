@@ -1,21 +1,30 @@
-"""Packed binary layers: what a trained BiT layer becomes, 64 signs a word and multiplied as bits.
+"""Packed binary layers: what a trained BiT layer becomes, 64 signs a word and multiplied as bits; and their ONNX file.
 
     pack_binary_(student)      # QuantLinear and QuantEmbedding on the binary grid -> the modules below, in place
 
 A layer whose input is binary too multiplies by counting ones (kernels/popcount.py); a layer with other inputs, or none
 quantised, unpacks its signs and multiplies as a float layer.
+
+An .onnx file holds the signs as uint8 initialisers, unfolded by a small subgraph in front of MatMul. It is as small as
+the words in memory. ONNX Runtime has no kernel for bits: it unfolds the signs into floats when it loads the file, so
+the size on disk shrinks, its memory and its arithmetic do not.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.checks import check, one_of
 from edgewright.errors import Unsupported, UsageError
+from edgewright.export.onnx.exporter import OnnxExport, export_onnx
 from edgewright.io.own_forward import has_own_forward, original_class
 from edgewright.io.packed import PackedEmbedding, PackedLinear, PackedTensor
 from edgewright.kernels.popcount import PATHS, WORD, binary_linear, pack_bits, tile, unpack_bits, unpack_signs
@@ -51,8 +60,7 @@ class BinaryLinear(nn.Module):
             raise UsageError(
                 f"words {list(words.shape)} and alpha_w {list(alpha_w.shape)} do not fit {in_features} inputs"
             )
-        if path not in PATHS:
-            raise UsageError(f"path={path!r} is unknown; choose one of {', '.join(PATHS)}")
+        check("path", path, one_of(*PATHS))
         self.in_features, self.out_features, self.path = in_features, len(words), path
         self.register_buffer("words", words)
         self.register_buffer("alpha_w", alpha_w)
@@ -145,9 +153,18 @@ class CodesLinear(nn.Module):
 
 @torch.no_grad()
 def pack_binary_(model: nn.Module, path: str = "auto") -> nn.Module:
-    """Replace, in place, every layer on the binary grid by its packed form; returns the model.
+    """Replace, in place, every layer on the binary grid by its packed form.
 
-    Raises UsageError when nothing is binary, and when the scale of an activation was never set.
+    Args:
+        model: of `binarize_encoder_`, whose activations have scales.
+        path: how layers with binary inputs multiply, see `kernels.popcount.binary_linear`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UsageError: nothing is binary, or the scale of an activation was never set.
+        Unsupported: a binary layer with a forward of its own.
     """
     for name, module in model.named_modules():
         if isinstance(module, ElasticQuantizer) and not module.is_calibrated():
@@ -224,6 +241,40 @@ def _forget_tiles(module: nn.Module, _: Any) -> None:
 
 
 def _packed_tensor(words: Tensor, n: int, alpha: Tensor) -> PackedTensor:
-    """The package's form of packed signs: int8 codes and one step a row."""
+    """The package's form of packed signs: int8 codes and one scale a row."""
     codes = unpack_bits(words, n).to(torch.int8) * 2 - 1
     return PackedTensor(codes, alpha.detach().float().expand(len(words)).unsqueeze(1).clone(), "binary")
+
+
+# A sum in another order moves a value across a threshold now and then, and one flipped bit moves a whole unit.
+FLIPPED_TOLERANCE = 0.5
+
+
+def export_binary_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    tolerance: float = FLIPPED_TOLERANCE,
+) -> OnnxExport:
+    """Write a packed model as .onnx, run the file in ONNX Runtime and compare.
+
+    Args:
+        model: that went through `pack_binary_`.
+        path: of the file.
+        example_inputs: by name; by default what `export_onnx` takes for the model.
+        tolerance: largest difference allowed, relative to the largest value of an output.
+
+    Returns:
+        What `export_onnx` returns.
+
+    Raises:
+        UsageError: the model has no packed binary layer.
+    """
+    exported = copy.deepcopy(model)
+    found = [(name, module) for name, module in exported.named_modules() if hasattr(module, "exportable")]
+    if not found:
+        raise UsageError("the model has no packed binary layer; call pack_binary_(model) first, or export_onnx")
+    for name, module in found:
+        exported.set_submodule(name, module.exportable())
+    return export_onnx(exported, path, example_inputs=example_inputs, tolerance=tolerance, storage="smallest")

@@ -2,7 +2,7 @@
 
     binarize_encoder_(model, BitConfig(activation_bits=2))     # W1A2: train it, then
     binarize_encoder_(model, BitConfig(activation_bits=1))     # W1A1 from the same weights, scales started anew
-    pack_binary_(model)                           # words of 64 signs, see binary_linear.py
+    pack_binary_(model)                           # words of 64 signs, see linear.py
 
 Source: BiT, arXiv 2205.13016. Two sets: {-1, +1} for tensors of both signs (inputs of q, k, v, o and of the first
 feed-forward layer; q, k, v themselves), {0, 1} for those never negative (attention probabilities; the input of the
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgewright.checks import check, check_fields, one_of
 from edgewright.errors import Unsupported, UsageError
 from edgewright.quantization.api import quantize_, quantized_modules
 from edgewright.quantization.attention import ATTENTION_NAME, AttentionQuantizers, quantize_attention_
@@ -79,11 +80,21 @@ FAMILIES = {"bert": BERT, "roberta": BERT, "distilbert": DISTILBERT}
 class BitConfig:
     """What of an encoder becomes how many bits; 32 leaves a part alone, and 32 / 32 the whole model.
 
-    activation_bits: 1, or 2 to 8 for the students on the way there. two_sets: False is the sign everywhere, with GELU
-    kept, as binary BERTs before BiT had it. shift: learned thresholds. learn_scale: False freezes the activations'
-    scales at their start. official_qkv_shift: no thresholds on q, k, v, as in the official code, which computes them
-    and then overwrites the result. sets: (name pattern, "signed" | "unsigned" | "float") to decide otherwise for the
-    inputs of some layers. check: refuse negative inputs of the {0, 1} set by the layer's name.
+    Args:
+        weight_bits: 1 or 32.
+        activation_bits: 1, or 2 to 8 for the students on the way there, or 32.
+        embeddings: word embeddings become binary too, one scale a token.
+        pooler: the pooler's linear layer becomes binary too.
+        two_sets: False is the sign everywhere, with GELU kept, as binary BERTs before BiT had it.
+        shift: learned thresholds (beta of arXiv 2205.13016, section 3.3).
+        learn_scale: False freezes the activations' scales (alpha) at their start.
+        official_qkv_shift: no thresholds on q, k, v, as in the official code, which computes them and then overwrites
+            the result.
+        sets: (name pattern, "signed" | "unsigned" | "float") to decide otherwise for the inputs of some layers.
+        check: refuse negative inputs of the {0, 1} set by the layer's name.
+
+    Raises:
+        UsageError: a field breaks its rule.
     """
 
     weight_bits: int = 1
@@ -98,30 +109,42 @@ class BitConfig:
     check: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in (1, FLOAT):
-            raise UsageError(f"weight_bits={self.weight_bits}; BiT has weights of 1 bit, or 32 to leave them alone")
-        if self.activation_bits not in (*range(1, 9), FLOAT):
-            raise UsageError(f"activation_bits={self.activation_bits}; choose 1 to 8, or 32 to leave them alone")
+        check_fields(self, {"weight_bits": one_of(1, FLOAT), "activation_bits": one_of(*range(1, 9), FLOAT)})
         for pattern, kind in self.sets:
-            if kind not in ("signed", "unsigned", "float"):
-                raise UsageError(f"sets: {pattern!r} is to be {kind!r}; choose signed, unsigned or float")
+            check(f"BitConfig sets {pattern!r}", kind, one_of("signed", "unsigned", "float"))
 
     def elastic(self, signed: bool, shift: bool = True) -> ElasticConfig:
+        """The quantiser of one activation.
+
+        Args:
+            signed: of {-1, 1}, or else of {0, 1} where there are two sets.
+            shift: it may have thresholds.
+        """
         levels: Any = "binary" if self.activation_bits == 1 else self.activation_bits
         unsigned = self.two_sets and not signed
         return ElasticConfig(levels, not unsigned, shift and self.shift, self.check, self.learn_scale)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as `save_binary` writes them."""
         return asdict(self)
 
 
 def binarize_encoder_(model: nn.Module, config: BitConfig | None = None) -> nn.Module:
-    """Turn a BERT-like encoder of transformers into a BiT student, in place; returns the model.
+    """Turn a BERT-like encoder of transformers into a BiT student, in place.
 
     A model that is one already is taken apart first: it keeps its float weights and its thresholds and gets new scales.
-    Scales of activations start from the first batch: let 16 sentences or more through before training. With 32 bits
-    for both the model is left exactly as it was. Raises Unsupported for decoders and unknown families, UsageError for
-    a tied embedding or a pattern that matches nothing.
+    Scales of activations start from the first batch: let 16 sentences or more through before training.
+
+    Args:
+        model: BERT, RoBERTa or DistilBERT.
+        config: what becomes how many bits, by default 1 / 1. With 32 / 32 the model is left exactly as it was.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: a decoder, or a family that is not known.
+        UsageError: the embedding is tied to the output layer, or a pattern of `sets` matches nothing.
     """
     config = config or BitConfig()
     family = family_of(model)
@@ -161,7 +184,17 @@ def family_of(model: nn.Module) -> EncoderFamily:
 def parameter_groups(
     model: nn.Module, learning_rate: float, *, scale_rate: float = 1e-4, weight_decay: float = 0.01
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the paper: matrices with decay, scales with their own rate, the rest without decay."""
+    """Optimizer groups of the paper: matrices with decay, scales with their own rate, the rest without decay.
+
+    Args:
+        model: of `binarize_encoder_`.
+        learning_rate: of weights, biases and thresholds.
+        scale_rate: of the activations' scales; 1e-4 in the official code.
+        weight_decay: of matrices.
+
+    Returns:
+        Groups as torch.optim takes them, without empty ones.
+    """
     scales = {id(m.alpha): m.alpha for m in model.modules() if isinstance(m, ElasticQuantizer)}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
     groups = [
@@ -195,7 +228,7 @@ def _inputs(model: nn.Module, family: EncoderFamily, config: BitConfig) -> Itera
 
 def _rules(model: nn.Module, family: EncoderFamily, config: BitConfig, linears: dict[str, str]) -> tuple[Rule, ...]:
     """One rule a layer, by its full name."""
-    # Steps stay float32: one a tensor or a token row costs next to nothing, and no GGUF type holds them anyway.
+    # Scales stay float32: one a tensor or a token row costs next to nothing, and no GGUF type holds them anyway.
     shared: dict[str, Any] = {"scale": "absmean", "center": True, "scale_dtype": "float32"}
     weight = WeightConfig("binary", "tensor", **shared) if config.weight_bits == 1 else None
     rules = []

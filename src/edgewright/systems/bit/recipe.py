@@ -20,10 +20,15 @@ import torch
 from edgewright.data.sentences import SentenceBench, SentenceSettings
 from edgewright.distillation.stages import Stage, distill_in_stages
 from edgewright.measure.report import Report
-from edgewright.systems.bit.distillation import EncoderDistillation
+from edgewright.systems.bit.distillation import (
+    EncoderDistillation,
+    agreement,
+    byte_rows,
+    embedding_distance,
+    probability_zeros,
+)
 from edgewright.systems.bit.folder import save_binary
 from edgewright.systems.bit.linear import pack_binary_
-from edgewright.systems.bit.measures import agreement, byte_rows, embedding_distance, probability_zeros
 from edgewright.systems.bit.model import BitConfig, binarize_encoder_, parameter_groups
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run

@@ -15,8 +15,8 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
+from edgewright.checks import Allowed, check, number, one_of, optional
 from edgewright.errors import UsageError
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.run_folder import claim_folder, working_in
@@ -58,10 +58,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model not in MODELS:
         raise UsageError(f"cannot train {args.model!r}{did_you_mean(args.model, MODELS)}; models: {', '.join(MODELS)}")
     formats = [] if args.to is None else [name.strip() for name in args.to.split(",")]
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise UsageError(f"--to {unknown[0]}: there are {', '.join(FORMATS)}")
-    if args.rows is not None and args.rows < 2:
-        raise UsageError(f"--rows {args.rows:g}: at least 2, one to train on and one to judge by")
+    for name in formats:
+        check("--to", name, one_of(*FORMATS))
+    check("--rows", args.rows, optional(number(2)), "one to train on and one to judge by")
 
     output = Path(args.output or f"runs/dlrm-{Path(args.data).name.partition('.')[0]}")
     with working_in(output):
@@ -76,15 +75,13 @@ def run(args: argparse.Namespace) -> int:
 
 def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Report:
     """Read, train, judge, save and export; the report, which is in `output` as well."""
-    from edgewright.systems.dlrm.baselines import Popularity
-    from edgewright.systems.dlrm.criteo import read_layout
-    from edgewright.systems.dlrm.metrics import check_labels, evaluate
+    from edgewright.systems.dlrm.click_log import prepare_clicks, read_layout
+    from edgewright.systems.dlrm.metrics import Popularity, check_labels, evaluate
     from edgewright.systems.dlrm.model import DLRM, DLRMConfig
-    from edgewright.systems.dlrm.training import ClickTraining, train_clicks
-    from edgewright.systems.dlrm.vocabulary import prepare_clicks
+    from edgewright.systems.dlrm.optimizers import ClickTraining, train_clicks
 
     claim_folder(output, "train dlrm")
-    say = _silent if args.json else _say
+    say = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr, flush=True))
     layout = read_layout(args.data, args.label, _names(args.dense), _names(args.categorical))
     bottom, top = _widths("--bottom", args.bottom), _widths("--top", args.top)
     train, valid, vocabulary = prepare_clicks(
@@ -124,7 +121,9 @@ def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Re
         label="training",
     )
     model.eval()
-    _save(model, vocabulary, output / "model")
+    with atomic_directory(output / "model", ours=True) as temporary:  # either alone could not serve a request
+        model.write_into(temporary)
+        vocabulary.write_into(temporary)
     report = Report(f"DLRM on {Path(args.data).name}", {"steps": result.steps, "seed": args.seed})
     columns = [k for k, name in enumerate(schema.tables) if schema.slots[k] == 1]
     busiest = schema.tables[max(columns, key=lambda k: schema.sizes[k])]
@@ -136,23 +135,12 @@ def train_dlrm(args: argparse.Namespace, output: Path, formats: list[str]) -> Re
         report.add("calibration", found.calibration, subject=name, n=found.n)
     report.notes.append("the weights with the lowest log-loss on the held-out rows, judged on the same rows")
     for name in formats:
-        report.notes.append(_export(model, name, output / FORMATS[name], schema.slots))
+        from edgewright.systems.dlrm.serving import export_dlrm
+
+        done = export_dlrm(model, output / FORMATS[name], name, slots=schema.slots)
+        report.notes.append(f"{FORMATS[name]}: {done.bytes / 1e6:.2f} MB, ran in its runtime and equals the model")
     report.save(output)
     return report
-
-
-def _export(model: Any, name: str, path: Path, slots: tuple[int, ...]) -> str:
-    from edgewright.systems.dlrm.serving import export_dlrm
-
-    done = export_dlrm(model, path, name, slots=slots)
-    return f"{path.name}: {done.bytes / 1e6:.2f} MB, ran in its runtime and equals the model"
-
-
-def _save(model: Any, vocabulary: Any, folder: Path) -> None:
-    """Model and vocabulary in one folder: either alone could not serve a request."""
-    with atomic_directory(folder, ours=True) as temporary:
-        model.write_into(temporary)
-        vocabulary.write_into(temporary)
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -160,18 +148,7 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _widths(option: str, text: str) -> tuple[int, ...]:
-    try:
-        widths = tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        widths = (0,)
-    if any(width < 1 for width in widths):
-        raise UsageError(f"{option} {text!r}: widths of layers, e.g. {option} 512,256")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    widths = tuple(int(part) if part.isascii() and part.isdecimal() else 0 for part in parts)
+    check(option, text, Allowed("widths of layers, e.g. 512,256", lambda _: all(widths)))
     return widths
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
-
-
-def _silent(sentence: str) -> None:
-    pass

@@ -6,6 +6,10 @@
     logit = top(r)                                    [B]
 
 Shapes: B samples, T tables, d the width of every vector.
+
+Tables are plain, as quotient and remainder, or narrow and projected. All take (values [nnz], offsets [B + 1], weights
+[nnz] or None) and give [B, d]; an empty bag gives zeros. Gradients of tables are sparse: a step touches the rows that
+the batch asked for and no others.
 """
 
 from __future__ import annotations
@@ -13,28 +17,144 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgewright.checks import Allowed, check, check_fields, one_of, optional, whole
 from edgewright.errors import FormatError, UsageError, in_one_line
 from edgewright.io.atomic import atomic_directory
 from edgewright.io.json_file import read_object
 from edgewright.io.safetensors_header import check_safetensors
 from edgewright.io.tensors import load_tensors, save_tensors
 from edgewright.io.typed import from_json
-from edgewright.systems.dlrm.bags import JaggedBatch, check_ids
-from edgewright.systems.dlrm.tables import (
-    COMBINATIONS,
-    EmbeddingTable,
-    ProjectedTable,
-    QREmbeddingBag,
-    Table,
-    row_parameters,
-)
+from edgewright.systems.dlrm.clicks import ClickData, JaggedBatch, Schema, check_ids, predict
+
+COMBINATIONS = ("mult", "add", "concat")
+
+
+class EmbeddingTable(nn.EmbeddingBag):
+    """torch's EmbeddingBag as DLRM uses it: sums, sparse gradients, rows from U(-sqrt(1/n), sqrt(1/n))."""
+
+    def __init__(self, rows: int, dim: int, generator: torch.Generator | None = None) -> None:
+        weight = torch.empty(rows, dim).uniform_(-(rows**-0.5), rows**-0.5, generator=generator)
+        super().__init__(rows, dim, mode="sum", sparse=True, include_last_offset=True, _weight=weight)
+
+    @property
+    def rows(self) -> int:
+        """Ids that the table knows."""
+        return self.num_embeddings
+
+
+class QREmbeddingBag(nn.Module):
+    """Two short tables in place of a long one (quotient and remainder, arXiv 1909.02107).
+
+    Id i is row i // c of the quotients [ceil(n / c), d] and row i % c of the remainders [c, d], combined by "mult"
+    (default), "add", or "concat" (both of width d / 2): every id keeps a vector of its own.
+
+    deviation: each id's vector is formed before the bag is summed, so a bag is the sum of its ids' vectors whatever the
+    combination. The official code multiplies the two sums, which is the same for bags of one id only. Remainders of
+    "mult" start around 1, so that a product starts at the size of a plain table's row.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        dim: int,
+        collisions: int = 4,
+        combine: str = "mult",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check("combine", combine, one_of(*COMBINATIONS))
+        check("collisions", collisions, whole(1, rows))
+        if combine == "concat" and dim % 2:
+            raise UsageError(f"combine='concat' halves the width, and dim={dim} is odd")
+        self.rows, self.dim, self.collisions, self.combine = rows, dim, collisions, combine
+        width = dim // 2 if combine == "concat" else dim
+        reach = rows**-0.5
+        quotient = torch.empty(-(-rows // collisions), width).uniform_(-reach, reach, generator=generator)
+        remainder = torch.empty(collisions, width)
+        remainder.uniform_(*((0.5, 1.5) if combine == "mult" else (-reach, reach)), generator=generator)
+        self.quotient, self.remainder = nn.Parameter(quotient), nn.Parameter(remainder)
+
+    def forward(self, values: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        each = self.vectors(values, sparse=True)
+        places = torch.arange(len(values), device=values.device)
+        return F.embedding_bag(places, each, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+    def vectors(self, ids: Tensor, sparse: bool = False) -> Tensor:
+        """The vector of every id: [...] -> [..., d]."""
+        return quotient_vectors(
+            ids,
+            self.collisions,
+            self.combine,
+            lambda rows: F.embedding(rows, self.quotient, sparse=sparse),
+            lambda rows: F.embedding(rows, self.remainder, sparse=sparse),
+        )
+
+
+def quotient_vectors(
+    ids: Tensor,
+    collisions: int,
+    combine: str,
+    quotient: Callable[[Tensor], Tensor],
+    remainder: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The vector of every id [...] from the look-ups of its quotient and its remainder: [..., d]."""
+    high, low = quotient(torch.div(ids, collisions, rounding_mode="floor")), remainder(ids % collisions)
+    if combine == "concat":
+        return torch.cat([high, low], -1)
+    return high * low if combine == "mult" else high + low
+
+
+class ProjectedTable(nn.Module):
+    """A narrow table [n, w] and a matrix that lifts its sums to d (mixed dimensions, arXiv 1909.11810)."""
+
+    def __init__(self, rows: int, width: int, dim: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.table = EmbeddingTable(rows, width, generator)
+        lift = torch.empty(dim, width).normal_(0.0, (2.0 / (dim + width)) ** 0.5, generator=generator)
+        self.lift = nn.Parameter(lift)
+
+    @property
+    def rows(self) -> int:
+        """Ids that the table knows."""
+        return self.table.num_embeddings
+
+    def forward(self, values: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.project(self.table(values, offsets, weights))
+
+    def project(self, sums: Tensor) -> Tensor:
+        """[B, w] -> [B, d]."""
+        return F.linear(sums, self.lift)
+
+
+Table = EmbeddingTable | QREmbeddingBag | ProjectedTable
+
+
+def row_parameters(table: Table) -> list[nn.Parameter]:
+    """The parameters of a table whose gradients are sparse."""
+    if isinstance(table, QREmbeddingBag):
+        return [table.quotient, table.remainder]
+    return [(table.table if isinstance(table, ProjectedTable) else table).weight]  # type: ignore[list-item]
+
+
+def table_vectors(table: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
+    """The sum of padded bags in operators that every runtime has: ids [B, m], weights [B, m] -> [B, d].
+
+    table: one of the above, or any module with `vectors(ids)`.
+    ExecuTorch's portable runtime has no kernel for EmbeddingBag: a lookup, a mask and a sum compute the same.
+    """
+    if isinstance(table, ProjectedTable):
+        return table.project(table_vectors(table.table, ids, weights))
+    vectors = F.embedding(ids, table.weight) if isinstance(table, EmbeddingTable) else table.vectors(ids)  # type: ignore[operator, union-attr]
+    return (vectors * weights.unsqueeze(-1)).sum(1)
+
 
 INTERACTIONS = ("dot", "cat")
 OUT_OF_RANGE = ("error", "mod", "default_row")
@@ -47,12 +167,24 @@ MOST_CONFIG = 64 * 2**20  # bytes; a table is a few of them
 class DLRMConfig:
     """The shape of a DLRM.
 
-    bottom: widths of the bottom network, the last one is `dim`; top: of the top network, the last one is 1.
-    interaction: "dot" (products of pairs, with `interaction_itself` also of each vector with itself) or "cat".
-    on_oob: what becomes of an id that its table does not have: refused, taken modulo, or row 0.
-    qr_threshold: tables with more rows are stored as quotient and remainder (0: none), `qr_collisions` ids a row.
-    table_dims: widths of the tables where they are not `dim`; narrower ones are projected up.
-    dropout: of the vectors that the pairs are made of, and of the top network's hidden units, in training.
+    Args:
+        num_dense: dense features.
+        table_sizes: rows of every table.
+        dim: d, the width of every vector.
+        bottom: widths of the bottom network, the last one is `dim`.
+        top: widths of the top network, the last one is 1.
+        interaction: "dot" (products of pairs) or "cat" (all vectors side by side).
+        interaction_itself: products of each vector with itself too.
+        on_oob: what becomes of an id that its table does not have: "error", "mod" or "default_row" (row 0).
+        qr_threshold: tables with more rows are stored as quotient and remainder (arXiv 1909.02107); 0: none.
+        qr_collisions: ids that share a row of quotients.
+        qr_combine: "mult", "add" or "concat" of quotient and remainder.
+        table_dims: widths of the tables where they are not `dim`; narrower ones are projected up (arXiv 1909.11810).
+        table_names: for messages and `names`; numbers by default.
+        dropout: of the vectors that the pairs are made of, and of the top network's hidden units, in training.
+
+    Raises:
+        UsageError: a field breaks its rule, or the bottom network does not end in `dim`.
     """
 
     num_dense: int
@@ -75,26 +207,30 @@ class DLRMConfig:
             value = getattr(self, name)
             object.__setattr__(self, name, value if value is None else tuple(value))
         tables = len(self.table_sizes)
-        rules = {
-            "num_dense": (self.num_dense >= 1, "at least 1"),
-            "table_sizes": (tables > 0 and min(self.table_sizes, default=0) >= 1, "one table or more, each of a row"),
-            "bottom": (bool(self.bottom) and min(self.bottom) >= 1, "widths of at least 1"),
-            "top": (bool(self.top) and min(self.top) >= 1 and self.top[-1] == 1, "widths that end in 1"),
-            "interaction": (self.interaction in INTERACTIONS, f"one of {', '.join(INTERACTIONS)}"),
-            "on_oob": (self.on_oob in OUT_OF_RANGE, f"one of {', '.join(OUT_OF_RANGE)}"),
-            "qr_combine": (self.qr_combine in COMBINATIONS, f"one of {', '.join(COMBINATIONS)}"),
-            "qr_threshold": (self.qr_threshold >= 0, "0 (no table) or more"),
-            "table_names": (self.table_names is None or len(set(self.table_names)) == tables, "a name for every table"),
-            "table_dims": (
-                self.table_dims is None
-                or (len(self.table_dims) == tables and all(1 <= width <= self.dim for width in self.table_dims)),
-                f"one width from 1 to dim={self.dim} for every table",
-            ),
-            "dropout": (len(self.dropout) == 2 and all(0 <= p < 1 for p in self.dropout), "two shares from 0 below 1"),
-        }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise UsageError(f"DLRMConfig {name}={getattr(self, name)!r:.200}: it must be {allowed}")
+        positive = whole(1).holds
+        widths = Allowed("widths of at least 1", lambda value: value and all(map(positive, value)))
+        shares = Allowed("two shares from 0 below 1", lambda value: len(value) == 2 and all(0 <= p < 1 for p in value))
+        narrow = Allowed(
+            f"one width from 1 to dim={self.dim} for every table",
+            lambda value: len(value) == tables and all(whole(1, self.dim).holds(width) for width in value),
+        )
+        check_fields(
+            self,
+            {
+                "num_dense": whole(1),
+                "table_sizes": Allowed("one table or more, each of a row", widths.holds),
+                "bottom": widths,
+                "top": Allowed("widths that end in 1", lambda value: widths.holds(value) and value[-1] == 1),
+                "interaction": one_of(*INTERACTIONS),
+                "on_oob": one_of(*OUT_OF_RANGE),
+                "qr_threshold": whole(0),
+                "qr_collisions": whole(1),
+                "qr_combine": one_of(*COMBINATIONS),
+                "table_names": optional(Allowed("a name for every table", lambda value: len(set(value)) == tables)),
+                "table_dims": optional(narrow),
+                "dropout": shares,
+            },
+        )
         if self.bottom[-1] != self.dim:
             raise UsageError(
                 f"the bottom network ends with {self.bottom[-1]} units, the vectors have dim={self.dim}; e.g. "
@@ -143,7 +279,12 @@ def linear_layers(inputs: int, widths: tuple[int, ...], generator: torch.Generat
 
 
 class DLRM(nn.Module):
-    """The model; `forward` gives logits. Same seed, same weights."""
+    """The model; `forward` gives logits.
+
+    Args:
+        config: its shape.
+        seed: of the initial weights; the same seed gives the same weights.
+    """
 
     def __init__(self, config: DLRMConfig, seed: int = 0) -> None:
         super().__init__()
@@ -160,26 +301,47 @@ class DLRM(nn.Module):
         self.pairs: Tensor
 
     def forward(self, dense: Tensor, bags: JaggedBatch) -> Tensor:
-        """Dense [B, num_dense] float32, bags of B samples -> logits [B].
+        """Logits of B samples.
 
-        Raises UsageError for sizes that differ, a NaN in `dense` (with its row) and bags that cannot be; OutOfRangeId
-        (an IndexError too) for an id without a row.
+        Args:
+            dense: float32 [B, num_dense].
+            bags: the ids of B samples in every table.
+
+        Returns:
+            float32 [B].
+
+        Raises:
+            UsageError: sizes that differ, a NaN in `dense` (with its row), or bags that cannot be.
+            OutOfRangeId: an id without a row (an IndexError too), with on_oob="error".
         """
-        self.check_dense(dense)
-        bags.check(len(self.tables), self.config.names)
-        if bags.size != len(dense):
-            raise UsageError(f"{len(dense)} rows of dense features and bags of {bags.size} samples; give as many")
+        self.check_inputs(dense, bags)
         return self.join(self.bottom(dense), self.lookup(bags))
 
     def lookup(self, bags: JaggedBatch) -> list[Tensor]:
-        """The sums of all bags: T tensors [B, d]."""
+        """The sums of all bags.
+
+        Args:
+            bags: of B samples.
+
+        Returns:
+            T tensors [B, d].
+        """
         return [
             table(self.row_ids(k, bags.values[k], bags.offsets[k]), bags.offsets[k], bags.weight(k))
             for k, table in enumerate(self.tables)
         ]
 
     def row_ids(self, k: int, values: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Ids of table k as rows that it has, by `config.on_oob`."""
+        """Ids of a table as rows that it has, by `config.on_oob`.
+
+        Args:
+            k: number of the table.
+            values: ids [nnz].
+            offsets: where each bag begins, to name the sample in an error.
+
+        Raises:
+            OutOfRangeId: an id without a row, with on_oob="error".
+        """
         rows = self.config.table_sizes[k]
         if self.config.on_oob == "error":
             check_ids(values, rows, self.config.names[k], offsets)
@@ -189,18 +351,41 @@ class DLRM(nn.Module):
         return torch.where((values >= 0) & (values < rows), values, torch.zeros_like(values))
 
     def join(self, z0: Tensor, sums: list[Tensor]) -> Tensor:
-        """The top network over the interaction of z0 [B, d] and T sums [B, d]: logits [B]."""
+        """The top network over the interaction.
+
+        Args:
+            z0: of the bottom network, [B, d].
+            sums: of the bags, T tensors [B, d].
+
+        Returns:
+            Logits [B].
+        """
         return self.top(self.interact(self.drop_vectors(torch.stack([z0, *sums], 1)))).squeeze(1)
 
     def interact(self, vectors: Tensor) -> Tensor:
-        """[B, F, d] -> [B, interaction_width]: the first vector and the products of the pairs, or all vectors."""
+        """The first vector and the products of the pairs, or all vectors side by side.
+
+        Args:
+            vectors: z0 and the sums, [B, F, d].
+
+        Returns:
+            [B, interaction_width].
+        """
         if self.config.interaction == "cat":
             return vectors.flatten(1)
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
         return torch.cat([vectors[:, 0], products.index_select(1, self.pairs)], 1)
 
-    def check_dense(self, dense: Tensor) -> None:
-        """Raise UsageError unless `dense` is [B, num_dense], floating point and finite."""
+    def check_inputs(self, dense: Tensor, bags: JaggedBatch) -> None:
+        """Hold dense features and bags against the model.
+
+        Args:
+            dense: [B, num_dense].
+            bags: of B samples.
+
+        Raises:
+            UsageError: another shape or dtype, a value that is not finite, by row and column, or bags that cannot be.
+        """
         if dense.ndim != 2 or dense.shape[1] != self.config.num_dense or not dense.is_floating_point():
             raise UsageError(
                 f"dense features are {str(dense.dtype).removeprefix('torch.')}{list(dense.shape)}; the model takes "
@@ -212,6 +397,9 @@ class DLRM(nn.Module):
                 f"dense feature {column} of row {row} is {float(dense[row, column])}; fill missing values first, e.g. "
                 "dense.nan_to_num(0.0)"
             )
+        bags.check(len(self.config.table_sizes), self.config.names)
+        if bags.size != len(dense):
+            raise UsageError(f"{len(dense)} rows of dense features and bags of {bags.size} samples; give as many")
 
     def sparse_parameters(self) -> Iterator[nn.Parameter]:
         """Rows of tables: their gradients are sparse."""
@@ -224,19 +412,35 @@ class DLRM(nn.Module):
         return (parameter for parameter in self.parameters() if id(parameter) not in rows)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, the folder whole or not at all."""
+        """Write config.json and model.safetensors, the folder whole or not at all.
+
+        Args:
+            folder: that does not exist, or is empty.
+        """
         with atomic_directory(folder) as temporary:
             self.write_into(temporary)
 
     def write_into(self, folder: Path) -> None:
-        """The two files of `save_pretrained`, into a folder that somebody else finishes."""
+        """Write the two files of `save_pretrained` into a folder that the caller finishes.
+
+        Args:
+            folder: that exists.
+        """
         fields = {"model_type": MODEL_TYPE, **dataclasses.asdict(self.config)}
         (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
         save_tensors(folder / WEIGHTS, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> DLRM:
-        """A saved model. Raises UsageError (no such folder), FormatError (its files are not those of a DLRM)."""
+        """Load a saved model.
+
+        Args:
+            folder: what `save_pretrained` or `edgewright train dlrm` wrote.
+
+        Raises:
+            UsageError: there is no such folder.
+            FormatError: its files are not those of a DLRM.
+        """
         folder = Path(folder)
         config = read_config(folder)
         check_elements(config, folder / WEIGHTS)
@@ -271,7 +475,7 @@ def check_elements(config: DLRMConfig, weights: Path) -> None:
     for k, rows in enumerate(config.table_sizes):
         width = config.dim if config.table_dims is None else config.table_dims[k]
         if width == config.dim and config.qr_threshold and rows > config.qr_threshold:
-            rows = -(-rows // min(max(config.qr_collisions, 1), rows))
+            rows = -(-rows // min(config.qr_collisions, rows))
         claimed += rows * width
     for inputs, widths in ((config.num_dense, config.bottom), (config.interaction_width, config.top)):
         claimed += sum(a * b for a, b in zip((inputs, *widths), widths, strict=False))
@@ -291,3 +495,56 @@ def _table(config: DLRMConfig, k: int, generator: torch.Generator) -> Table:
 
 def _is_relu(layer: nn.Module) -> bool:
     return isinstance(layer, nn.ReLU)
+
+
+def zipf_ids(count: int, rows: int, exponent: float, generator: torch.Generator) -> Tensor:
+    """Row numbers [count], row r with a probability proportional to 1 / (r + 1)^exponent, int64."""
+    weights = torch.arange(1, rows + 1, dtype=torch.float64).pow(-exponent).cumsum(0)
+    drawn = torch.rand(count, generator=generator, dtype=torch.float64) * weights[-1]
+    return torch.searchsorted(weights, drawn).clamp_max(rows - 1)
+
+
+def synthetic_ctr(
+    samples: int,
+    sizes: tuple[int, ...] = (1000, 500, 100),
+    num_dense: int = 4,
+    dim: int = 8,
+    most_ids: int = 1,
+    exponent: float = 1.05,
+    seed: int = 0,
+) -> tuple[ClickData, DLRM]:
+    """Clicks of a planted DLRM: ids that follow Zipf's law, labels drawn from the teacher's own probabilities.
+
+    Args:
+        samples: how many.
+        sizes: rows of every table.
+        num_dense: dense features, from N(0, 1).
+        dim: width of the teacher's vectors.
+        most_ids: longest bag; bags have 0 to that many ids where it is above 1.
+        exponent: row r is drawn with a probability proportional to 1 / (r + 1)^exponent.
+        seed: of data and teacher.
+
+    Returns:
+        (the samples, the teacher).
+    """
+    check("samples", samples, whole(1))
+    check("most_ids", most_ids, whole(1))
+    generator = torch.Generator().manual_seed(seed)
+    teacher = DLRM(DLRMConfig(num_dense, sizes, dim, (16, dim), (16, 1)), seed=seed)
+    with torch.no_grad():
+        for parameter in teacher.sparse_parameters():
+            parameter.normal_(0.0, 0.7, generator=generator)  # rows that matter: fresh ones are close to zero
+    columns = []
+    for rows in sizes:
+        ids = zipf_ids(samples * most_ids, rows, exponent, generator).view(samples, most_ids)
+        if most_ids > 1:
+            lengths = torch.randint(0, most_ids + 1, (samples, 1), generator=generator)
+            ids = torch.where(torch.arange(most_ids) < lengths, ids, -1)
+        columns.append(ids.to(torch.int32))
+    names = tuple(f"table{k}" for k in range(len(sizes)))
+    schema = Schema(tuple(f"dense{i}" for i in range(num_dense)), names, tuple(sizes), (most_ids,) * len(sizes))
+    dense = torch.randn(samples, num_dense, generator=generator)
+    data = ClickData(schema, dense, torch.cat(columns, 1), torch.zeros(samples))
+    chance = predict(teacher, data).sigmoid()
+    labels = (torch.rand(samples, generator=generator) < chance).float()
+    return ClickData(schema, dense, data.ids, labels), teacher

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from edgewright.checks import check, number, one_of
 from edgewright.errors import FormatError, UsageError
 from edgewright.io.bundled import bundled_data
+from edgewright.systems.dlrm.click_log import cross
 from edgewright.systems.dlrm.clicks import ClickData, Schema
-from edgewright.systems.dlrm.hashing import cross
 
 CLICK = 4.0  # stars
 CROSS_ROWS = 20_000
@@ -54,18 +55,30 @@ def movielens_100k(
     valid: float = 0.1,
     folder: str | Path | None = None,
 ) -> Split:
-    """The data in three parts: `train` of all samples (its last `valid` share is for stopping), the rest for the test.
+    """MovieLens 100k in three parts: to train on, to stop by, and to judge by.
 
-    split: "time" (the test is what came last) or "random" (an order drawn from `seed`; what is left in each part is in
-    order of time). Dense: age, year of release, logarithms of how often user and item occurred in the training part
-    until then. Tables: user, item, gender, occupation, first three digits of the zip code, year, genres (a bag), and
-    hashed pairs of user and genre (a bag) and of user and item.
+    Dense: age, year of release, logarithms of how often user and item occurred in the training part until then.
+    Tables: user, item, gender, occupation, first three digits of the zip code, year, genres (a bag), and hashed pairs
+    of user and genre (a bag) and of user and item.
+
+    Args:
+        split: "time" (the test is what came last) or "random" (an order drawn from `seed`; each part stays in the order
+            of time).
+        seed: of the random order.
+        train: share of all samples before the test.
+        valid: share of those, the last ones, to stop by.
+        folder: of RecBole's files, by default those inside the package recbole.
+
+    Returns:
+        (train, valid, test).
+
+    Raises:
+        UsageError: an argument breaks its rule, or the files are missing.
+        FormatError: a line that cannot be read, by its number.
     """
-    if split not in SPLITS or not 0 < train < 1 or not 0 < valid < 1:
-        raise UsageError(
-            f"split={split!r}, train={train}, valid={valid}: a split is one of {', '.join(SPLITS)}, the shares lie "
-            "between 0 and 1; e.g. movielens_100k('time', train=0.8, valid=0.1)"
-        )
+    check("split", split, one_of(*SPLITS))
+    for name, share in (("train", train), ("valid", valid)):
+        check(name, share, number(above=0, below=1))
     folder = bundled_data("ml-100k") if folder is None else Path(folder)
     features = _features(folder)
     events = sorted(_events(folder / "ml-100k.inter", features), key=lambda event: event[3])  # stable
@@ -113,13 +126,14 @@ def _features(folder: Path) -> _Features:
 
 def _events(path: Path, features: _Features) -> Iterator[tuple[str, str, float, float]]:
     """(user, item, stars, seconds) of every rating."""
-    for number, row in enumerate(_table(path), 2):
+    for line, row in enumerate(_table(path), 2):
         try:
             event = row["user_id"], row["item_id"], float(row["rating"]), float(row["timestamp"])
-        except ValueError as error:
-            raise FormatError(f"{path.name}, line {number}: {error}") from error
-        if event[0] not in features.users or event[1] not in features.items:
-            raise FormatError(f"{path.name}, line {number}: user {event[0]} or item {event[1]} is not in its table")
+            features.users[event[0]], features.items[event[1]]  # both are in their tables
+        except (KeyError, ValueError) as error:
+            raise FormatError(
+                f"{path.name}, line {line}: {error}; a rating is of a user and an item of the tables, in numbers"
+            ) from error
         yield event
 
 
@@ -165,9 +179,9 @@ def _table(path: Path) -> Iterator[dict[str, str]]:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             names = [name.partition(":")[0] for name in next(reader, [])]
-            for number, row in enumerate(reader, 2):
+            for line, row in enumerate(reader, 2):
                 if len(row) != len(names):
-                    raise FormatError(f"{path.name}, line {number}: {len(row)} columns instead of {len(names)}")
+                    raise FormatError(f"{path.name}, line {line}: {len(row)} columns instead of {len(names)}")
                 yield dict(zip(names, row, strict=True))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error

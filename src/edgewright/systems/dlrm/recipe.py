@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.measure.report import Report
-from edgewright.systems.dlrm.baselines import FactorizationMachine, Popularity, fit_logistic_regression
-from edgewright.systems.dlrm.metrics import evaluate
+from edgewright.systems.dlrm.metrics import FactorizationMachine, Popularity, evaluate, fit_logistic_regression
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.movielens import CROSSES, TABLES, Split, movielens_100k
-from edgewright.systems.dlrm.training import ClickTraining, train_clicks
+from edgewright.systems.dlrm.optimizers import ClickTraining, train_clicks
 from edgewright.systems.recipe import Cell, Claim, Headline, Plan
 from edgewright.systems.run import Run, row_over_seeds
 

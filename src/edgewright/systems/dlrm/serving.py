@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from edgewright.errors import UsageError
 from edgewright.export.executorch.exporter import ExecuTorchExport, export_executorch
 from edgewright.export.onnx.exporter import OnnxExport, export_onnx
-from edgewright.systems.dlrm.bags import JaggedBatch, padded
-from edgewright.systems.dlrm.model import DLRM
-from edgewright.systems.dlrm.tables import table_vectors
+from edgewright.systems.dlrm.clicks import JaggedBatch, padded
+from edgewright.systems.dlrm.model import DLRM, table_vectors
 
 FORMATS = {"onnx": ".onnx", "executorch": ".pte"}
 
@@ -35,9 +34,7 @@ class DLRMProgram(nn.Module):
 
     def __init__(self, model: DLRM, slots: Sequence[int]) -> None:
         super().__init__()
-        if len(slots) != len(model.tables) or min(slots) < 1:
-            raise UsageError(f"slots={tuple(slots)}: one number of at least 1 for each of {len(model.tables)} tables")
-        self.model, self.slots = model, list(slots)
+        self.model, self.slots = model, checked_slots(slots, len(model.tables))
 
     def forward(self, dense: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Dense [B, n], ids [B, S], weights [B, S] -> probabilities [B]."""
@@ -55,15 +52,23 @@ def export_dlrm(
 ) -> OnnxExport | ExecuTorchExport:
     """Write the model for a runtime; the exporter runs the file and compares it before it gets its name.
 
-    format: "onnx" or "executorch", by default that of the suffix (.onnx, .pte). slots: the longest bag of each table,
-    by default `max_bag` for all. Any batch size runs in the file (ExecuTorch: up to 1024). Returns what `export_onnx`
-    or `export_executorch` return. Raises UsageError, and what they raise.
+    Any batch size runs in the file (ExecuTorch: up to 1024).
+
+    Args:
+        model: trained.
+        path: of the file, .onnx or .pte.
+        format: "onnx" or "executorch", by default that of the suffix.
+        slots: the longest bag of each table, by default `max_bag` for all.
+        max_bag: longest bag of any table.
+
+    Returns:
+        What `export_onnx` or `export_executorch` return.
+
+    Raises:
+        UsageError: a path, format or slots that do not go together.
     """
     path = Path(path)
-    if format is None:
-        format = next((name for name, suffix in FORMATS.items() if path.suffix == suffix), "")
-    if FORMATS.get(format) != path.suffix:
-        raise UsageError(f"{path} with format {format!r}: give 'onnx' and a name in .onnx, or 'executorch' and .pte")
+    format = checked_format(path, format)
     slots = [max_bag] * len(model.tables) if slots is None else list(slots)
     training = model.training
     program = DLRMProgram(model.eval(), slots).eval()
@@ -81,6 +86,22 @@ def export_dlrm(
         model.train(training)
 
 
+def checked_format(path: Path, format: str | None) -> str:
+    """The format of a file, by default that of its suffix. Raises UsageError where the two differ."""
+    if format is None:
+        format = next((name for name, suffix in FORMATS.items() if path.suffix == suffix), "")
+    if FORMATS.get(format) != path.suffix:
+        raise UsageError(f"{path} with format {format!r}: give 'onnx' and a name in .onnx, or 'executorch' and .pte")
+    return format
+
+
+def checked_slots(slots: Sequence[int], tables: int) -> list[int]:
+    """The longest bag of each table. Raises UsageError unless there is one for every table."""
+    if len(slots) != tables or min(slots) < 1:
+        raise UsageError(f"slots={tuple(slots)}: one number of at least 1 for each of {tables} tables")
+    return list(slots)
+
+
 def example_inputs(model: DLRM, slots: Sequence[int], batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Requests with bags of every length from none to full: (dense, ids, weights)."""
     generator = torch.Generator().manual_seed(seed)
@@ -96,9 +117,22 @@ def example_inputs(model: DLRM, slots: Sequence[int], batch: int = 3, seed: int 
 
 
 def requests(model: DLRM, dense: Tensor, bags: JaggedBatch, slots: Sequence[int]) -> list[np.ndarray]:
-    """The arrays that the file takes, for `Program.run`. Ids are checked here: the file only bounds them."""
-    model.check_dense(dense)
-    bags.check(len(slots), model.config.names)
+    """The arrays that the file takes, for `Program.run`. Ids are checked here: the file only bounds them.
+
+    Args:
+        model: that was exported.
+        dense: float32 [B, num_dense].
+        bags: the ids of B samples.
+        slots: the longest bag of each table, as the file was exported.
+
+    Returns:
+        dense float32 [B, num_dense], ids int64 [B, sum(slots)], weights float32 [B, sum(slots)].
+
+    Raises:
+        UsageError: values that the model does not take, or a bag longer than its slots.
+        OutOfRangeId: an id without a row.
+    """
+    model.check_inputs(dense, bags)
     rows = tuple(model.row_ids(k, v, bags.offsets[k]) for k, v in enumerate(bags.values))
     ids, weights = padded(JaggedBatch(rows, bags.offsets, bags.weights), slots)
     return [dense.numpy(), ids.numpy(), weights.numpy()]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         calibrate_ as calibrate_,
         convert_static as convert_static,
         quantize_static as quantize_static,
+        static_report as static_report,
     )
     from edgewright.quantization.static.sqnr import feature_sqnr as feature_sqnr, sqnr_report as sqnr_report
     from edgewright.quantization.static.training import StaticTraining as StaticTraining, train_static as train_static
@@ -22,13 +23,14 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "IntegerExecutor": "edgewright.quantization.static.integer",
-        "StaticConfig": "edgewright.quantization.static.network",
+        "StaticConfig": "edgewright.quantization.static.config",
         "StaticTraining": "edgewright.quantization.static.training",
         "calibrate_": "edgewright.quantization.static.network",
         "convert_static": "edgewright.quantization.static.network",
         "feature_sqnr": "edgewright.quantization.static.sqnr",
         "quantize_static": "edgewright.quantization.static.network",
         "sqnr_report": "edgewright.quantization.static.sqnr",
+        "static_report": "edgewright.quantization.static.network",
         "train_static": "edgewright.quantization.static.training",
     },
 )

@@ -1,4 +1,4 @@
-"""A recipe: which unit becomes what, as a JSON file; and the model that it makes of a float model."""
+"""A recipe: which unit becomes what, as a JSON file; the model that it makes of a float model; a report of several."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,15 +19,26 @@ from edgewright.io.atomic import atomic_directory, write_text
 from edgewright.io.hashing import sha256, tensors_hash
 from edgewright.io.json_file import json_value, read_object
 from edgewright.io.tensors import load_tensors, save_tensors
+from edgewright.measure.report import Report
+from edgewright.measure.timing import alternate
+from edgewright.systems.dlrm.clicks import ClickData
 from edgewright.systems.dlrm.model import CONFIG, DLRM, MODEL_TYPE as DLRM_TYPE, read_config
-from edgewright.systems.low_precision_recsys.calibration import correct_biases, histograms
-from edgewright.systems.low_precision_recsys.examples import calibration_batches
+from edgewright.systems.low_precision_recsys.gate import (
+    AccuracyGate,
+    Examples,
+    Judgement,
+    as_examples,
+    calibration_batches,
+    logits,
+)
 from edgewright.systems.low_precision_recsys.units import (
     REFERENCE,
     Range,
     Unit,
     build,
+    correct_biases,
     find_units,
+    histograms,
     replaced_copy,
     unit_digest,
 )
@@ -40,7 +53,7 @@ RECIPE, WEIGHTS, SHARED = "recipe.json", "model.safetensors", "shared.json"
 class Choice:
     """What one unit becomes.
 
-    weights: digest of the float weights that the search saw; values: of the low-precision ones. range: step and zero
+    weights: digest of the float weights that the search saw; values: of the low-precision ones. range: scale and zero
     point of the input, for static layers. edges and shares: the input's distribution, for the drift of linear units.
     """
 
@@ -58,8 +71,12 @@ class Choice:
 class QuantRecipe:
     """Options of all units, and where they come from.
 
-    metrics: judgements by name ("search", "confirm") and bytes. data: digests of the data. about: gate, objective,
-    versions, notes.
+    Args:
+        units: unit -> what it becomes.
+        bias_correction: add the mean of (y - y_q) to the bias of every linear layer.
+        metrics: judgements by name ("search", "confirm"), and bytes.
+        data: digests of the data.
+        about: gate, objective, versions, notes.
     """
 
     units: dict[str, Choice]
@@ -80,8 +97,18 @@ class QuantRecipe:
         return sha256("\n".join(lines))
 
     def check(self, model: nn.Module, refreshed: bool = False) -> dict[str, Unit]:
-        """The units of `model`. Raises UsageError listing those that it lacks, has besides, or has in other shapes;
-        and, unless `refreshed`, those whose weights are not the ones that were searched.
+        """Find the units of a model and hold them against the recipe.
+
+        Args:
+            model: the float model.
+            refreshed: its weights may be newer than the recipe.
+
+        Returns:
+            The units by name.
+
+        Raises:
+            UsageError: the units that the model lacks, has besides, or has in other shapes; and, unless `refreshed`,
+                those whose weights are not the ones that were searched.
         """
         units = find_units(model)
         missing = [name for name in self.units if name not in units]
@@ -108,13 +135,25 @@ class QuantRecipe:
         return units
 
     def save(self, path: str | Path) -> None:
-        """Write the recipe as JSON, whole or not at all."""
+        """Write the recipe as JSON, whole or not at all.
+
+        Args:
+            path: of the file.
+        """
         body = {"model_type": MODEL_TYPE, "format": FORMAT, "architecture": self.architecture, **asdict(self)}
         write_text(path, json.dumps(json_value(body), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> QuantRecipe:
-        """A saved recipe. Raises UsageError (no such file), FormatError (not a recipe, or not as it was written)."""
+        """Read a saved recipe.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            UsageError: there is no such file.
+            FormatError: it is no recipe, or was changed after it was written.
+        """
         fields = read_object(path, LARGEST, "a recipe is what search(...).save(path) writes")
         if fields.get("model_type") != MODEL_TYPE or fields.get("format") != FORMAT:
             raise FormatError(f"{path} is no recipe of format {FORMAT} (model_type {MODEL_TYPE!r})")
@@ -134,12 +173,18 @@ class QuantRecipe:
 def apply_recipe(
     model: nn.Module, recipe: QuantRecipe, calibration: Any = None, *, refreshed: bool = False
 ) -> QuantizedModel:
-    """A low-precision copy of `model` with the same forward signature; `model` itself stays as it is.
+    """A low-precision copy of a model with the same forward signature; the model itself stays as it is.
 
-    calibration: batches of the model's arguments (or ClickData, Examples). With it the ranges of static layers are
-    taken anew and corrected biases are computed; without it the recipe's own ranges serve. refreshed: the weights may
-    be newer than the recipe. Raises UsageError for another architecture (listing the units), other weights, an empty
-    calibration, or one that is missing where biases are to be corrected.
+    Args:
+        model: the float model.
+        recipe: what each of its units becomes.
+        calibration: batches of the model's arguments, ClickData or Examples. With it the ranges of static layers are
+            taken anew and corrected biases are computed; without it the recipe's own ranges serve.
+        refreshed: the weights may be newer than the recipe.
+
+    Raises:
+        UsageError: another architecture (listing the units), other weights, an empty calibration, or none where biases
+            are to be corrected.
     """
     units = recipe.check(model, refreshed)
     batches = None if calibration is None else calibration_batches(calibration)
@@ -158,12 +203,22 @@ def apply_recipe(
                 "the recipe corrects biases, which needs data: apply_recipe(model, recipe, calibration=...)"
             )
         for part in parts:
-            correct_biases(model, {key.replace("/", "."): module for key, module in part.items()}, batches)
+            correct_biases(model, part, batches)
     return QuantizedModel(replaced_copy(model, *parts), recipe)
 
 
 def uniform_recipe(model: nn.Module, table: str = REFERENCE, linear: str = REFERENCE) -> QuantRecipe:
-    """The same option for all tables, and for all linear layers: what a search is compared with."""
+    """The same option for all tables, and for all linear layers: what a search is compared with.
+
+    Args:
+        model: the float model.
+        table: "fp32", "fp16", "int8", "int4-greedy", "int4-minmax", "int4-kmeans", "int4-books" (a codebook for 64
+            rows), "int2-greedy" or "int2-minmax".
+        linear: "fp32", "fp16", "bf16", "int8-dynamic", "int8-static", either with "-l2", or "int8-acc16".
+
+    Raises:
+        UsageError: an option that there is not, or a model without units.
+    """
     units = find_units(model)
     chosen = {name: table if unit.kind == "table" else linear for name, unit in units.items()}
     return recipe_of(model, units, chosen)
@@ -173,7 +228,7 @@ def recipe_of(
     model: nn.Module,
     units: Mapping[str, Unit],
     assignment: Mapping[str, str],
-    parts: Mapping[str, nn.ModuleDict] | None = None,
+    parts: Mapping[str, dict[str, nn.Module]] | None = None,
     **fields: Any,
 ) -> QuantRecipe:
     """A recipe without ranges or distributions; parts: the units' modules, whose digests are kept."""
@@ -181,7 +236,10 @@ def recipe_of(
     for name, unit in units.items():
         option = assignment.get(name, REFERENCE)
         unit.check(option)
-        values = tensors_hash(dict(parts[name].named_buffers())) if parts and name in parts else ""
+        values = ""
+        if parts and name in parts:
+            held = nn.ModuleDict({path.replace(".", "/"): module for path, module in parts[name].items()})
+            values = tensors_hash(dict(held.named_buffers()))
         choices[name] = Choice(option, unit.kind, unit.shapes, unit_digest(model, unit), values)
     return QuantRecipe(choices, **fields)
 
@@ -206,13 +264,24 @@ def _choice(name: str, values: dict[str, Any]) -> Choice:
 
 
 class QuantizedModel(nn.Module):
-    """`module` is the low-precision copy; calls go to it with the arguments of the float model."""
+    """A low-precision model; calls go to `module` with the arguments of the float model.
+
+    Args:
+        module: the copy whose units are replaced.
+        recipe: what they were replaced by.
+    """
 
     def __init__(self, module: nn.Module, recipe: QuantRecipe) -> None:
         super().__init__()
         self.module, self.recipe = module, recipe
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the float model would give, at low precision.
+
+        Args:
+            inputs: its positional arguments.
+            named: its named ones.
+        """
         return self.module(*inputs, **named)
 
     @property
@@ -221,7 +290,11 @@ class QuantizedModel(nn.Module):
         return sum(t.numel() * t.element_size() for t in _own(self.module)[0].values())
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write recipe.json, model.safetensors and, of a DLRM, config.json; the folder whole or not at all."""
+        """Write recipe.json, model.safetensors and, of a DLRM, config.json; the folder whole or not at all.
+
+        Args:
+            folder: that does not exist, or is empty.
+        """
         tensors, shared = _own(self.module)
         with atomic_directory(folder) as temporary:
             self.recipe.save(temporary / RECIPE)
@@ -233,8 +306,15 @@ class QuantizedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> QuantizedModel:
-        """A saved model, to the same bits. model: a float model of the same architecture, whatever its weights; a DLRM
-        needs none. Raises UsageError (no such folder, another architecture), FormatError (files that do not fit).
+        """Load a saved model, to the same bits.
+
+        Args:
+            folder: what `save_pretrained` wrote.
+            model: a float model of the same architecture, whatever its weights; a DLRM needs none.
+
+        Raises:
+            UsageError: no such folder, or another architecture.
+            FormatError: files that do not fit each other.
         """
         folder = Path(folder)
         recipe = QuantRecipe.load(folder / RECIPE)
@@ -297,3 +377,77 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             owner._parameters[last] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[last] = tensor
+
+
+RUNS = 30  # timed calls of every choice
+TIMED_SAMPLES = 256  # of a call, where the data can be cut
+
+
+def choices_report(
+    model: nn.Module,
+    data: ClickData | Examples,
+    recipes: Mapping[str, QuantRecipe],
+    gate: AccuracyGate,
+    *,
+    calibration: Any = None,
+    slices: Mapping[str, Tensor] | None = None,
+    runs: int = RUNS,
+    title: str = "precisions of one model",
+) -> Report:
+    """A row for the float model and for every recipe: bytes, loss of NE with its upper end, loss of AUC, latency.
+
+    Args:
+        model: the float model.
+        data: labelled clicks. Latency is that of the first 256 (of Examples, their first batch).
+        recipes: name of a choice -> its recipe.
+        gate: the rule behind the row "passes".
+        calibration: batches for fixed ranges, by default the first of `data`.
+        slices: parts of clicks that are judged separately too.
+        runs: timed calls of every choice, in turns; 0 leaves latency out.
+        title: of the report.
+    """
+    examples = as_examples(data, slices=slices)
+    batches = calibration_batches(examples if calibration is None else calibration)
+    reference = logits(model, examples)
+    models: dict[str, nn.Module] = {"fp32": model}
+    report = Report(title)
+    add_judgement(report, "fp32", gate.judge(reference, reference, examples), gate)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    report.add("bytes", size, subject="fp32", unit="bytes")
+    report.add("share", 100.0, subject="fp32", unit="%")
+    for name, recipe in recipes.items():
+        quantized = apply_recipe(model, recipe, batches, refreshed=True)
+        add_judgement(report, name, gate.judge(logits(quantized, examples), reference, examples), gate)
+        report.add("bytes", quantized.nbytes, subject=name, unit="bytes")
+        report.add("share", 100 * quantized.nbytes / size, subject=name, unit="%")
+        models[name] = quantized
+    if runs:
+        few = data.rows(slice(0, TIMED_SAMPLES)) if isinstance(data, ClickData) else examples
+        add_latency(report, models, as_examples(few).batches[0], runs)
+    return report
+
+
+def add_judgement(report: Report, subject: str, found: Judgement, gate: AccuracyGate) -> None:
+    """The rows of one judgement, changes of NE in percent."""
+    report.add("delta_ne", 100 * found.delta, subject=subject, n=found.n, unit="%")
+    report.add("delta_ne_upper", 100 * found.upper, subject=subject, n=found.groups, unit="%")
+    report.add("passes", float(gate.passes(found)), subject=subject)
+    report.add("auc_loss", -found.auc_delta, subject=subject, n=found.n)
+    report.add("calibration", found.calibration, subject=subject, n=found.n)
+    report.add("max_logit_difference", found.max_logit_difference, subject=subject, n=found.n)
+    for name, (delta, upper) in found.slices.items():
+        report.add(f"delta_ne, {name}", 100 * delta, subject=subject, unit="%")
+        report.add(f"delta_ne_upper, {name}", 100 * upper, subject=subject, unit="%")
+
+
+@torch.no_grad()
+def add_latency(report: Report, models: Mapping[str, nn.Module], batch: tuple[Any, ...], runs: int = RUNS) -> None:
+    """Median and 99th percentile of a call with this batch, in milliseconds; the models take turns."""
+    was = {name: model.training for name, model in models.items()}
+    cases = {name: partial(model.eval(), *batch) for name, model in models.items()}
+    for name, taken in alternate(cases, runs, warmup=3).items():
+        p50, p99 = np.percentile(taken.samples, [50, 99])
+        report.add("latency_p50", 1e3 * float(p50), subject=name, n=runs, unit="ms")
+        report.add("latency_p99", 1e3 * float(p99), subject=name, n=runs, unit="ms")
+    for name, model in models.items():
+        model.train(was[name])

@@ -107,7 +107,7 @@ def plan(settings: LowPrecisionSettings) -> Plan:
             f"{len(BLANKET)} blanket precisions and searches at "
             + ", ".join(f"{100 * budget:g} %" for budget in settings.budgets)
             + ": bytes, loss of NE and AUC, latency, on the last fifth",
-            f"a linear layer and a table spoilt by values {settings.plant:g} times larger: debugger and search",
+            f"a linear layer and a table with values {settings.plant:g} times larger: debugger and search",
             f"{len(PERIODS)} refreshes, one with features x {settings.shift:g}, one with a heavy-tailed table: monitor",
         ),
         seconds=5 + 0.015 * steps * (settings.seeds + 1) + searches * (3 + samples / 2000),  # an estimate
@@ -132,7 +132,7 @@ def run(settings: LowPrecisionSettings, output: Path) -> Report:
     )
     run.note(
         "state: 0 OK, 1 recalibrated, 2 fallback, 3 blocked; rank: place in the debugger's list, 1 is the worst; "
-        "bits: what the search at the first budget gave the spoilt unit"
+        "bits: what the search at the first budget gave the faulty unit"
     )
     _plot(run.report, output / "choices.png")
     return run.report

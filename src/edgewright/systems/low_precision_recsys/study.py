@@ -1,32 +1,74 @@
-"""The measurements behind the recipe: precisions of a DLRM, planted faults, a model that is refreshed while data shift.
+"""Faults to plant in a DLRM: what a float model does not notice and a blanket precision breaks on.
 
-Each gives rows of a report.
+Tests and recipes plant them to see that the debugger points at them and that a search keeps off them.
 """
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from edgewright.measure.report import Report
 from edgewright.systems.dlrm.model import DLRM, DLRMConfig
 from edgewright.systems.dlrm.movielens import CROSSES, TABLES, Split, movielens_100k
-from edgewright.systems.dlrm.training import ClickTraining, train_clicks
-from edgewright.systems.low_precision_recsys.choices import choices_report
-from edgewright.systems.low_precision_recsys.examples import click_slices
-from edgewright.systems.low_precision_recsys.faults import LAYER, spoil_layer, spoil_table
-from edgewright.systems.low_precision_recsys.gate import AccuracyGate
-from edgewright.systems.low_precision_recsys.model import apply_recipe, uniform_recipe
-from edgewright.systems.low_precision_recsys.monitor import STATES, Monitor
-from edgewright.systems.low_precision_recsys.numerics import compare_numerics
+from edgewright.systems.dlrm.optimizers import ClickTraining, train_clicks
+from edgewright.systems.low_precision_recsys.gate import AccuracyGate, click_slices
+from edgewright.systems.low_precision_recsys.model import apply_recipe, choices_report, uniform_recipe
+from edgewright.systems.low_precision_recsys.monitor import STATES, Monitor, compare_numerics
 from edgewright.systems.low_precision_recsys.precision_search import calibrated_recipe, search
 from edgewright.systems.low_precision_recsys.units import find_units
 
 if TYPE_CHECKING:
     from edgewright.systems.dlrm.clicks import ClickData
     from edgewright.systems.low_precision_recsys.model import QuantRecipe
+
+
+LAYER = "bottom.2"  # behind bottom.0 and a ReLU
+
+
+def inject_layer_outlier(model: DLRM, factor: float) -> DLRM:
+    """The same function, with one input channel of a layer `factor` times larger and what feeds it smaller."""
+    made = copy.deepcopy(model)
+    before: Any = made.get_submodule("bottom.0")
+    layer: Any = made.get_submodule(LAYER)
+    with torch.no_grad():
+        channel = int((before.weight.abs().sum(1) * layer.weight.abs().sum(0)).argmax())
+        # ReLU passes a positive factor on, so that the layer's larger weights meet smaller inputs
+        scale = factor * float(layer.weight.abs().max() / layer.weight[:, channel].abs().max())
+        before.weight[channel] /= scale
+        before.bias[channel] /= scale
+        layer.weight[:, channel] *= scale
+    return made
+
+
+def inject_table_outlier(model: DLRM, table: int, factor: float) -> DLRM:
+    """One value of every row `factor` times the row's largest, in a dimension that no other vector uses any more."""
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for place, each in enumerate(made.tables):
+            weight: Any = each.weight
+            if place == table:
+                weight[:, -1] = factor * weight.abs().amax(1)
+            else:
+                weight[:, -1] = 0.0
+                low, high = weight.aminmax(dim=1, keepdim=True)
+                # ends such that 0 is one of 15 (and of 255) even steps: what is 0 here must stay 0 at 8 bits, or the
+                # products with the large values would put the blame on this table
+                scale = (high - low) / 15
+                places = torch.where(scale > 0, -low / scale, 0.0).round()
+                ends = torch.where(weight == high, (15 - places) * scale, weight)
+                weight.copy_(torch.where(weight == low, -places * scale, ends))
+        last: Any = [m for m in made.bottom if isinstance(m, nn.Linear)][-1]
+        last.weight[-1] = 0.0
+        last.bias[-1] = 0.0
+    return made
+
 
 Rows = list[dict[str, Any]]
 PERIODS = ("drift 1", "drift 2", "drift 3, features scaled", "drift 4, heavy-tailed table")
@@ -113,13 +155,13 @@ class PrecisionStudy:
         return _rows(report)
 
     def planted(self, part: str) -> Rows:
-        """Rank of the spoilt unit where all is int8, and the bits that a search leaves it, beside the sound model's."""
+        """Rank of the faulty unit where all is int8, and the bits that a search leaves it, beside the sound model's."""
         model, name = self.model(self.settings.seed), LAYER if part == "linear layer" else f"tables.{TABLE}"
-        spoilt = spoil_table(model, TABLE, self.settings.plant)
+        faulty = inject_table_outlier(model, TABLE, self.settings.plant)
         if part == "linear layer":
-            spoilt = spoil_layer(model, self.settings.plant)
+            faulty = inject_layer_outlier(model, self.settings.plant)
         report = Report("planted")
-        for state, judged in (("as trained", model), ("planted", spoilt)):
+        for state, judged in (("as trained", model), ("planted", faulty)):
             copy = apply_recipe(judged, uniform_recipe(judged, "int8", "int8-dynamic"))
             ranking = [m.name for m in compare_numerics(judged, copy, self.data.test).modules]
             option = self.searched(judged, self.settings.budgets[0]).units[name].option
@@ -145,7 +187,7 @@ class PrecisionStudy:
                 data = replace(data, dense=settings.shift * data.dense)
             learn, judge = data.split(0.5)
             model = self.trained(learn, judge, settings.seed, model)
-            judged = spoil_table(model, TABLE, settings.plant) if place == 3 else model
+            judged = inject_table_outlier(model, TABLE, settings.plant) if place == 3 else model
             verdict = monitor.check(judged, judge, period)
             report.add("state", STATES.index(verdict.state), subject=period)
             report.add("delta_ne", 100 * verdict.delta, subject=period, n=len(judge), unit="%")
