@@ -55,13 +55,25 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+PAGES = [
+    str(path.relative_to(ROOT))
+    for path in [
+        ROOT / "README.md",
+        ROOT / "docs" / "tutorial.md",
+        *sorted((ROOT / "src" / "edgewright" / "systems").glob("*/README.md")),
+    ]
+    if "```python" in path.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs(
     page: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As it is printed, but for the model: a small one in place of SmolLM2."""
+    """As it is printed, one block after the other, but for the model: a small one in place of SmolLM2."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
     assert blocks
     monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block.replace('"smollm2-135m"', repr(checkpoint)), page, "exec"), {})
+        exec(compile(block.replace('"smollm2-135m"', repr(checkpoint)), page, "exec"), names)

@@ -138,6 +138,9 @@ def grid_named(name: str) -> Grid:
     Args:
         name: one of `GRIDS`.
 
+    Returns:
+        Its codes, levels and limits.
+
     Raises:
         UsageError: an unknown name.
     """
@@ -150,6 +153,9 @@ def grid_for_bits(bits: float) -> Grid:
 
     Args:
         bits: 1, 1.58, 2, 3, 4 or 8.
+
+    Returns:
+        Its codes, levels and limits.
 
     Raises:
         UsageError: another width.

@@ -114,9 +114,19 @@ def unroll(model: Any) -> Any:
 
 
 def share_blocks(model: PreTrainedModel, every: int = 2) -> PreTrainedModel:
-    """A model whose stored blocks run `every` times in a row: each keeps the weights it had. It needs training again.
+    """A model whose stored blocks run several times in a row: each keeps the weights it had. It needs training again.
 
     MobileLLM (arXiv 2402.14905) trains such models from scratch; starting from a trained one is our addition.
+
+    Args:
+        model: an EdgeDecoder; left as it is.
+        every: how often each block runs, at least twice.
+
+    Returns:
+        The new model.
+
+    Raises:
+        UsageError: `every` below 2.
     """
     if every < 2:
         raise UsageError(f"every={every}; a block that runs again runs at least twice")

@@ -46,6 +46,9 @@ def quantize_static(model: nn.Module, example: Any, config: StaticConfig | None 
             float before it is returned.
         config: what to quantise and how; by default 8 bits, one scale per output channel.
 
+    Returns:
+        The prepared network.
+
     Raises:
         UsageError: a model without such layers, or whose batch norms do not follow their layers.
     """
@@ -62,6 +65,9 @@ def static_report(model: nn.Module) -> StaticReport:
 
     Args:
         model: of `quantize_static`.
+
+    Returns:
+        What was folded, where activations are rounded, and what stays in float.
 
     Raises:
         UsageError: it did not come from there.
@@ -121,6 +127,9 @@ def convert_static(model: nn.Module) -> nn.Module:
 
     Args:
         model: of `quantize_static`, calibrated.
+
+    Returns:
+        The network with integer weights and fixed scales.
 
     Raises:
         UsageError: there is no layer to convert, or an activation has no range.

@@ -75,6 +75,9 @@ def load_binary(folder: str | Path, path: str = "auto") -> PreTrainedModel:
         folder: of the model.
         path: how layers with binary inputs multiply, see `kernels.popcount.binary_linear`.
 
+    Returns:
+        The packed model.
+
     Raises:
         UsageError: the folder cannot be read.
         FormatError: its files contradict each other.

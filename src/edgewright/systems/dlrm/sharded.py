@@ -476,6 +476,9 @@ def mean_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None, gro
         labels: [B] of 0 and 1.
         weights: [B], 0 for samples that only pad a batch to its size, 1 for the others.
         group: process group, by default all processes; none is needed for one process.
+
+    Returns:
+        A scalar.
     """
     each = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     weights = torch.ones_like(each) if weights is None else weights

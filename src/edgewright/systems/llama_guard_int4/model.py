@@ -44,7 +44,14 @@ PLAIN: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": Tr
 
 @dataclass(frozen=True)
 class Verdict:
-    """safe, the score (probability of unsafe among the two), the broken categories, and messages left out to fit."""
+    """What the guard says of a conversation.
+
+    Args:
+        safe: whether the score is below the threshold.
+        score: probability of "unsafe" among the two answers.
+        categories: that the conversation breaks, by their codes.
+        dropped_messages: oldest messages that were left out to fit the context.
+    """
 
     safe: bool
     score: float
@@ -163,7 +170,14 @@ class GuardModel:
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer: Any, policy: GuardPolicy, **settings: Any) -> GuardModel:
-        """A guard around a model in memory, with a whole or a cut head; settings: threshold and truncation."""
+        """A guard around a model in memory, with a whole or a cut head.
+
+        Args:
+            model: put into evaluation mode.
+            tokenizer: its tokenizer.
+            policy: categories and prompt.
+            settings: threshold and truncation.
+        """
         model.eval()
         return cls(ModelPredictor(model), tokenizer, policy, **settings)
 

@@ -191,7 +191,15 @@ class LonghornSession:
         return torch.from_numpy(logits)[0]
 
     def generate(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """The `tokens` token ids that follow `ids`, each the likeliest."""
+        """Continue a text greedily.
+
+        Args:
+            ids: token ids of the prompt.
+            tokens: how many follow.
+
+        Returns:
+            Their ids, each the likeliest.
+        """
         made: list[int] = []
         while len(made) < tokens:
             made.append(int(self.feed(ids if not made else made[-1:]).argmax()))

@@ -182,6 +182,9 @@ def apply_recipe(
             taken anew and corrected biases are computed; without it the recipe's own ranges serve.
         refreshed: the weights may be newer than the recipe.
 
+    Returns:
+        The model with its layers and tables replaced.
+
     Raises:
         UsageError: another architecture (listing the units), other weights, an empty calibration, or none where biases
             are to be corrected.
@@ -215,6 +218,9 @@ def uniform_recipe(model: nn.Module, table: str = REFERENCE, linear: str = REFER
         table: "fp32", "fp16", "int8", "int4-greedy", "int4-minmax", "int4-kmeans", "int4-books" (a codebook for 64
             rows), "int2-greedy" or "int2-minmax".
         linear: "fp32", "fp16", "bf16", "int8-dynamic", "int8-static", either with "-l2", or "int8-acc16".
+
+    Returns:
+        The choice of every unit.
 
     Raises:
         UsageError: an option that there is not, or a model without units.
@@ -405,6 +411,9 @@ def choices_report(
         slices: parts of clicks that are judged separately too.
         runs: timed calls of every choice, in turns; 0 leaves latency out.
         title: of the report.
+
+    Returns:
+        One row a table or layer.
     """
     examples = as_examples(data, slices=slices)
     batches = calibration_batches(examples if calibration is None else calibration)

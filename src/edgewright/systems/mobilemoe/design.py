@@ -292,8 +292,18 @@ def _solve(start: np.ndarray, points: Points, E_max: float) -> tuple[np.ndarray,
 class MoEPlan:
     """One candidate of `design_under_budget`.
 
-    n_total, n_active: parameters; memory_bytes: weights and cache at the context; flops_per_token: 2 * n_active; loss:
-    predicted, nats per token; E = 1 is dense.
+    Args:
+        hidden: width of the residual stream.
+        layers: of the decoder.
+        heads: of attention.
+        key_heads: of keys and values.
+        E: experts before they are cut; 1 is dense.
+        vocab: rows of the token table.
+        n_total: parameters.
+        n_active: parameters that a token meets.
+        memory_bytes: of weights and cache at the context.
+        flops_per_token: 2 * n_active.
+        loss: predicted, nats per token.
     """
 
     hidden: int
@@ -318,6 +328,7 @@ class MoEPlan:
         return EdgeDecoderConfig(**fields)
 
     def text(self) -> str:
+        """The candidate as a line for people."""
         return (
             f"d={self.hidden} L={self.layers} E={self.E}: {self.n_total / 1e6:.0f}M parameters, "
             f"{self.n_active / 1e6:.0f}M active, {self.memory_bytes / 1e9:.2f} GB, "

@@ -77,8 +77,18 @@ class MoEConfig:
         """The paper's variables E, g, s around a dense width: neither g nor s changes active or total parameters.
 
         Each of E experts of width dense_size is cut into g pieces, of which g are active; with `shared`, g/2 of both
-        become one piece that is always on: (d_ff 3072, 8, 8) gives 60 of 384, top 4, shared 1536.
-        deviation: the paper's shared piece is 4 at its g = 8; other g scale it, which keeps half the work shared.
+        become one piece that is always on: (d_ff 3072, 8, 8) gives 60 of 384, top 4, shared 1536. deviation: the
+        paper's shared piece is 4 at its g = 8; other g scale it, which keeps half the work shared.
+
+        Args:
+            dense_size: width of the feed-forward layer that one expert replaces.
+            experts: E.
+            granularity: g, a divisor of dense_size.
+            shared: s, whether half of the active width is always on.
+            settings: further fields.
+
+        Raises:
+            UsageError: g does not divide the width, or leaves no routed piece.
         """
         for name, value in (("dense_size", dense_size), ("experts", experts), ("granularity", granularity)):
             check(name, value, whole(1))
