@@ -120,4 +120,4 @@ def main(repeats: int = 7) -> None:
         report.add("peak_memory", peak.peak / 1e6, subject=f"whole: {method}", unit="MB")
     report.notes.append("peak_memory: of a fresh process with weights, gradients, state and one step")
     report.print_table()
-    print(save(report, "apollo_step"))
+    print(save(report, "apollo-step"))

@@ -71,7 +71,7 @@ def main(repeats: int = 7) -> None:
                     report.add("speedup", ratio.median, subject=subject, se=ratio.spread, n=ratio.n)
     torch.set_num_threads(most)
     report.print_table()
-    print(save(report, "binary_linear"))
+    print(save(report, "bit-linear"))
 
 
 if __name__ == "__main__":

@@ -213,12 +213,12 @@ def main() -> None:
     parser.add_argument("--damage", type=int, default=1500)
     parser.add_argument("--refused", type=int, default=200)
     parser.add_argument("--killed", type=int, default=100)
-    parser.add_argument("--dry", action="store_true", help="do not write results/checkpoint_faults.csv")
+    parser.add_argument("--dry", action="store_true", help="do not write results/check-n-run-faults.csv")
     args = parser.parse_args()
     report = measure(args.power, args.damage, args.refused, args.killed)
     report.print_table()
     if not args.dry:
-        print(save(report, "checkpoint_faults"))
+        print(save(report, "check-n-run-faults"))
 
 
 if __name__ == "__main__":

@@ -217,12 +217,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000, help="of each table (default 100000)")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dry", action="store_true", help="do not write results/checkpoint_stall.csv")
+    parser.add_argument("--dry", action="store_true", help="do not write results/check-n-run-stall.csv")
     args = parser.parse_args()
     report = measure(args.rows, args.repeats)
     report.print_table()
     if not args.dry:
-        print(save(report, "checkpoint_stall"))
+        print(save(report, "check-n-run-stall"))
 
 
 if __name__ == "__main__":

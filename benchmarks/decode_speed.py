@@ -31,4 +31,4 @@ def main(repeats: int = 9) -> None:
         ratio = report.value("decode", f"edgewright-{kind}") / report.value("decode", f"llama.cpp-{kind}")
         report.add("decode_ratio", ratio, subject=f"edgewright-{kind}")
     report.print_table()
-    print(save(report, "decode_speed"))
+    print(save(report, "decode-speed"))

@@ -198,7 +198,7 @@ def measure(repeats: int = 9) -> Report:
 def main() -> None:
     report = measure()
     report.print_table()
-    print(save(report, "dlrm_speed"))
+    print(save(report, "dlrm-speed"))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
             time_taken = seconds(*arguments, "--files-only", "--output", str(Path(folder) / "run"))
         report.add("wall_time", time_taken, subject=f"compress --method {method}", unit="s", n=1)
     report.print_table()
-    print(save(report, "end_to_end"))
+    print(save(report, "end-to-end"))
 
 
 LOAD = """

@@ -42,7 +42,7 @@ def main(repeats: int = 7, bits: float = 4) -> None:
             _speed(report, engine, subject, repeats)
     report.notes += [*export.summary(), f"{PROMPT} prompt tokens, {DECODED} decoded, medians of {repeats} after one."]
     report.print_table()
-    print(save(report, "executorch_smollm2"))
+    print(save(report, "executorch-smollm2"))
 
 
 def _quality(report: Report, engine: ExecuTorchEngine, model, packed, tokenizer, subject: str) -> None:

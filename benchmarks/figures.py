@@ -7,7 +7,7 @@ from results import load, save
 
 
 def main() -> None:
-    demo, step, decode, end_to_end = (load(name) for name in ("demo", "qat_step", "decode_speed", "end_to_end"))
+    demo, step, decode, end_to_end = (load(name) for name in ("demo", "qat-step", "decode-speed", "end-to-end"))
     report = Report("figures")
     peer = demo.value("kl", "llama.cpp-Q4_0")
     calibrated = min(demo.value("kl", name) for name in ("rtn", "mse", "gptq"))

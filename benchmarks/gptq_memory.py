@@ -35,4 +35,4 @@ def main() -> None:
         peak = peak_memory(calibrate, samples)
         report.add("peak_memory", peak.peak / 1e6, subject=f"{samples} x {LENGTH} tokens", unit="MB")
     report.print_table()
-    print(save(report, "gptq_memory"))
+    print(save(report, "gptq-memory"))

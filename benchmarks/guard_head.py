@@ -55,7 +55,7 @@ def main(repeats: int = 9, programs: bool = True) -> None:
         f"{len(prompt)} tokens of prompt, {DECODED} decoded one by one; ± is half the interquartile range"
     )
     report.print_table()
-    print(save(report, "guard_head"))
+    print(save(report, "llama-guard-int4-head"))
 
 
 def _measure(report: Report, kind: str, predictors: dict[str, Any], prompt: list[int], repeats: int) -> None:

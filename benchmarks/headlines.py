@@ -23,7 +23,7 @@ def measured(results: Path = ROOT / "results") -> dict[str, Any]:
     found = {}
     for slug in runnable():
         if (headline := load_recipe(slug).HEADLINE) is not None:
-            with (results / f"{slug}_claims.csv").open(encoding="utf-8", newline="") as file:
+            with (results / f"{slug}-claims.csv").open(encoding="utf-8", newline="") as file:
                 held = [row["held"] == "yes" for row in csv.DictReader(file)]
             found[slug] = {"headline": fill(headline, results), "claims": [sum(held), len(held)]}
     return found

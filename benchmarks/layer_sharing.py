@@ -50,7 +50,7 @@ def main(repeats: int = 7) -> None:
             ratio = report.value(metric, pair[0]) / report.value(metric, pair[1])
             report.add(f"{metric}_ratio", ratio, subject=pair[0])
     report.print_table()
-    print(save(report, "layer_sharing"))
+    print(save(report, "mobilellm-sharing"))
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def main() -> None:
         f"steps: {WIDTH} x {WIDTH} x {LAYERS} layers, batch {BATCH}; exchanges include clone and update"
     )
     report.print_table()
-    print(save(report, "lion_link"))
+    print(save(report, "distributed-lion-link"))
 
 
 if __name__ == "__main__":

@@ -155,4 +155,4 @@ def main(contexts: tuple[int, ...] = CONTEXTS, repeats: int = 7) -> None:
     decoding(report, contexts, repeats)
     scanning(report, repeats)
     report.print_table()
-    print(save(report, "longhorn_decode"))
+    print(save(report, "longhorn-decode"))

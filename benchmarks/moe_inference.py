@@ -171,7 +171,7 @@ def main(repeats: int = 7) -> None:
     llama_cpp_times(report, repeats)
     prompt_memory(report)
     report.print_table()
-    print(save(report, "moe_inference"))
+    print(save(report, "mobilemoe-inference"))
 
 
 if __name__ == "__main__":

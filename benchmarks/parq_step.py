@@ -112,4 +112,4 @@ def main(repeats: int = 5) -> None:
             report.add("extra_copies", (peak - peaks["bare"]) / copy, subject=f"{name}, {side}", unit="latents")
     report.notes.append("extra_copies: peak memory above the bare optimizer, in copies of the quantised weights")
     report.print_table()
-    print(save(report, "parq_step"))
+    print(save(report, "parq-step"))

@@ -81,4 +81,4 @@ def main(repeats: int = 5) -> None:
         report.add("peak_memory", peak / 1e6, subject=name, unit="MB")
         report.add("memory_ratio", peak / peaks["plain"], subject=name)
     report.print_table()
-    print(save(report, "qat_step"))
+    print(save(report, "qat-step"))

@@ -1,4 +1,4 @@
-"""The recipes at size small: results/<slug>.csv and results/<slug>_claims.csv.
+"""The recipes at size small: results/<slug>.csv and results/<slug>-claims.csv.
 
 python benchmarks/recipes.py SLUG...      # some of them; a finished run is read back, a broken-off one goes on
 python benchmarks/recipes.py --claims     # run nothing: hold the claims as they are now against the figures in results/
@@ -24,7 +24,7 @@ def main(slugs: Sequence[str] = ()) -> None:
 
 
 def hold_claims() -> None:
-    """Write results/<slug>_claims.csv of every recipe that has figures."""
+    """Write results/<slug>-claims.csv of every recipe that has figures."""
     for slug in runnable():
         if (RESULTS / f"{slug}.csv").exists():
             claims = (claim for claim in load_recipe(slug).CLAIMS if "small" in claim.sizes)

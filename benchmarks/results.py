@@ -51,17 +51,17 @@ def load(name: str) -> Report:
 
 
 def save_claims(verdicts: Iterable[ClaimVerdict], name: str) -> Path:
-    """Write what became of a recipe's claims to results/<name>_claims.csv."""
+    """Write what became of a recipe's claims to results/<name>-claims.csv."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("held", "claim"))
     writer.writerows((("no", "yes")[verdict.held], verdict.text) for verdict in verdicts)
-    path = RESULTS / f"{name}_claims.csv"
+    path = RESULTS / f"{name}-claims.csv"
     write_text(path, text.getvalue())
     return path
 
 
 def load_claims(name: str) -> list[tuple[bool, str]]:
-    """(held, claim) of results/<name>_claims.csv."""
-    with (RESULTS / f"{name}_claims.csv").open(encoding="utf-8", newline="") as file:
+    """(held, claim) of results/<name>-claims.csv."""
+    with (RESULTS / f"{name}-claims.csv").open(encoding="utf-8", newline="") as file:
         return [(line["held"] == "yes", line["claim"]) for line in csv.DictReader(file)]

@@ -124,7 +124,7 @@ def main() -> None:
     report = measure(arguments.rows, min(arguments.rows, REQUEST_ROWS))
     report.print_table()
     if not arguments.dry:
-        print(save(report, "row_lookup"))
+        print(save(report, "low-precision-recsys-lookup"))
 
 
 if __name__ == "__main__":

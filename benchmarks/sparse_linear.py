@@ -161,7 +161,7 @@ def measure(repeats: int = 9) -> Report:
 def main() -> None:
     report = measure()
     report.print_table()
-    print(save(report, "sparse_linear"))
+    print(save(report, "r-sparse-linear"))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def measure(repeats: int = 5) -> Report:
 def main() -> None:
     report = measure()
     report.print_table()
-    print(save(report, "stem_offload"))
+    print(save(report, "stem-offload"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python benchmarks/tables.py            # rewrites what stands between the marker
 python benchmarks/tables.py --check    # exit code 1 if a table is not what results/ gives
 
 A marker is an HTML comment naming the file and, if wanted, columns: <!-- table demo: file_size, kl --> ... <!-- end -->
-(and, after a bar, a part of the subjects' names: <!-- table binary_linear: speedup | batch 32 --> ... <!-- end -->),
+(and, after a bar, a part of the subjects' names: <!-- table bit-linear: speedup | batch 32 --> ... <!-- end -->),
 or a recipe whose claims are listed: <!-- claims parq --> ... <!-- end -->
 or one metric of subjects that end in a width, a line a method: <!-- widths lowbit-arena: embedding_error --> ...
 """

@@ -53,4 +53,4 @@ def main(repeats: int = 9) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), repeats)
     report.print_table()
-    print(save(report, "ternary_decode"))
+    print(save(report, "ternary-decode"))

@@ -7,4 +7,4 @@ from edgewright.compression.settings import CompressSettings
 
 
 def main() -> None:
-    record(CompressSettings("smollm2-135m", bits=2.0, baselines=("rtn", "gptq"), evaluation_blocks=8), "two_bits")
+    record(CompressSettings("smollm2-135m", bits=2.0, baselines=("rtn", "gptq"), evaluation_blocks=8), "two-bits")

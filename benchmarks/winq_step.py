@@ -80,4 +80,4 @@ def main(repeats: int = 15) -> None:
         report.add("peak_memory", peak / 1e6, subject=name, unit="MB")
         report.add("memory_ratio", peak / peaks["plain"], subject=name)
     report.print_table()
-    print(save(report, "winq_step"))
+    print(save(report, "winq-step"))

@@ -110,9 +110,9 @@ HEADLINE: Headline | None = Headline(
         "adamw": Cell("apollo.csv", {"metric": "loss", "subject": "AdamW"}),
         "saving": Cell("apollo.csv", {"metric": "smollm2_saving", "subject": "APOLLO"}),
         "mini": Cell("apollo.csv", {"metric": "smollm2_saving", "subject": "APOLLO-Mini"}),
-        "step": Cell("apollo_step.csv", {"metric": "step", "subject": "whole: APOLLO"}),
-        "foreach": Cell("apollo_step.csv", {"metric": "step", "subject": "whole: AdamW, foreach"}),
-        "fused": Cell("apollo_step.csv", {"metric": "step", "subject": "whole: AdamW"}),
+        "step": Cell("apollo-step.csv", {"metric": "step", "subject": "whole: APOLLO"}),
+        "foreach": Cell("apollo-step.csv", {"metric": "step", "subject": "whole: AdamW, foreach"}),
+        "fused": Cell("apollo-step.csv", {"metric": "step", "subject": "whole: AdamW"}),
     },
 )
 

@@ -84,10 +84,10 @@ HEADLINE: Headline | None = Headline(
     {
         "wide": Cell("check-n-run.csv", {"metric": "reduction", "subject": "intermittent, 4 bits, d=64"}),
         "narrow": Cell("check-n-run.csv", {"metric": "reduction", "subject": "intermittent, 4 bits, d=16"}),
-        "faults": Cell("checkpoint_faults.csv", {"metric": "faults", "subject": "all"}),
-        "unreadable": Cell("checkpoint_faults.csv", {"metric": "unreadable", "subject": "all"}),
-        "stall": Cell("checkpoint_stall.csv", {"metric": "stall", "subject": "check-n-run, 4 bits"}),
-        "plain": Cell("checkpoint_stall.csv", {"metric": "stall", "subject": "torch.save"}),
+        "faults": Cell("check-n-run-faults.csv", {"metric": "faults", "subject": "all"}),
+        "unreadable": Cell("check-n-run-faults.csv", {"metric": "unreadable", "subject": "all"}),
+        "stall": Cell("check-n-run-stall.csv", {"metric": "stall", "subject": "check-n-run, 4 bits"}),
+        "plain": Cell("check-n-run-stall.csv", {"metric": "stall", "subject": "torch.save"}),
     },
 )
 

@@ -82,8 +82,8 @@ HEADLINE: Headline | None = Headline(
     "{fewer:.1f}x fewer bytes on the wire than float32 gradients, a step at 100 Mbit/s {faster:.1f}x as fast; loss "
     "{ours:.2f} nats/byte, Lion {lion:.2f}, AdamW {adamw:.2f}",
     {
-        "fewer": Cell("lion_link.csv", {"metric": "fewer_bytes", "subject": "majority vote"}),
-        "faster": Cell("lion_link.csv", {"metric": "faster at 100 Mbit/s", "subject": "majority vote"}),
+        "fewer": Cell("distributed-lion-link.csv", {"metric": "fewer_bytes", "subject": "majority vote"}),
+        "faster": Cell("distributed-lion-link.csv", {"metric": "faster at 100 Mbit/s", "subject": "majority vote"}),
         "ours": Cell("distributed-lion.csv", {"metric": "text_loss", "subject": "majority vote"}),
         "lion": Cell("distributed-lion.csv", {"metric": "text_loss", "subject": "Lion"}),
         "adamw": Cell("distributed-lion.csv", {"metric": "text_loss", "subject": "AdamW"}),

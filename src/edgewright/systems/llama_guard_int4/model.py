@@ -189,9 +189,6 @@ class GuardModel:
             folder: with guard.json and the model or the exported file.
             settings: threshold, in place of the stored one, and truncation.
 
-        Returns:
-            The guard.
-
         Raises:
             UsageError: the folder holds no guard.
             FormatError: what it holds is broken.
@@ -213,9 +210,6 @@ class GuardModel:
             messages: dicts with "role" (user or assistant) and "content".
             categories: name what an unsafe message breaks; without them one forward pass is enough.
 
-        Returns:
-            The verdict.
-
         Raises:
             UsageError: no content, another role, or a conversation that does not fit.
         """
@@ -234,12 +228,10 @@ class GuardModel:
         pending: list[int] = []
         legal: tuple[int, ...] = tuple(sorted(self.automaton.unsafe))
         while legal:
+            choice = legal[0]
             if len(legal) > 1:
-                logits = self.predictor.follow(pending) if pending else logits
-                pending = []
+                logits, pending = self.predictor.follow(pending) if pending else logits, []
                 choice = legal[int(self._logits_of(logits, legal).argmax())]
-            else:
-                choice = legal[0]
             state, pending = (*state, choice), [*pending, choice]
             legal = self.automaton.legal(state)
         return self.automaton.answers[state]
@@ -248,8 +240,7 @@ class GuardModel:
         return logits[list(ids) if self._place is None else [self._place[token] for token in ids]]
 
     def _fit(self, messages: Sequence[Message]) -> tuple[list[int], int]:
-        room = self.predictor.context - self._longest
-        dropped = 0
+        room, dropped = self.predictor.context - self._longest, 0
         while True:
             ids = self.tokenizer(self.policy.prompt(messages[dropped:]), **PLAIN)["input_ids"]
             if len(ids) <= room:

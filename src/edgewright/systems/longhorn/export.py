@@ -191,14 +191,11 @@ class LonghornSession:
         return torch.from_numpy(logits)[0]
 
     def generate(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """Continue a text greedily.
+        """The token ids that follow, each the likeliest.
 
         Args:
-            ids: token ids of the prompt.
+            ids: of the prompt.
             tokens: how many follow.
-
-        Returns:
-            Their ids, each the likeliest.
         """
         made: list[int] = []
         while len(made) < tokens:

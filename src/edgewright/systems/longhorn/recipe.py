@@ -91,8 +91,8 @@ HEADLINE: Headline | None = Headline(
         "mamba_steps": Cell("longhorn.csv", {"metric": "steps_to_90%", "subject": "Mamba"}),
         "longer": Cell("longhorn.csv", {"metric": "recall_longer", "subject": "Longhorn"}),
         "attention": Cell("longhorn.csv", {"metric": "recall_longer", "subject": "attention"}),
-        "late": Cell("longhorn_decode.csv", {"metric": "token", "subject": "Longhorn at 8192"}),
-        "attention_late": Cell("longhorn_decode.csv", {"metric": "token", "subject": "attention at 8192"}),
+        "late": Cell("longhorn-decode.csv", {"metric": "token", "subject": "Longhorn at 8192"}),
+        "attention_late": Cell("longhorn-decode.csv", {"metric": "token", "subject": "attention at 8192"}),
     },
 )
 

@@ -102,8 +102,8 @@ HEADLINE: Headline | None = Headline(
     {
         "ours": Cell("mobilemoe.csv", {"metric": "loss", "subject": "MoE"}),
         "dense": Cell("mobilemoe.csv", {"metric": "loss", "subject": "dense, equal active"}),
-        "native": Cell("moe_inference.csv", {"metric": "decode_speedup", "subject": "mixture"}),
-        "cpp": Cell("moe_inference.csv", {"metric": "decode_speedup", "subject": "mixture, 4 bits in llama.cpp"}),
+        "native": Cell("mobilemoe-inference.csv", {"metric": "decode_speedup", "subject": "mixture"}),
+        "cpp": Cell("mobilemoe-inference.csv", {"metric": "decode_speedup", "subject": "mixture, 4 bits in llama.cpp"}),
     },
 )
 
