@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused():
         sparse_rows(x, weight, scale, 0.1, down=more["down"], path="torch")
     with pytest.raises(UsageError, match="contiguous"):
         RowMatrix(weight.rows.t())
-    with pytest.raises(UsageError, match="codes need steps"):
+    with pytest.raises(UsageError, match="codes need scales"):
         RowMatrix(torch.ones(4, 4, dtype=torch.int8))
     with pytest.raises(UsageError, match="do not fit codes"):
         RowMatrix(torch.ones(4, 4, dtype=torch.int8), torch.ones(3, 4))

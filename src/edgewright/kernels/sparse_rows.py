@@ -3,7 +3,7 @@
 k_i = 1 where |x_i| * scale_i > threshold. Weights lie transposed, one contiguous row an input channel, so that a
 channel left out is memory not read. `sparse_rows` has two ways: the compiled kernel (sparse_rows.cpp), whose every
 output is the sum in the order of the channels, and its vectorised form in plain torch, which sums as torch's product.
-Weights may be float32, bfloat16, or int8 codes with steps: value = step * (code + offset).
+Weights may be float32, bfloat16, or int8 codes with scales: value = scale * (code + offset).
 Shapes: n inputs, m outputs, r rank, g groups of inputs.
 """
 
@@ -29,10 +29,10 @@ PRODUCTS_PER_THREAD = 1 << 19  # below it a second thread costs more than it sav
 
 @dataclass(frozen=True)
 class RowMatrix:
-    """A weight by input channel. rows: [n, m] contiguous; step [g, m] float32 and offset where the rows are codes."""
+    """A weight by input channel. rows: [n, m] contiguous; scale [g, m] float32 and offset where the rows are codes."""
 
     rows: Tensor
-    step: Tensor | None = None
+    scale: Tensor | None = None
     offset: float = 0.0
 
     def __post_init__(self) -> None:
@@ -41,18 +41,18 @@ class RowMatrix:
                 f"rows of {self.rows.dtype} {tuple(self.rows.shape)}: a contiguous matrix [inputs, outputs] of "
                 "float32, bfloat16 or int8 is needed; weight.t().contiguous() makes one"
             )
-        if (self.step is not None) != (self.rows.dtype == torch.int8):
-            raise UsageError("codes need steps, and only codes have them")
-        if self.step is not None and (self.step.shape[1] != self.rows.shape[1] or len(self.rows) % len(self.step)):
-            raise UsageError(f"steps {tuple(self.step.shape)} do not fit codes {tuple(self.rows.shape)}")
+        if (self.scale is not None) != (self.rows.dtype == torch.int8):
+            raise UsageError("codes need scales, and only codes have them")
+        if self.scale is not None and (self.scale.shape[1] != self.rows.shape[1] or len(self.rows) % len(self.scale)):
+            raise UsageError(f"scales {tuple(self.scale.shape)} do not fit codes {tuple(self.rows.shape)}")
 
     def values(self, index: Tensor | None = None) -> Tensor:
         """float32 rows, all or those of `index`."""
         rows = self.rows if index is None else self.rows[index]
-        if self.step is None:
+        if self.scale is None:
             return rows.float()
         every = torch.arange(len(self.rows), device=rows.device) if index is None else index
-        return (rows.float() + self.offset) * self.step[every // (len(self.rows) // len(self.step))]
+        return (rows.float() + self.offset) * self.scale[every // (len(self.rows) // len(self.scale))]
 
 
 def sparse_rows(
@@ -162,10 +162,10 @@ class PreparedRows:
         # A pointer does not keep its tensor alive: all of them are held here.
         self._held = [
             None if t is None else t.detach().contiguous()
-            for t in (scale.float(), weight.rows, weight.step, down, up, None if bias is None else bias.float())
+            for t in (scale.float(), weight.rows, weight.scale, down, up, None if bias is None else bias.float())
         ]
         scale_at, rows, step, down_at, up_at, bias_at = (None if t is None else t.data_ptr() for t in self._held)
-        group = self.inputs if weight.step is None else self.inputs // len(weight.step)
+        group = self.inputs if weight.scale is None else self.inputs // len(weight.scale)
         self._before: tuple[Any, ...] = (
             scale_at,
             threshold,

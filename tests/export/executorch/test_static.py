@@ -78,9 +78,9 @@ def test_the_file_computes_our_integers(exported):
     with ExecuTorchProgram(export.path, check=False) as program:
         ours = torch.cat([torch.from_numpy(program.run([part.numpy()])[0]) for part in x.split(8)])
     executor = IntegerExecutor(model)
-    step = executor.reference(executor.quantize_input(x[:1])).step
+    scale = executor.reference(executor.quantize_input(x[:1])).scale
     for theirs in (model(x), executor(x)):
-        codes = ((ours - theirs) / step).round().abs()
+        codes = ((ours - theirs) / scale).round().abs()
         # A value on the border of two codes may take either: floats, our integers and XNNPACK's (a product in float32,
         # halves to even) round it differently. Such a code moves later ones, but by no more than itself.
         assert codes.max() <= 2 and (codes == 0).float().mean() > 0.9
@@ -93,7 +93,7 @@ def test_codes_and_scales_are_placed_as_they_are(exported):
     for name in ("project.0", "head"):  # in XNNPACK's order: output channels last in depthwise layers only
         layer = model.get_submodule(name)
         assert layer.codes.to(torch.int8).numpy().tobytes() in data
-        assert layer.step.numpy().tobytes() in data
+        assert layer.scale.numpy().tobytes() in data
         assert layer.weight.detach().numpy().tobytes() not in data
     told = weights_of(export.path)
     biases = 4 * (3 * 16 + 10)

@@ -50,7 +50,7 @@ def test_integers_beside_a_numpy_like_double_loop() -> None:
     result = _compute(Codes(x, step, zero), layer)
     codes, zeros = layer.codes, layer.zero
     for out in range(3):
-        bias = round(float(layer.bias[out].double()) / (float(layer.step[out].double()) * step))
+        bias = round(float(layer.bias[out].double()) / (float(layer.scale[out].double()) * step))
         for row in range(3):
             for column in range(3):
                 total = bias
@@ -85,7 +85,7 @@ def test_integers_equal_fake_quantisation(config: StaticConfig) -> None:
         assert match.worst <= 1 and match.equal > 0.999, (name, match)
     result = executor.reference(executor.quantize_input(x))
     assert result.codes.dtype == torch.int32
-    expected = torch.round(model(x) / result.step).to(torch.int32) + result.zero
+    expected = torch.round(model(x) / result.scale).to(torch.int32) + result.zero
     assert int((result.codes - expected).abs().max()) <= 1
     assert float((result.codes == expected).double().mean()) > 0.95  # 160 logits behind five layers
 

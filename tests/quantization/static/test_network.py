@@ -39,12 +39,12 @@ def test_quantisers_stand_where_integers_will_be() -> None:
 def test_scales_follow_the_rules() -> None:
     q = prepared()
     points = {m.name: m for m in convert_static(q).modules() if isinstance(m, FixedActivation)}
-    assert points["deep.2"].step == pytest.approx(6 / 255) and points["deep.2"].zero == 0  # ReLU6: (0, 6), not watched
-    assert points["relu"].step == points["side.2"].step  # what is concatenated shares a scale
+    assert points["deep.2"].scale == pytest.approx(6 / 255) and points["deep.2"].zero == 0  # ReLU6: (0, 6), not watched
+    assert points["relu"].scale == points["side.2"].scale  # what is concatenated shares a scale
     assert points["relu"].zero == 0 and points["x"].zero > 0
     watched = {m.name: m for m in convert_static(prepared(StaticConfig(relu6_fixed=False))).modules()
                if isinstance(m, FixedActivation)}  # fmt: skip
-    assert watched["deep.2"].step < 6 / 255
+    assert watched["deep.2"].scale < 6 / 255
 
 
 def test_the_float_model_is_untouched_and_reached_by_switching_off() -> None:
@@ -75,7 +75,7 @@ def test_conversion_and_the_frozen_training_step_are_the_same_arithmetic(bits: i
     for layer in converted.modules():
         if isinstance(layer, StaticLayer):
             assert int(layer.codes.abs().max()) == 2 ** (bits - 1) - 1
-            assert torch.equal(layer.codes * layer.step.reshape(-1, *[1] * (layer.weight.ndim - 1)), layer.weight)
+            assert torch.equal(layer.codes * layer.scale.reshape(-1, *[1] * (layer.weight.ndim - 1)), layer.weight)
 
 
 def test_zero_padding_is_exact() -> None:

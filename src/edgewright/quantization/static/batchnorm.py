@@ -26,7 +26,7 @@ from edgewright.quantization.static.observers import ActivationQuantizer
 # "correct": the paper's scheme. "quantised": one convolution with quantised weights, whose output is normalised (as
 # PyTorch's own ConvBn modules do). "naive": fold with the statistics of the batch; the baseline that jumps.
 STATISTICS = ("correct", "quantised", "naive")
-BIAS_LIMIT = 2.0**30  # largest bias in units of step * step of the input: half of what an int32 holds
+BIAS_LIMIT = 2.0**30  # largest bias in units of scale * scale of the input: half of what an int32 holds
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -117,8 +117,8 @@ class ConvBNQuant2d(nn.Module):
             weight, bias = self.folded()
             if self.scheme is None:
                 return self.operation(x, weight, bias)
-            step, zero, bias = self._integers(weight, bias)
-            return self.operation(x, fake_quantize(weight, step, zero, self.scheme), bias)
+            scale, zero, bias = self._integers(weight, bias)
+            return self.operation(x, fake_quantize(weight, scale, zero, self.scheme), bias)
         if self.statistics == "quantised":
             return self._normalised_after(x)
         mean, variance = self._batch_statistics(self.operation(x, self.weight))
@@ -140,25 +140,25 @@ class ConvBNQuant2d(nn.Module):
             weight, bias = self.folded()
             if self.scheme is None:
                 return StaticLayer(self.operation, weight.clone(), bias, None, name=self.name)
-            step, zero, bias = self._integers(weight, bias)
-            codes = quantize(weight, step, zero, self.scheme)
-            weight = dequantize(codes, step, zero, self.scheme)
-            return StaticLayer(self.operation, weight, bias, self.scheme, step, zero, self.name)
+            scale, zero, bias = self._integers(weight, bias)
+            codes = quantize(weight, scale, zero, self.scheme)
+            weight = dequantize(codes, scale, zero, self.scheme)
+            return StaticLayer(self.operation, weight, bias, self.scheme, scale, zero, self.name)
 
     def _integers(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(step, zero point, bias) of the folded layer, the bias rounded as the int32 that it will be at run time.
+        """(scale, zero point, bias) of the folded layer, the bias rounded as the int32 that it will be at run time.
 
-        Its unit is step * step of the input. A channel of next to no weight gets a step at which its bias still fits:
+        Its unit is scale * scale of the input. A channel of next to no weight gets one at which its bias still fits:
         batch norm leaves such channels, and an int32 cannot hold a bias of 1 in units of 1e-10.
         """
         assert self.scheme is not None
         if bias is None or not self.inputs:
             return *self.scheme.weight_parameters(weight, self.name), bias
         entry, _ = self.inputs[0].parameters_of_codes()
-        step, zero = self.scheme.weight_parameters(weight, self.name, bias.detach().abs() / (BIAS_LIMIT * entry))
-        unit = (step * entry).expand(bias.shape)
+        scale, zero = self.scheme.weight_parameters(weight, self.name, bias.detach().abs() / (BIAS_LIMIT * entry))
+        unit = (scale * entry).expand(bias.shape)
         zeros = torch.zeros_like(unit, dtype=torch.int32)
-        return step, zero, torch.fake_quantize_per_channel_affine(bias, unit, zeros, 0, -(2**31), 2**31 - 1)
+        return scale, zero, torch.fake_quantize_per_channel_affine(bias, unit, zeros, 0, -(2**31), 2**31 - 1)
 
     def _scale(self) -> Tensor:
         sigma = (self.running_var + self.eps).sqrt()
@@ -167,8 +167,8 @@ class ConvBNQuant2d(nn.Module):
     def _quantised(self, weight: Tensor) -> Tensor:
         if self.scheme is None:
             return weight
-        step, zero = self.scheme.weight_parameters(weight, self.name)
-        return fake_quantize(weight, step, zero, self.scheme)
+        scale, zero = self.scheme.weight_parameters(weight, self.name)
+        return fake_quantize(weight, scale, zero, self.scheme)
 
     def _normalised_after(self, x: Tensor) -> Tensor:
         scale = self._scale()
@@ -219,13 +219,13 @@ class ConvBNQuant2d(nn.Module):
 
 
 class StaticLayer(nn.Module):
-    """A converted layer: weights that lie on their grid, step [out] and zero point [out], a float bias.
+    """A converted layer: weights that lie on their grid, scale [out] and zero point [out], a float bias.
 
     `forward` passes the weight through its fake quantiser, which changes no bit of it: exporters find the codes there.
     scheme None: the layer's weight stayed float.
     """
 
-    step: Tensor
+    scale: Tensor
     zero: Tensor
 
     def __init__(
@@ -234,7 +234,7 @@ class StaticLayer(nn.Module):
         weight: Tensor,
         bias: Tensor | None,
         scheme: AffineScheme | None,
-        step: Tensor | None = None,
+        scale: Tensor | None = None,
         zero: Tensor | None = None,
         name: str = "",
     ) -> None:
@@ -243,8 +243,8 @@ class StaticLayer(nn.Module):
         if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
             raise FormatError(f"layer {name} holds NaN or infinity after folding; it cannot be converted")
         if scheme is not None:
-            assert step is not None and zero is not None
-            self.register_buffer("step", step.expand(len(weight)).clone())
+            assert scale is not None and zero is not None
+            self.register_buffer("scale", scale.expand(len(weight)).clone())
             self.register_buffer("zero", zero.expand(len(weight)).clone())
             self.lowest, self.highest = scheme.code_range
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -256,13 +256,13 @@ class StaticLayer(nn.Module):
         if self.scheme is None:
             raise UsageError(f"the weight of {self.name} is float and has no codes")
         wide = (-1, *(1,) * (self.weight.ndim - 1))
-        codes = torch.round(self.weight / self.step.reshape(wide)).to(torch.int32) + self.zero.reshape(wide)
+        codes = torch.round(self.weight / self.scale.reshape(wide)).to(torch.int32) + self.zero.reshape(wide)
         return codes.clamp_(self.lowest, self.highest)
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         if self.scheme is not None:
-            weight = torch.fake_quantize_per_channel_affine(weight, self.step, self.zero, 0, self.lowest, self.highest)
+            weight = torch.fake_quantize_per_channel_affine(weight, self.scale, self.zero, 0, self.lowest, self.highest)
         return self.operation(x, weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -48,12 +48,12 @@ def save_static(converted: nn.Module, path: str | Path, config: StaticConfig) ->
     activations: dict[str, Any] = {}
     for name, module in converted.named_modules():
         if isinstance(module, FixedActivation):
-            activations[name] = [module.step, module.zero]
+            activations[name] = [module.scale, module.zero]
         elif isinstance(module, StaticLayer):
             if module.scheme is not None:
                 numbers = (module.codes - module.lowest).flatten().cpu()
                 tensors[f"{name}.codes"] = pack_codes(numbers, module.scheme.bits)
-                tensors |= {f"{name}.step": module.step, f"{name}.zero": module.zero}
+                tensors |= {f"{name}.step": module.scale, f"{name}.zero": module.zero}
                 layers[name] = list(module.weight.shape)
             else:
                 tensors[f"{name}.weight"] = module.weight.data

@@ -44,32 +44,32 @@ def rescale(sums: Tensor, whole: Tensor, shift: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Codes:
-    """An activation: int32 codes that mean step * (code - zero)."""
+    """An activation: int32 codes that mean scale * (code - zero)."""
 
     codes: Tensor
-    step: float
+    scale: float
     zero: int
 
     def values(self) -> Tensor:
         """float32, as the fake-quantised network has them."""
-        return (self.codes - self.zero).float() * self.step
+        return (self.codes - self.zero).float() * self.scale
 
 
 @dataclass(frozen=True)
 class Sums:
-    """int32 sums that still need their scale: the value is the total of `sums[i] * step[i]`, step [C] or [].
+    """int32 sums that still need their scale: the value is the total of `sums[i] * scale[i]`, scale [C] or [].
 
     floor, ceiling: a ReLU or ReLU6 that was applied, to be done on the codes.
     """
 
     sums: tuple[Tensor, ...]
-    step: tuple[Tensor, ...]
+    scale: tuple[Tensor, ...]
     rectified: bool = False
     ceiling: float | None = None
 
 
 class Match(NamedTuple):
-    """How an activation's codes compare with fake quantisation: share that is equal, largest difference in steps."""
+    """How an activation's codes compare with fake quantisation: share that is equal, largest difference in scales."""
 
     equal: float
     worst: int
@@ -105,7 +105,7 @@ class IntegerExecutor:
             int32 [N, C, H, W].
         """
         entry = self.input
-        codes = torch.round(x * (1.0 / torch.tensor(entry.step))) + entry.zero
+        codes = torch.round(x * (1.0 / torch.tensor(entry.scale))) + entry.zero
         return codes.clamp(entry.lowest, entry.highest).to(torch.int32)
 
     def reference(self, codes: Tensor) -> Codes:
@@ -156,7 +156,7 @@ class IntegerExecutor:
         matches: dict[str, Match] = {}
         for node in self.model.graph.nodes:
             if node.op == "placeholder":
-                state[node] = Codes(codes.to(torch.int32), self.input.step, self.input.zero)
+                state[node] = Codes(codes.to(torch.int32), self.input.scale, self.input.zero)
             elif node.op == "output":
                 result = state[node.args[0]]
                 if not isinstance(result, Codes):
@@ -166,7 +166,7 @@ class IntegerExecutor:
                 state[node] = self._step(node, state)
                 module = self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
                 if expected is not None and isinstance(module, FixedActivation) and module is not self.input:
-                    true = torch.round(expected[node].double() / module.step).to(torch.int32) + module.zero
+                    true = torch.round(expected[node].double() / module.scale).to(torch.int32) + module.zero
                     difference = (state[node].codes - true).abs()
                     matches[module.name] = Match(
                         float((difference == 0).double().mean()), int(difference.max()), difference.numel()
@@ -188,7 +188,7 @@ class IntegerExecutor:
             if kind == "add":
                 return Sums(
                     tuple(source.codes - source.zero for source in sources),
-                    tuple(torch.tensor(source.step, dtype=torch.float64) for source in sources),
+                    tuple(torch.tensor(source.scale, dtype=torch.float64) for source in sources),
                 )
             if kind == "average":
                 return _average(sources[0], node, self.model)
@@ -225,10 +225,10 @@ def _compute(x: Codes, layer: StaticLayer) -> Sums:
     if layer.scheme is None:
         raise Unsupported(f"the weight of {layer.name} is float; integer execution needs weight_bits")
     operation, weight = layer.operation, layer.codes
-    step = layer.step.double() * x.step  # [out]
+    scale = layer.scale.double() * x.scale  # [out]
     constant = torch.zeros(len(weight), dtype=torch.int64)
     if layer.bias is not None:
-        constant += torch.round(layer.bias.double() / step).clamp(-INT32, INT32 - 1).to(torch.int64)
+        constant += torch.round(layer.bias.double() / scale).clamp(-INT32, INT32 - 1).to(torch.int64)
     elements = weight[0].numel()
     constant -= x.zero * weight.flatten(1).sum(1, dtype=torch.int64)
     constant += elements * x.zero * layer.zero.to(torch.int64)
@@ -236,14 +236,14 @@ def _compute(x: Codes, layer: StaticLayer) -> Sums:
     if operation.linear:
         sums = x.codes @ weight.T
         ones = x.codes.sum(-1, keepdim=True, dtype=torch.int32)
-        return Sums(((sums - layer.zero * ones + bias),), (step,))
+        return Sums(((sums - layer.zero * ones + bias),), (scale,))
     codes = F.pad(x.codes, operation.margins(weight.shape[2:]), value=x.zero)  # zero is a code: padding costs nothing
     unpadded = (operation.stride, (0, 0), (1, 1), operation.groups)
     sums = F.conv2d(codes, _spread(weight, operation.dilation), None, *unpadded)
     if bool((layer.zero != 0).any()):
         ones = _spread(torch.ones_like(weight), operation.dilation)
         sums -= layer.zero.reshape(1, -1, 1, 1) * F.conv2d(codes, ones, None, *unpadded)
-    return Sums((sums + bias.reshape(1, -1, 1, 1),), (step.reshape(1, -1, 1, 1),))
+    return Sums((sums + bias.reshape(1, -1, 1, 1),), (scale.reshape(1, -1, 1, 1),))
 
 
 def _spread(kernel: Tensor, dilation: tuple[int, ...]) -> Tensor:
@@ -259,20 +259,20 @@ def _spread(kernel: Tensor, dilation: tuple[int, ...]) -> Tensor:
 def _rectify(x: Codes | Sums, ceiling: float | None) -> Codes | Sums:
     if isinstance(x, Sums):
         return replace(x, rectified=True, ceiling=ceiling)
-    highest = None if ceiling is None else x.zero + round(ceiling / x.step)
+    highest = None if ceiling is None else x.zero + round(ceiling / x.scale)
     return replace(x, codes=x.codes.clamp(x.zero, highest))
 
 
 def _requantize(x: Codes | Sums, target: FixedActivation) -> Codes:
     """Codes at the target's scale: one rounding, also for the two sums of an addition."""
     if isinstance(x, Codes):
-        if (x.step, x.zero) == (target.step, target.zero):
+        if (x.scale, x.zero) == (target.scale, target.zero):
             return x
-        x = Sums((x.codes - x.zero,), (torch.tensor(x.step, dtype=torch.float64),))
+        x = Sums((x.codes - x.zero,), (torch.tensor(x.scale, dtype=torch.float64),))
     if len(x.sums) == 1:
-        codes = rescale(x.sums[0], *fixed_point(x.step[0] / target.step))
+        codes = rescale(x.sums[0], *fixed_point(x.scale[0] / target.scale))
     else:
-        factors = [step / target.step for step in x.step]
+        factors = [scale / target.scale for scale in x.scale]
         _, shift = fixed_point(torch.stack(factors).max())  # one shift, so that both are rounded together
         wholes = [torch.round(factor * 2.0 ** int(shift)).to(torch.int64) for factor in factors]
         total = sum(part.to(torch.int64) * whole for part, whole in zip(x.sums, wholes, strict=True))
@@ -280,22 +280,22 @@ def _requantize(x: Codes | Sums, target: FixedActivation) -> Codes:
     lowest, highest = target.lowest, target.highest
     if x.rectified:
         lowest = max(lowest, target.zero)
-        highest = highest if x.ceiling is None else min(highest, target.zero + round(x.ceiling / target.step))
-    return Codes((codes + target.zero).clamp(lowest, highest).to(torch.int32), target.step, target.zero)
+        highest = highest if x.ceiling is None else min(highest, target.zero + round(x.ceiling / target.scale))
+    return Codes((codes + target.zero).clamp(lowest, highest).to(torch.int32), target.scale, target.zero)
 
 
 def _average(x: Codes, node: fx.Node, model: nn.Module) -> Sums:
-    """The sum of each window; the division goes into the step."""
+    """The sum of each window; the division goes into the scale."""
     shifted = x.codes - x.zero
     out = tuple(node.meta["tensor_meta"].shape)
     dims, keep = _mean_dims(node, shifted.ndim)
     if dims is not None:
         count = math.prod(shifted.shape[dim] for dim in dims)
-        return Sums((shifted.sum(dims, keepdim=keep, dtype=torch.int32),), (torch.tensor(x.step / count).double(),))
+        return Sums((shifted.sum(dims, keepdim=keep, dtype=torch.int32),), (torch.tensor(x.scale / count).double(),))
     kernel, stride = _window(node, model, tuple(shifted.shape[2:]), out[2:])
     windows = shifted.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    step = torch.tensor(x.step / (kernel[0] * kernel[1]), dtype=torch.float64)
-    return Sums((windows.sum((-1, -2), dtype=torch.int32),), (step,))
+    scale = torch.tensor(x.scale / (kernel[0] * kernel[1]), dtype=torch.float64)
+    return Sums((windows.sum((-1, -2), dtype=torch.int32),), (scale,))
 
 
 def _mean_dims(node: fx.Node, ndim: int) -> tuple[tuple[int, ...] | None, bool]:

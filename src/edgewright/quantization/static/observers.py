@@ -1,4 +1,4 @@
-"""Ranges of activations: watched while a model runs, then turned into the step and zero point of its integers.
+"""Ranges of activations: watched while a model runs, then turned into the scale and zero point of its integers.
 
 Source: arXiv 1806.08342, section 2.5: activations are quantised per layer, their range a moving average of the
 extremes of each batch; weights need no observer, their true extremes are known.
@@ -131,7 +131,7 @@ class ActivationQuantizer(nn.Module):
         self.clock = FreezeClock()
 
     def parameters_of_codes(self) -> tuple[Tensor, Tensor]:
-        """(step, zero point), 0-dimensional."""
+        """(scale, zero point), 0-dimensional."""
         return self.scheme.parameters(*self.observer.range(), self.name)
 
     def warn_if_constant(self) -> bool:
@@ -139,7 +139,7 @@ class ActivationQuantizer(nn.Module):
         low, high = self.observer.range()
         if float(low) == 0.0 and float(high) == 0.0:
             warnings.warn(
-                f"the activation {self.name} was 0 in every calibration batch; its step is set to the smallest one",
+                f"the activation {self.name} was 0 in every calibration batch; its scale is set to the smallest one",
                 stacklevel=3,
             )
             return True
@@ -159,16 +159,16 @@ class ActivationQuantizer(nn.Module):
 class FixedActivation(nn.Module):
     """An activation's fake quantisation with constants, as converted models and exporters want it."""
 
-    def __init__(self, name: str, scheme: AffineScheme, step: float, zero: int) -> None:
+    def __init__(self, name: str, scheme: AffineScheme, scale: float, zero: int) -> None:
         super().__init__()
-        self.name, self.scheme, self.step, self.zero = name, scheme, step, zero
+        self.name, self.scheme, self.scale, self.zero = name, scheme, scale, zero
         self.lowest, self.highest = scheme.code_range
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fake_quantize_per_tensor_affine(x, self.step, self.zero, self.lowest, self.highest)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, self.lowest, self.highest)
 
     def extra_repr(self) -> str:
-        return f"{self.name}, step={self.step:.4g}, zero={self.zero}, codes {self.lowest}..{self.highest}"
+        return f"{self.name}, scale={self.scale:.4g}, zero={self.zero}, codes {self.lowest}..{self.highest}"
 
 
 def _across_processes(extremes: Tensor) -> None:
