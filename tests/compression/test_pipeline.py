@@ -144,7 +144,7 @@ def test_budgets(text, budget):
         (["--kv", "3"], "choose 4 or 8"),
         (["--budget", "soon"], "optimizer steps such as 40"),
         (["--budget", "0"], "optimizer steps such as 40"),
-        (["--learning-rate", "0"], "must be positive"),
+        (["--learning-rate", "0"], "a number above 0"),
     ],
 )
 def test_settings_that_cannot_work_exit_with_2(toy, arguments, words, tmp_path, capsys):

@@ -97,6 +97,19 @@ def test_crash_at_every_micro_step(at: int, every: int, tmp_path: Path, whole) -
     assert_same(state, result, tmp_path, whole)
 
 
+def test_the_last_checkpoint_has_the_same_bytes(tmp_path: Path) -> None:
+    def crash(call: int) -> None:
+        if call == 5:
+            raise MemoryError
+
+    toy_run(tmp_path / "whole", checkpoint_every=1)
+    with pytest.raises(MemoryError):
+        toy_run(tmp_path / "cut", crash, checkpoint_every=1)
+    toy_run(tmp_path / "cut", checkpoint_every=1)
+    whole, cut = (latest_checkpoint(tmp_path / name) / "r00000-00000.safetensors" for name in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     expected, _ = toy_run(tmp_path / "whole", steps=20)
     kills = int(run_script(toy.__file__, "killed", tmp_path, 0))

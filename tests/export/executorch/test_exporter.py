@@ -151,7 +151,7 @@ def test_rows_of_a_cut_head_are_rounded_apart_from_the_table():
     ("arguments", "words"),
     [
         ({"path": "model.bin"}, "ends in .pte"),
-        ({"min_delegated": 2}, "share from 0 to 1"),
+        ({"min_delegated": 2}, "a number from 0 to 1"),
         ({"embedding": "int5"}, "auto, exact, int8, float"),
         ({"context": 1}, "context must be 2"),
         ({"context": 4096}, "trained for 256 tokens"),

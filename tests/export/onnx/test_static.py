@@ -140,7 +140,7 @@ def test_signed_codes_are_for_those_who_ask(tmp_path):
     if "avx2" in text and "vnni" not in text:  # where the hazard is, it is seen, so that nobody takes the default away
         with open_program(path, threads=1, check=False) as program:
             assert np.abs(program.run([x.numpy()])[0] - answer).max() > 10 * model.out_step
-    with pytest.raises(UsageError, match="'unsigned' or 'signed'"):
+    with pytest.raises(UsageError, match="one of unsigned, signed"):
         export_onnx(model, path, example_inputs=x, integers="int8")
 
 

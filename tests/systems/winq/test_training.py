@@ -575,7 +575,7 @@ def test_suggest() -> None:
     ("settings", "message"),
     [
         ({"pull": 1.5}, "the paper's alpha.*official script's alpha=0.2.*pull=0.8"),
-        ({"pull": -0.1}, "at least 0 and at most 1"),
+        ({"pull": -0.1}, "a number from 0 to 1"),
         ({"sigma": -1e-3}, "WinQ sigma=-0.001; it must be a number at least 0"),
         ({"sigma_scale": -1.0}, "sigma_scale"),
         ({"every": 0}, "every=0"),

@@ -9,6 +9,7 @@ is on the disk when it is closed.
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -222,11 +223,20 @@ class _Sink(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), _PIECE):
-            piece = view[start : start + _PIECE]
+        pieces = [view] if self.hash.size else [memoryview(header := _ordered(view)), view[len(header) :]]
+        for piece in (part[at : at + _PIECE] for part in pieces for at in range(0, len(part), _PIECE)):
             self.files.write(self.handle, piece)
             self.hash.update(piece)
         return len(view)
+
+
+def _ordered(file: memoryview) -> bytes:
+    """The header of a safetensors file with its texts in order: safetensors writes them as its hash table has them."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(bytes(file[8:end]))
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return bytes(file[:8]) + text.ljust(end - 8) if len(text) <= end - 8 else bytes(file[:end])
 
 
 class _Streams(FileSystemBase):
