@@ -82,12 +82,20 @@ def _systems(rows: dict[str, dict[str, str]], pages: set[str]) -> str:
     return "\n".join([*lines, "", "One more page compares [all low-bit methods at equal bits](lowbit-arena.md).", ""])
 
 
-def _reference(package: str, path: Path, title: str) -> str:
-    """A page with the documentation of every name that the package lists for type checkers."""
+def _names(path: Path) -> dict[str, str]:
+    """Public name -> module that defines it, as a package lists them for type checkers."""
     blocks = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.If)]
-    names = {a.name: n.module for block in blocks for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    return {a.name: n.module for block in blocks for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+
+
+def _reference(package: str, path: Path, title: str) -> str:
+    """A page with the documentation of every public name; what the top level has too is described there."""
     doc = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     parts = [f"# {title}", "", f"`from {package} import ...`", "", doc, ""]
-    for name in sorted(names, key=str.lower):
-        parts += [f"::: {names[name]}.{name}", ""]
+    top = {} if package == "edgewright" else _names(PACKAGE / "__init__.py")
+    for name, module in sorted(_names(path).items(), key=lambda item: item[0].lower()):
+        if top.get(name) == module:
+            parts += [f"`{name}`: see [the public names](index.md).", ""]
+        else:
+            parts += [f"::: {module}.{name}", ""]
     return "\n".join(parts)

@@ -72,10 +72,10 @@ def problems(name: str, value: Any) -> Iterator[str]:
         returns = "." not in name and signature.return_annotation not in (None, "None", inspect.Signature.empty)
         if len(names) < 2 and name.count("."):  # a method of one argument says everything in its line
             return
-    missing = [one for one in names if not re.search(rf"(?<!\w){re.escape(one)}(?!\w)", text)]
+    missing = [one for one in names if not re.search(rf"(?m)^ +{re.escape(one)}: ", text)]
     if missing:
         yield f"{name} does not describe {', '.join(missing)}"
-    if names and "Args:" not in text:
+    if names and "Args:" not in text and "Attributes:" not in text:
         yield f"{name} has no Args"
     if returns and "Returns:" not in text and "Yields:" not in text:
         yield f"{name} has no Returns"

@@ -26,7 +26,7 @@ ATTENTION = ("full_attention", "sliding_attention")
 class EdgeDecoderConfig(PreTrainedConfig):
     """Shape of an `EdgeDecoderForCausalLM`. A per-layer list has one entry for every executed layer.
 
-    Args:
+    Attributes:
         vocab_size: rows of the token table.
         hidden_size: width of the residual stream.
         intermediate_size: width of the feed-forward layers, one number or a list.

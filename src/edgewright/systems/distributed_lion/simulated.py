@@ -27,7 +27,11 @@ class SimulatedLion(torch.optim.Optimizer):
     Args:
         params: parameters or groups of them, with names for zero="auto".
         workers: how many vote, at least 1.
-        lr, betas, weight_decay, aggregate, zero: as of DistributedLion.
+        lr: as of DistributedLion.
+        betas: as of DistributedLion.
+        weight_decay: as of DistributedLion.
+        aggregate: as of DistributedLion.
+        zero: as of DistributedLion.
 
     Raises:
         UsageError: a setting out of its range, or `step` without a gradient of every worker.

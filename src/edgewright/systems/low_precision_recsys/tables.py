@@ -364,7 +364,9 @@ class RowwiseQuantEmbeddingBag(nn.Module):
         Args:
             bag: the float bag, without max_norm.
             bits: of a code: 2, 4 or 8.
-            method: see `quantize_rows`, as for `nbins` and `ratio`.
+            method: of the range, see `quantize_rows`.
+            nbins: steps of the greedy search.
+            ratio: share of the range that it may cut.
 
         Returns:
             A bag with the same mode, offsets and padding.

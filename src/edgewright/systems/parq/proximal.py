@@ -196,7 +196,8 @@ class ProxPARQ(Annealing):
     to 0 for every center.
 
     Args:
-        anneal_start, anneal_end: the steps between which r falls.
+        anneal_start: step from which r falls.
+        anneal_end: step at which it is 0.
         steepness: of the sigmoid, above 0, at most 1000; the paper has 10 and, in long runs, 50 to 100.
         center: where the sigmoid passes its middle, as a fraction of the annealing.
         schedule: "sigmoid", or "cosine", which has neither.
@@ -248,7 +249,8 @@ class ProxBinaryRelax(Annealing):
     """(1 - theta) weight + theta nearest target; theta grows linearly from 0 to 1 (BinaryRelax, arXiv 1801.06313).
 
     Args:
-        anneal_start, anneal_end: the steps between which theta grows.
+        anneal_start: step from which theta grows.
+        anneal_end: step at which it is 1.
 
     Raises:
         UsageError: annealing that does not end after it starts.
@@ -273,8 +275,10 @@ class ProxSoft(Annealing):
     one would move every weight to within an eighth of a midpoint in the first step.
 
     Args:
-        anneal_start, anneal_end: the steps between which the temperature grows.
-        coldest, hottest: temperatures in units of the distance of neighbours, 1 to 1000 in the paper.
+        anneal_start: step from which the temperature grows.
+        anneal_end: step at which it is highest.
+        coldest: first temperature in units of the distance of neighbours, 1 in the paper.
+        hottest: last one, 1000 in the paper.
 
     Raises:
         UsageError: a setting out of its range.

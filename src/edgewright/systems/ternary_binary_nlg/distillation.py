@@ -43,10 +43,13 @@ class SequenceLossConfig:
     """Weights of the three parts, and which attention maps take part.
 
     Args:
-        task, logits, features: weights of the terms, at least 0, not all 0; the official default is 1 each.
+        task: weight of the task's own loss, at least 0; the official default is 1, as of the other two.
+        logits: weight of the teacher's logits.
+        features: weight of hidden states and attention; not all three are 0.
         attention: any of "encoder", "decoder" (self) and "cross".
-        encoder_map, decoder_map: "even" spreads the student's layers over the teacher's, "published" is the table for a
+        encoder_map: "even" spreads the student's layers over the teacher's, "published" is the table for a
             teacher of six, a tuple names a teacher layer for each.
+        decoder_map: the same for the decoder.
 
     Raises:
         UsageError: a weight below 0, none above 0, or another attention.

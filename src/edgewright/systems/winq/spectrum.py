@@ -296,7 +296,9 @@ def quantized_spectrum(
         model: under quantisation (`quantize_`).
         loss_function: (model, batch) -> loss, as in `fit`.
         batches: more cost time, larger ones memory.
-        probes, steps, generator: as of `hessian_spectrum`.
+        probes: as of `hessian_spectrum`.
+        steps: as of `hessian_spectrum`.
+        generator: as of `hessian_spectrum`.
 
     Returns:
         The quadrature, with `error_ratio`.

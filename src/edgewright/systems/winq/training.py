@@ -43,8 +43,8 @@ class WinQ:
         pull: weight on the quantised values in a reset, 0 to 1: the paper's alpha, best about 0.4. The official
             script's alpha=0.2 is the weight on the latents, so it means pull=0.8.
         every: a float in (0, 1] is a fraction of the run, an int a number of optimizer steps; no reset on the last.
-        sigma, sigma_scale: standard deviations of the noise on weights and on clip scales, tuned for weights of about
-            0.02.
+        sigma: standard deviation of the noise on weights, tuned for weights of about 0.02.
+        sigma_scale: the same on clip scales.
         sigma_mode: "absolute", or "relative": they multiply the layer's mean |W| and mean |alpha|, measured at the
             start and after every reset.
         trigger: "schedule" follows `every`; "plateau" resets when the mean loss of `window` steps is less than
