@@ -59,7 +59,7 @@ class LLMQAT:
 
 
 def tiny() -> LLMQAT:
-    return LLMQAT(sequences=8, generated_tokens=16, steps=8, tokens=24, learning_rate=2e-4, held_out_blocks=4, layers=2)
+    return LLMQAT(sequences=6, generated_tokens=8, steps=4, tokens=16, learning_rate=2e-4, held_out_blocks=2, layers=2)
 
 
 def small() -> LLMQAT:
