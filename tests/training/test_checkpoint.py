@@ -10,6 +10,7 @@ import torch
 
 from edgewright.errors import FormatError, UsageError
 from edgewright.systems.check_n_run import DiffCheckpointer
+from edgewright.training.checkpoint import chain, writer
 from edgewright.training.checkpoint.chain import clear
 from edgewright.training.checkpoint.files import LocalFiles
 from edgewright.training.checkpoint.ranks import Ranks
@@ -61,6 +62,30 @@ def test_objects_are_refused_with_their_place(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="make it dense"):
         save(tmp_path, {}, {"a": torch.eye(2).to_sparse()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: list = []
+    for _ in range(70):
+        deep = [deep]
+    with pytest.raises(UsageError, match="cannot be kept.*nested"):
+        save(tmp_path, {}, {"a": deep})
+    monkeypatch.setattr(chain, "LARGEST", 5000)
+    with pytest.raises(UsageError, match="cannot be kept.*5000 are allowed"):
+        save(tmp_path, {}, {"a": list(range(5000))})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_states_lie_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "_DENSE", 1000)
+    tensors = {f"t{i}": torch.randn(20 * (i + 1)) for i in range(9)}  # 80 to 720 bytes
+    saved = save(tmp_path, tensors, {"a": torch.ones(300)})
+    files = sorted((tmp_path / saved.manifest.id).glob("*.safetensors"))
+    assert len(files) == 6 and all(file.stat().st_size < 2500 for file in files)
+    read = saved.new(tensors)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors) and torch.equal(
+        saved.state()["a"], torch.ones(300)
+    )
 
 
 def test_latest_is_the_furthest_and_deleting_keeps_what_is_not_ours(tmp_path: Path) -> None:

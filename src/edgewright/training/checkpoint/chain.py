@@ -27,10 +27,12 @@ from edgewright.training.checkpoint.files import Files
 from edgewright.training.checkpoint.manifest import (
     FILE,
     ID,
+    LARGEST,
     NAME,
     Manifest,
     OtherVersion,
     check_manifest,
+    decode,
     dtype_of,
     read,
 )
@@ -285,8 +287,17 @@ def write_file(files: Files, path: str, data: bytes) -> None:
 
 
 def commit(files: Files, folder: str, manifest: Manifest) -> str:
-    """Make the checkpoint in `folder`, whose data files are on the disk, exist; its digest. Raises OSError."""
+    """Make the checkpoint in `folder`, whose data files are on the disk, exist; its digest.
+
+    Raises OSError, and UsageError for a state that is too large or too deep to be read again.
+    """
     text, digest = manifest.encode()
+    try:
+        if len(text) > LARGEST:
+            raise FormatError(f"it has {len(text)} bytes without its tensors, {LARGEST} are allowed")
+        decode(text, manifest.id)
+    except FormatError as error:
+        raise UsageError(f"this state cannot be kept: {error}; hold numbers in tensors and nest less") from error
     write_file(files, f"{folder}/{NAME}", text)
     files.sync_folder(folder)
     if files.renames:

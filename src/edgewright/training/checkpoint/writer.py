@@ -35,6 +35,7 @@ from edgewright.training.checkpoint.records import Encoding, RowBatch, encode, t
 from edgewright.training.checkpoint.shards import SUFFIX, write_shard
 
 _CHUNK = 32 << 20  # bytes of rows that become one file
+_DENSE = 512 << 20  # bytes of dense tensors in one file, which are in memory twice while it is written
 
 
 @dataclass
@@ -86,9 +87,8 @@ def run_job(files: Files, job: Job, known: Tuned) -> Written:
             name = f"r{job.rank:05d}-{number:05d}"
             for record in records:
                 result.records.append({**record, "file": name + SUFFIX})
-            if not number:
-                for dense in job.tensors:
-                    result.dense[dense] = [[name + SUFFIX, job.offsets.get(dense, [0] * job.tensors[dense].ndim)]]
+            for dense in (key for key in tensors if key in job.tensors):
+                result.dense[dense] = [[name + SUFFIX, job.offsets.get(dense, [0] * job.tensors[dense].ndim)]]
             if flying is not None:
                 flying.result()
             flying = pool.submit(write, name, tensors)
@@ -98,8 +98,15 @@ def run_job(files: Files, job: Job, known: Tuned) -> Written:
 
 
 def _parts(job: Job, result: Written) -> Iterator[tuple[dict[str, Tensor], list[dict[str, Any]]]]:
-    """(tensors, records) of every file: the first has the dense tensors, each about a chunk of rows."""
-    tensors, records, size = dict(job.tensors), list[dict[str, Any]](), 0
+    """(tensors, records) of every file: dense tensors first, in files of bounded size, then each a chunk of rows."""
+    tensors, records, size = dict[str, Tensor](), list[dict[str, Any]](), 0
+    for name, tensor in job.tensors.items():
+        if tensors and size + tensor.nbytes > _DENSE:
+            yield tensors, []
+            tensors, size = {}, 0
+        tensors[name] = tensor
+        size += tensor.nbytes
+    size = 0
     for rows in job.rows:
         width = max(rows.values[:1].numel(), 1) * rows.values.element_size()
         step = max(job.chunk // width, 1)
