@@ -26,7 +26,7 @@ from edgewright.training.metrics import MetricsLog, Row, write_loss_plot
 from edgewright.training.optimizer import default_optimizer
 from edgewright.training.placement import place, process_accelerator, wrap
 from edgewright.training.progress import Progress
-from edgewright.training.resume import Keeper, Position
+from edgewright.training.resume import RunCheckpointer, TrainProgress
 from edgewright.training.schedules import learning_rate_scale
 from edgewright.training.step import (
     OWN_COLUMNS,
@@ -158,18 +158,18 @@ def fit(
         wrapped = wrap(model, optimizer, accelerator, folder)
         work = RunObjects(model, wrapped, loss_function, source, optimizer, scaler, accelerator, device, config)
         snapshot.seed_random_state(device, config.seed + accelerator.process_index)
-        keeper = Keeper(
+        checkpointer = RunCheckpointer(
             folder, model, optimizer, source, loss_function, device, generator, scaler, accelerator, shaping
         )
-        stack.push(keeper.finish)
-        position = keeper.restore(resume)
-        resumed = position.step if keeper.saved else None
+        stack.push(checkpointer.finish)
+        position = checkpointer.restore(resume)
+        resumed = position.step if checkpointer.saved else None
         log = stack.enter_context(MetricsLog(folder / "metrics.csv" if folder and main else None, resumed))
         bar = stack.enter_context(Progress(progress and main, label, position.step, config.steps))
 
         def save(behind: bool = False) -> Path | None:
             log.sync()
-            return keeper.save(position, behind)
+            return checkpointer.save(position, behind)
 
         while position.step < config.steps:
             scale = learning_rate_scale(config.schedule, position.step, config.steps, config.warmup_steps)
@@ -180,8 +180,8 @@ def fit(
                     raise TrainingInterrupted(position.step, config.steps, save())
                 count, unit = micro_step(work, position)
                 amount += count
-            row, stopping = update(work, position, rates[0] * scale, stop.requested is not None, keeper)
-            position = Position(position.step + 1)
+            row, stopping = update(work, position, rates[0] * scale, stop.requested is not None, checkpointer)
+            position = TrainProgress(position.step + 1)
             last = position.step == config.steps
             evaluated = bool(evaluate_every) and (last or position.step % evaluate_every == 0)
             if evaluate is not None and evaluated:
@@ -197,7 +197,7 @@ def fit(
         if stop.requested and not accelerator.use_distributed:
             raise TrainingInterrupted(position.step, config.steps, save())
         if not config.checkpoint_every:
-            keeper.clear()
+            checkpointer.clear()
         if folder and main and log.rows:
             write_loss_plot(folder / "loss.png", log.rows, label)
 

@@ -1,4 +1,4 @@
-"""The bond between a run and its output folder: when to start afresh, where to go on, what a checkpoint holds.
+"""A run and its output folder: when to start afresh, where to go on, what a checkpoint holds.
 
 `output/checkpoints/` is a root of the checkpoint engine with one checkpoint, `ckpt-<step>-<micro step in hex>`: the
 second number counts the micro steps of a step that was interrupted within accumulation.
@@ -36,7 +36,7 @@ TIMEOUT = 1800.0  # seconds that processes wait for each other
 
 
 @dataclass
-class Position:
+class TrainProgress:
     """How far a run got: whole updates, then micro steps into the next one with what they gave so far."""
 
     step: int = 0
@@ -75,7 +75,7 @@ def steps_lost(output: str | Path) -> tuple[int | None, int]:
     return step, max(0, done - (step or 0))
 
 
-class Keeper:
+class RunCheckpointer:
     """Saves and restores one run. `folder` None keeps nothing.
 
     `settings` is everything outside the model that shapes the result; a resume under other settings is refused.
@@ -120,7 +120,7 @@ class Keeper:
         self._files = LocalFiles(folder / FOLDER)
         self._ranks = Ranks(TIMEOUT)
 
-    def restore(self, policy: str) -> Position:
+    def restore(self, policy: str) -> TrainProgress:
         """Go on from the last checkpoint or clear the folder for a fresh start, as `policy` (RESUME) says."""
         check("resume", policy, one_of(*RESUME))
         path = self.saved if policy != "never" else None
@@ -129,11 +129,11 @@ class Keeper:
                 where = f"there is no checkpoint in {self.folder}" if self.folder else "no output folder is given"
                 raise UsageError(f"resume='must', but {where}; use resume='auto' to begin")
             self.clear()
-            return Position()
+            return TrainProgress()
         with damage(path):
             return self._restore(path, SavedState(self._files, path.name))
 
-    def _restore(self, path: Path, saved: SavedState) -> Position:
+    def _restore(self, path: Path, saved: SavedState) -> TrainProgress:
         """Read and compare everything; then change the live objects, those that may still refuse before the model."""
         state = saved.state()
         difference = snapshot.first_difference(state["settings"], dict(self._settings))
@@ -206,7 +206,7 @@ class Keeper:
             if self.folder is not None:
                 self._ranks.close()
 
-    def save(self, position: Position, behind: bool = False) -> Path | None:
+    def save(self, position: TrainProgress, behind: bool = False) -> Path | None:
         """Write the checkpoint for `position`, then delete the older ones. The folder, or None when none is kept.
 
         behind: copy the state now and write while training goes on.
@@ -252,7 +252,7 @@ class Keeper:
             self._saved = path
         return path
 
-    def _own(self, position: Position) -> list[str]:
+    def _own(self, position: TrainProgress) -> list[str]:
         """The parts of the state that processes do not share."""
         if self._ranks.world == 1:
             return []
@@ -298,7 +298,7 @@ def damaged(path: Path, error: Exception) -> FormatError:
     )
 
 
-def _position(path: Path, state: Mapping[str, Any]) -> Position:
+def _position(path: Path, state: Mapping[str, Any]) -> TrainProgress:
     counts, losses, metrics = (state["step"], state["micro"]), state["losses"], state["metrics"]
     if not all(type(count) is int and count >= 0 for count in counts):
         raise FormatError(f"checkpoint {path} is damaged: its step is {counts[0]!r:.40}, micro step {counts[1]!r:.40}")
@@ -310,4 +310,4 @@ def _position(path: Path, state: Mapping[str, Any]) -> Position:
     numbers = [*losses, *(value for part in metrics for value in part.values())]
     if not all(isinstance(value, float | int | Tensor) for value in numbers):
         raise FormatError(f"checkpoint {path} is damaged: a loss or metric is no number")
-    return Position(*counts, losses, metrics)
+    return TrainProgress(*counts, losses, metrics)

@@ -16,7 +16,7 @@ from edgewright.training.config import PRECISIONS, TrainConfig
 from edgewright.training.distributed import whole
 from edgewright.training.metrics import Row
 from edgewright.training.progress import batch_amount
-from edgewright.training.resume import Keeper, Position
+from edgewright.training.resume import RunCheckpointer, TrainProgress
 
 LossFunction = Callable[[nn.Module, Any], "Tensor | tuple[Tensor, Mapping[str, float | Tensor]]"]
 OWN_COLUMNS = ("step", "loss", "learning_rate", "gradient_norm")
@@ -37,7 +37,7 @@ class RunObjects:
     config: TrainConfig
 
 
-def micro_step(work: RunObjects, position: Position) -> tuple[int, str]:
+def micro_step(work: RunObjects, position: TrainProgress) -> tuple[int, str]:
     """Forward and backward of the next batch: gradients add up in `.grad`, numbers in `position`.
 
     Returns how much all processes together used, as (amount, "tokens" or "samples").
@@ -64,7 +64,9 @@ def micro_step(work: RunObjects, position: Position) -> tuple[int, str]:
     return amount * accelerator.num_processes, unit
 
 
-def update(work: RunObjects, position: Position, rate: float, stopping: bool, keeper: Keeper) -> tuple[Row, bool]:
+def update(
+    work: RunObjects, position: TrainProgress, rate: float, stopping: bool, checkpointer: RunCheckpointer
+) -> tuple[Row, bool]:
     """Clip and apply the gathered gradients; the row to log, and whether any process wants to stop.
 
     Raises CheckFailed before the weights change when the loss or the gradient is not finite.
@@ -81,9 +83,9 @@ def update(work: RunObjects, position: Position, rate: float, stopping: bool, ke
         shared = torch.tensor([*means, float(stopping)], dtype=torch.float32, device=accelerator.device)
         *means, anyone = accelerator.reduce(shared, reduction="mean").tolist()
         stopping = anyone > 0
-    _check_finite("loss", means[0], position, rate, keeper)
+    _check_finite("loss", means[0], position, rate, checkpointer)
     if scaler is None:
-        _check_finite("gradient norm", norm, position, rate, keeper)
+        _check_finite("gradient norm", norm, position, rate, checkpointer)
         optimizer.step()
     else:
         scaler.step(optimizer)  # skips the update by itself when a gradient overflowed
@@ -109,7 +111,7 @@ def may_pause(work: RunObjects) -> bool:
     return dense and not work.accelerator.use_distributed
 
 
-def _next_batch(work: RunObjects, position: Position) -> Any:
+def _next_batch(work: RunObjects, position: TrainProgress) -> Any:
     """This process's batch. The processes take turns in one common order, so their number does not change the data."""
     index, processes = work.accelerator.process_index, work.accelerator.num_processes
     try:
@@ -146,9 +148,13 @@ def _clip(work: RunObjects) -> float:
     return norm
 
 
-def _check_finite(name: str, value: float, position: Position, rate: float, keeper: Keeper) -> None:
+def _check_finite(name: str, value: float, position: TrainProgress, rate: float, checkpointer: RunCheckpointer) -> None:
     if not math.isfinite(value):
-        kept = f"the last good checkpoint is {keeper.saved}" if keeper.saved else "no checkpoint was written yet"
+        kept = (
+            f"the last good checkpoint is {checkpointer.saved}"
+            if checkpointer.saved
+            else "no checkpoint was written yet"
+        )
         raise CheckFailed(
             f"the {name} is {value} at step {position.step + 1} (learning rate {rate:.3g}); {kept}. Lower the learning "
             "rate or clip_norm, or look for such values in the data"

@@ -118,7 +118,7 @@ def test_lists_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ids = [saved.id for saved in trained(root).history]
     listing = inspect_dir(root)
     assert [entry.id for entry in listing.entries] == ids[::-1] and listing.latest == ids[2]
-    assert [entry.kind for entry in listing.entries] == ["diff", "diff", "full"] and not listing.leftovers
+    assert [entry.kind for entry in listing.entries] == ["diff", "diff", "full"] and not listing.orphans
     assert all(entry.usable and 0 < entry.ratio <= 1 for entry in listing.entries)
     assert listing.entries[2].rows == 83 and listing.entries[2].raw_rows == 1
     assert cli.main(["checkpoint", "list", str(root)]) == 0 and cli.main(["checkpoint", "verify", str(root)]) == 0

@@ -20,7 +20,7 @@ from edgewright.systems.check_n_run.config import CheckpointConfig, Policy, Rest
 from edgewright.systems.check_n_run.recovery import changed_rows
 from edgewright.systems.check_n_run.state import capture, check_optimizers, describe_tables
 from edgewright.systems.check_n_run.tables import (
-    Taken,
+    RowSnapshot,
     Tracker,
     find_tables,
     leaves,
@@ -35,7 +35,7 @@ from edgewright.training.checkpoint.files import Files, open_files, output_error
 from edgewright.training.checkpoint.manifest import Manifest, Table
 from edgewright.training.checkpoint.ranks import Ranks
 from edgewright.training.checkpoint.records import Encoding
-from edgewright.training.checkpoint.writer import InProcess, InThread, Order, Published, Saved, publish
+from edgewright.training.checkpoint.writer import CommitResult, InProcess, InThread, Saved, WriteRequest, publish
 
 
 @dataclass
@@ -124,11 +124,11 @@ class Prefetched:
 
 @dataclass
 class _Pending:
-    """A checkpoint that is being written. published: once it exists."""
+    """A checkpoint that is being written. result: once it exists."""
 
-    taken: Taken
+    rows: RowSnapshot
     tables: dict[str, Table]
-    published: Published | None = None
+    result: CommitResult | None = None
 
 
 class DiffCheckpointer:
@@ -203,9 +203,9 @@ class DiffCheckpointer:
             self._check_alike(tables)
             self._open()
             if restored is not None:
-                self._go_on(restored)
+                self._continue_from(restored)
         except BaseException:
-            self._let_go()
+            self._release_all()
             raise
 
     def __enter__(self) -> DiffCheckpointer:
@@ -249,7 +249,7 @@ class DiffCheckpointer:
     def step(self) -> None:
         """Count one training step, and save when a checkpoint is due. A write that failed is warned about, once."""
         self.steps += 1
-        self._settle(wait=False)
+        self._finish_write(wait=False)
         config = self.config
         due = bool(config.every_steps) and self.steps % config.every_steps == 0
         if config.every_seconds and not due:
@@ -272,12 +272,12 @@ class DiffCheckpointer:
         if any(is_busy for is_busy, _, _ in said):
             self.skipped += 1
             return
-        self._settle(wait=True)
+        self._finish_write(wait=True)
         config, policy = self.config, self.config.policy
         grown = any(changed for _, changed, _ in said)  # state that appeared after the full one is not in it
         kind = next_kind(policy, bool(self._line.chain) and not grown, self._line.sizes)
         bits = stored_bits(self.config.bits, self.config.expected_restores, self.restores)
-        chosen, taken = self.tracker.take(kind == "full", policy == "consecutive")
+        chosen, rows = self.tracker.take(kind == "full", policy == "consecutive")
         try:
             own = {
                 "random": snapshot.random_state(self._device(), self.generator),
@@ -285,11 +285,11 @@ class DiffCheckpointer:
             }
             state = capture(self.model, self.optimizers, self.tracker.shards, chosen, self.steps, self.ranks.rank, own)
         except BaseException:
-            self.tracker.put_back(taken)
+            self.tracker.put_back(rows)
             raise
         line = self._line if kind == "diff" else Lineage(self._line.parent)
         state_bits = 8 if config.optimizer_bits == 8 else None
-        order = Order(
+        request = WriteRequest(
             unique=said[0][2],
             kind=kind,
             policy=policy,
@@ -302,38 +302,38 @@ class DiffCheckpointer:
             stall=time.perf_counter() - began,
             keep=config.keep,
         )
-        pending = self._pending = _Pending(taken, tables)
+        pending = self._pending = _Pending(rows, tables)
 
         def write() -> None:
-            pending.published = publish(self.files, self.ranks, self._executor, order, state, self._verified)
+            pending.result = publish(self.files, self.ranks, self._executor, request, state, self._verified)
 
         self._background.start(write)
         if now:
-            self._settle(wait=True, raises=True)
+            self._finish_write(wait=True, raises=True)
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        self._settle(wait=True)
+        self._finish_write(wait=True)
 
     def close(self) -> None:
         """Finish what is being written and let the root go. Raises the error of the last write if that failed."""
         try:
-            self._settle(wait=True)
+            self._finish_write(wait=True)
         finally:
-            self._let_go()
+            self._release_all()
         if self._failed is not None:
             error, self._failed = self._failed, None
             raise error
 
-    def _settle(self, wait: bool, raises: bool = False) -> None:
+    def _finish_write(self, wait: bool, raises: bool = False) -> None:
         """Take note of a write that has ended."""
         if self._pending is None or (self._background.busy and not wait):
             return
         error = self._background.wait()
         pending, self._pending = self._pending, None
-        published = pending.published
+        published = pending.result
         if published is None:
-            self.tracker.put_back(pending.taken)
+            self.tracker.put_back(pending.rows)
             self._failed = error = error or CheckFailed("a checkpoint was neither written nor refused")
         else:
             self.history.append(published.saved)
@@ -364,13 +364,13 @@ class DiffCheckpointer:
                     error = caught
         self.ranks.together(error)
 
-    def _let_go(self) -> None:
+    def _release_all(self) -> None:
         self.tracker.close()
         self._executor.close()
         self._release()
         self.ranks.close()
 
-    def _go_on(self, info: RestoreInfo) -> None:
+    def _continue_from(self, info: RestoreInfo) -> None:
         """Build upon the checkpoint that the model was restored from."""
         known = catalogue(self.files)
         tip = known.get(info.id)

@@ -82,8 +82,8 @@ def _table(listing: Any) -> None:
         table.add_row(*map(escape, cells))  # names and reasons come from files: their brackets are no markup
     console = Console()
     console.print(table)
-    if listing.leftovers:
-        console.print(escape(f"left by a process that ended early: {', '.join(listing.leftovers)}"))
+    if listing.orphans:
+        console.print(escape(f"left by a process that ended early: {', '.join(listing.orphans)}"))
 
 
 def _restore(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from edgewright.training.checkpoint.chain import (
     choose,
     dense_places,
     latest,
-    leftovers,
+    orphans,
     replay,
 )
 from edgewright.training.checkpoint.files import Files, open_files
@@ -42,7 +42,7 @@ from edgewright.training.distributed import is_split
 Fill = tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Tensor, dict[str, Any]]]]
 
 
-class Placing:
+class RestorePlan:
     """What a restore will do, all of it read and checked; `apply` does it."""
 
     def __init__(
@@ -309,7 +309,7 @@ def restore(
         ranks.together(error)
         chain, skipped = ranks.agree(chosen)
         try:
-            plan = Placing(files, chain, model, optimizer_list, reader, shards, ranks.rank, ranks.world)
+            plan = RestorePlan(files, chain, model, optimizer_list, reader, shards, ranks.rank, ranks.world)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as caught:
             error = FormatError(f"{chain[-1].id} does not hold what its manifest claims ({caught!r:.200})")
         except Exception as caught:
@@ -364,11 +364,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """entries newest first; latest: what the file LATEST says; leftovers: folders that are no checkpoints."""
+    """entries newest first; latest: what the file LATEST says; orphans: folders that are no checkpoints."""
 
     entries: tuple[Entry, ...]
     latest: str | None
-    leftovers: tuple[str, ...]
+    orphans: tuple[str, ...]
 
 
 def inspect_dir(root: str | Path | Files, content: bool = False) -> Listing:
@@ -379,7 +379,7 @@ def inspect_dir(root: str | Path | Files, content: bool = False) -> Listing:
         content: read every file and compare its sha256 too, not its size alone.
 
     Returns:
-        Every checkpoint, newest first, usable or why not; what LATEST says; leftovers of killed processes.
+        Every checkpoint, newest first, usable or why not; what LATEST says; orphans of killed processes.
     """
     files = open_files(root)
     known = catalogue(files)
@@ -388,7 +388,7 @@ def inspect_dir(root: str | Path | Files, content: bool = False) -> Listing:
     entries += [
         Entry(name, "?", 0, None, 0, 0, 0, 0.0, reason) for name, reason in sorted(known.broken.items(), reverse=True)
     ]
-    return Listing(tuple(entries), latest(files), tuple(leftovers(files, float("inf"))))
+    return Listing(tuple(entries), latest(files), tuple(orphans(files, float("inf"))))
 
 
 def find(path: str | Path) -> tuple[Files, str]:

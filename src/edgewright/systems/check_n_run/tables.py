@@ -162,7 +162,7 @@ _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # an odd number without pattern, as a sig
 
 
 @dataclass(frozen=True)
-class Taken:
+class RowSnapshot:
     """What a snapshot took off the bitmaps, to be put back should its write fail."""
 
     full: bool
@@ -214,26 +214,26 @@ class Tracker:
         for bits in self.last:
             bits.fill()
 
-    def take(self, full: bool, consecutive: bool) -> tuple[list[Tensor | None], Taken]:
+    def take(self, full: bool, consecutive: bool) -> tuple[list[Tensor | None], RowSnapshot]:
         """(rows that a checkpoint must hold, None for all; what was taken), and begin to mark anew."""
         if self.verify:
             self._verify()
-        taken = Taken(full, [bits.copy() for bits in self.last], [])
+        rows = RowSnapshot(full, [bits.copy() for bits in self.last], [])
         for last, base in zip(self.last, self.base, strict=True):
             base.merge(last)
             if full:
-                taken.base.append(base.copy())
+                rows.base.append(base.copy())
                 base.clear()
             last.clear()
         if full:
-            return [None] * len(self.shards), taken
-        return [bits.indices() for bits in (taken.last if consecutive else self.base)], taken
+            return [None] * len(self.shards), rows
+        return [bits.indices() for bits in (rows.last if consecutive else self.base)], rows
 
-    def put_back(self, taken: Taken) -> None:
+    def put_back(self, rows: RowSnapshot) -> None:
         """The write failed: its rows are as unsaved as before."""
-        for place, bits in enumerate(taken.last):
+        for place, bits in enumerate(rows.last):
             self.last[place].merge(bits)
-        for place, bits in enumerate(taken.base):
+        for place, bits in enumerate(rows.base):
             self.base[place].merge(bits)
 
     @property

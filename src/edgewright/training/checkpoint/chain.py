@@ -306,7 +306,7 @@ def commit(files: Files, folder: str, manifest: Manifest) -> str:
     return digest
 
 
-def point(files: Files, identity: str) -> None:
+def update_latest(files: Files, identity: str) -> None:
     """LATEST names this checkpoint. Raises OSError, after which the checkpoint exists all the same."""
     if not files.renames:
         write_file(files, LATEST, f"{identity}\n".encode())
@@ -360,7 +360,7 @@ def ours(files: Files, folder: str) -> bool:
     )
 
 
-def leftovers(files: Files, before: float = _STARTED) -> list[str]:
+def orphans(files: Files, before: float = _STARTED) -> list[str]:
     """Folders that a killed process left behind: temporary ones and trash, older than `before` (this process)."""
     found = []
     for name in files.names(""):
@@ -374,9 +374,9 @@ def leftovers(files: Files, before: float = _STARTED) -> list[str]:
 
 
 def clean(files: Files, before: float = _STARTED) -> list[str]:
-    """Delete the leftovers; those that cannot be, or hold files of others, stay. The names of those gone."""
+    """Delete the orphans; those that cannot be, or hold files of others, stay. The names of those gone."""
     gone = []
-    for name in leftovers(files, before):
+    for name in orphans(files, before):
         if not ours(files, name):
             continue
         try:

@@ -20,7 +20,7 @@ from edgewright.training.checkpoint.files import Files
 from edgewright.training.checkpoint.ranks import Ranks
 from edgewright.training.checkpoint.shards import DTYPES, read_tensors, whole_shape
 from edgewright.training.checkpoint.tree import TAGS, decode_state, describe
-from edgewright.training.checkpoint.writer import InThread, Order, Saved, publish
+from edgewright.training.checkpoint.writer import InThread, Saved, WriteRequest, publish
 
 
 def capture_state(
@@ -61,8 +61,8 @@ def save_state(files: Files, ranks: Ranks, captured: Captured, unique: str = "",
     Raises:
         OutputError: the disk refused; nothing is left of the checkpoint.
     """
-    order = Order(unique or ranks.agree(uuid.uuid4().hex), keep=keep, hint=False)
-    return publish(files, ranks, InThread(), order, captured, set()).saved
+    request = WriteRequest(unique or ranks.agree(uuid.uuid4().hex), keep=keep, hint=False)
+    return publish(files, ranks, InThread(), request, captured, set()).saved
 
 
 class SavedState:

@@ -25,7 +25,7 @@ from edgewright.training.checkpoint.chain import (
     collect,
     commit,
     discard,
-    point,
+    update_latest,
     working_folder,
 )
 from edgewright.training.checkpoint.files import Files, output_error
@@ -193,7 +193,7 @@ Kind = Literal["full", "diff"]
 
 
 @dataclass(frozen=True)
-class Order:
+class WriteRequest:
     """What the checkpoint is to be. unique: hex digits that all processes agreed on, the first eight end its name.
 
     encoding: of rows. parent, chain, sizes, restores: see Manifest. base_bytes: of the full checkpoint that this one
@@ -253,7 +253,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Published:
+class CommitResult:
     """The checkpoint exists. late: what went wrong after that (LATEST, or removing old ones)."""
 
     saved: Saved
@@ -264,33 +264,33 @@ def publish(
     files: Files,
     ranks: Ranks,
     executor: InThread | InProcess,
-    order: Order,
+    request: WriteRequest,
     state: Captured,
     verified: set[str],
-) -> Published:
+) -> CommitResult:
     """Write and commit; then point LATEST to it and delete what is not kept. verified: ids known to be good, added to.
 
     Every process calls; all raise when one fails, and nothing is left of the checkpoint then. Raises OutputError.
     """
     began = time.perf_counter()
-    identity = checkpoint_id(state.step, order.unique)
-    folder = working_folder(files, identity, order.unique)
-    job = Job(folder, ranks.rank, state.tensors, state.offsets, state.rows, order.encoding)
+    identity = checkpoint_id(state.step, request.unique)
+    folder = working_folder(files, identity, request.unique)
+    job = Job(folder, ranks.rank, state.tensors, state.offsets, state.rows, request.encoding)
     error: BaseException | None = None
     written, manifest, digest = Written(), None, ""
     try:
         try:
             written = executor.run(files, job)
         except Exception as caught:
-            error = _spoken(files, caught)
+            error = _as_output_error(files, caught)
         ranks.together(error, behind=True)
         parts = ranks.gather((written, state.tree, state.tables), behind=True)
         if ranks.first:
             try:
-                manifest = _manifest(files, order, state.step, identity, parts)
+                manifest = _manifest(files, request, state.step, identity, parts)
                 digest = commit(files, folder, manifest)
             except Exception as caught:
-                error = _spoken(files, caught)
+                error = _as_output_error(files, caught)
         ranks.together(error, behind=True)
         manifest, digest = ranks.gather((manifest, digest), behind=True)[0]
     except BaseException:
@@ -299,27 +299,27 @@ def publish(
         raise
     assert manifest is not None
     verified.add(identity)
-    late = _afterwards(files, order, identity, verified) if ranks.first else None
+    late = _afterwards(files, request, identity, verified) if ranks.first else None
     saved = Saved(
         id=identity,
-        kind=order.kind,
+        kind=request.kind,
         step=state.step,
-        bits=order.encoding.bits,
+        bits=request.encoding.bits,
         rows=manifest.rows,
         raw_rows=manifest.raw_rows,
         bytes=manifest.data_bytes + len(manifest.encode()[0]),
         data_bytes=manifest.data_bytes,
-        ratio=1.0 if order.kind == "full" else manifest.data_bytes / max(order.base_bytes, 1),
+        ratio=1.0 if request.kind == "full" else manifest.data_bytes / max(request.base_bytes, 1),
         digest=digest,
-        stall_seconds=order.stall,
+        stall_seconds=request.stall,
         seconds=time.perf_counter() - began,
         quantize_seconds=sum(part.quantize_seconds for part, _, _ in parts),
         write_seconds=sum(part.write_seconds for part, _, _ in parts),
     )
-    return Published(saved, late)
+    return CommitResult(saved, late)
 
 
-def _manifest(files: Files, order: Order, step: int, identity: str, parts: list[Any]) -> Manifest:
+def _manifest(files: Files, request: WriteRequest, step: int, identity: str, parts: list[Any]) -> Manifest:
     all_files: dict[str, list[Any]] = {}
     dense: dict[str, list[list[Any]]] = {}
     for written, _, _ in parts:
@@ -328,39 +328,39 @@ def _manifest(files: Files, order: Order, step: int, identity: str, parts: list[
             dense.setdefault(name, []).extend(places)
     return Manifest(
         id=identity,
-        kind=order.kind,
+        kind=request.kind,
         step=step,
         sequence=max((manifest.sequence for manifest in catalogue(files).found), default=0) + 1,
-        parent=None if order.parent is None else order.parent[0],
-        chain=order.chain,
-        policy=order.policy,
-        bits=order.encoding.bits,
-        method=order.encoding.method,
-        restores=order.restores,
+        parent=None if request.parent is None else request.parent[0],
+        chain=request.chain,
+        policy=request.policy,
+        bits=request.encoding.bits,
+        method=request.encoding.method,
+        restores=request.restores,
         world=len(parts),
         tables=merge_tables([tables for _, _, tables in parts]),
         records=[record for written, _, _ in parts for record in written.records],
         files=all_files,
         dense=dense,
         state=merge_trees([tree for _, tree, _ in parts]),
-        sizes=order.sizes,
+        sizes=request.sizes,
         versions={name: text for name, text in versions().items() if name in ("edgewright", "torch", "python")},
         created=int(time.time()),
     )
 
 
-def _afterwards(files: Files, order: Order, identity: str, verified: set[str]) -> BaseException | None:
+def _afterwards(files: Files, request: WriteRequest, identity: str, verified: set[str]) -> BaseException | None:
     """What comes once the checkpoint exists; its failure leaves a hint, or old checkpoints, as they were."""
     try:
-        if order.hint:
-            point(files, identity)
-        collect(files, order.keep, verified)
+        if request.hint:
+            update_latest(files, identity)
+        collect(files, request.keep, verified)
     except OSError as error:
         return output_error(files, error)
     return None
 
 
-def _spoken(files: Files, error: Exception) -> BaseException:
+def _as_output_error(files: Files, error: Exception) -> BaseException:
     """What the operating system refused, as a sentence; every other error as it is."""
     return output_error(files, error) if isinstance(error, OSError) else error
 
