@@ -424,7 +424,7 @@ def whole_targets(places: dict[str, list[Place]]) -> dict[str, Tensor]:
 def need_checkpoints(files: Files, listing: Listing) -> None:
     """Raise UsageError where a root holds nothing."""
     if not listing.entries:
-        raise UsageError(f"{files} holds no checkpoint; a DiffCheckpointer writes them as ckpt-<step>-<id>")
+        raise UsageError(f"{files} holds no checkpoint; they are folders called ckpt-<step>-<id>")
 
 
 def _entry(files: Files, known: Catalogue, manifest: Manifest, verified: set[str], content: bool) -> Entry:
