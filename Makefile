@@ -71,6 +71,7 @@ define environment
 	  { echo "edgewright needs Python 3.10 or newer as $(PYTHON); choose one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@rm -f $@  # an interrupt while the old environment is being cleared must not leave it "ready"
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet $(1) --upgrade pip setuptools wheel
 	$(call talking,$(@D)/bin/python -m pip install --disable-pip-version-check $(1) torch)
@@ -94,6 +95,7 @@ $(LATEST)/.ready: .newest.txt
 
 # The site is made from the source as text: neither torch nor the package itself is installed.
 $(DOCS)/.ready: $(INPUTS) $(LOCKED)
+	@rm -f $@  # an interrupt while the old environment is being cleared must not leave it "ready"
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c $(LOCKED) mkdocs-material mkdocstrings-python ruff
 	@touch $@
