@@ -14,7 +14,7 @@ from torch import nn
 
 from edgewright.cli import main
 from edgewright.commands import compare as compare_module
-from edgewright.errors import MissingPackage, UsageError
+from edgewright.errors import UsageError
 
 SMALL = ["--blocks", "3", "--block-length", "32"]
 
@@ -226,11 +226,8 @@ def test_bad_input_is_one_sentence(
 
 
 def test_an_encoder_is_refused(pair: tuple[str, str]) -> None:
-    try:
-        with pytest.raises(UsageError, match="predicts no tokens"):
-            compare_module.compare([pair[0], "minilm-l6"], progress=False)
-    except MissingPackage as error:
-        pytest.skip(str(error))
+    with pytest.raises(UsageError, match="predicts no tokens"):
+        compare_module.compare([pair[0], "minilm-l6"], progress=False)
 
 
 def test_an_output_folder_that_cannot_be_made(
@@ -269,10 +266,7 @@ def test_bundled_model_and_its_file_in_llama_cpp(capsys: pytest.CaptureFixture[s
     """The same Q4_1 weights in PyTorch and in llama.cpp, which rounds activations to 8 bits: close, but not equal."""
     from edgewright.io.bundled import bundled_path
 
-    try:
-        file = str(bundled_path("smollm2-135m"))
-    except MissingPackage as error:
-        pytest.skip(str(error))
+    file = str(bundled_path("smollm2-135m"))
     code, printed, _ = command(capsys, "smollm2-135m", file, "--blocks", "2", "--block-length", "64", "--json")
     assert code == 0
     rows = values(printed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +38,8 @@ def layer(n, out, rows, seed=0):
 
 
 def needs_kernel():
-    """Skip only where nothing could compile it: a kernel that does not build beside a compiler is a failure."""
-    if reason := popcount.why_no_kernel():
-        assert not any(map(shutil.which, ("c++", "g++", "clang++"))), reason
-        pytest.skip(reason)
+    """A kernel that does not build is a failure: a compiler is among what the tests need."""
+    assert popcount.why_no_kernel() is None
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])

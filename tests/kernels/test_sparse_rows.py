@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -19,10 +17,8 @@ SHAPES = [(64, 48, 0), (37, 70, 3), (100, 4097, 5), (1, 1, 1), (9, 8200, 0), (12
 
 
 def needs_kernel():
-    """Skip only where nothing could compile it: a kernel that does not build beside a compiler is a failure."""
-    if reason := module.why_no_kernel():
-        assert not any(map(shutil.which, ("c++", "g++", "clang++"))), reason
-        pytest.skip(reason)
+    """A kernel that does not build is a failure: a compiler is among what the tests need."""
+    assert module.why_no_kernel() is None
 
 
 def layer(n, out, rank, dtype=torch.float32, seed=0):
