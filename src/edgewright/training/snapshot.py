@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -178,19 +177,6 @@ def restore_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Put gradients back in the memory layout of their parameters, as autograd would have left them."""
     for name, parameter in model.named_parameters():
         parameter.grad = torch.empty_like(parameter).copy_(saved[name]) if name in saved else None
-
-
-def copied(tree: Any) -> Any:
-    """A state's tree whose tensors and arrays are copies in the CPU's memory."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, np.ndarray):
-        return tree.copy()
-    if isinstance(tree, Mapping):
-        return {key: copied(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([copied(value) for value in tree])
-    return tree
 
 
 def batches_state(batches: Any) -> dict[str, Any] | None:

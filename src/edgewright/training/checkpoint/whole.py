@@ -36,6 +36,9 @@ def capture_state(
         ranks: the processes.
         copy: whether tensors get memory of their own, so that training can go on before they are written.
 
+    Returns:
+        Tensors on the CPU and the trees as JSON, for `save_state`.
+
     Raises:
         UsageError: a value that a checkpoint cannot hold, with its place in the tree.
     """
@@ -58,6 +61,9 @@ def save_state(files: Files, ranks: Ranks, captured: Captured, unique: str = "",
         unique: hex digits of which the first eight end the name; drawn where none are given.
         keep: how many checkpoints stay.
 
+    Returns:
+        Name, size and times of the checkpoint.
+
     Raises:
         OutputError: the disk refused; nothing is left of the checkpoint.
     """
@@ -67,6 +73,10 @@ def save_state(files: Files, ranks: Ranks, captured: Captured, unique: str = "",
 
 class SavedState:
     """The newest checkpoint of a root that is intact, or the one named; every byte of it was verified.
+
+    Args:
+        files: of the root.
+        identity: ckpt-<step>-<8 hex digits>; None for the newest.
 
     Raises:
         UsageError: the root holds no checkpoint.
